@@ -1,0 +1,63 @@
+"""What the data side hands to the model side: rows of tokens laid end to end, and what goes with them.
+
+The only contract between the two. Nothing here depends on how the rows were read or on what will be computed
+from them. T = rows x row_tokens tokens, N documents, B rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlcm_lightning.ops.segments import Segments
+
+NO_TARGET = -100
+"""Target of a token that predicts nothing: the last of its document, and every token of a filler row."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank."""
+
+    tokens: Tensor
+    """(T,) int64."""
+    targets: Tensor
+    """(T,) int64: the next token of the same document, or NO_TARGET."""
+    target_bytes: Tensor
+    """(T,) int64: UTF-8 bytes the target stands for, 0 where there is none: the denominator of bits per byte."""
+    documents: Segments
+    """Documents over tokens; a piece of a document in a row counts as one."""
+    noise: Tensor
+    """(T,) float32 in [0, 1): hash(seed, sample index, offset in the row). A token is sampled as a boundary where
+    its noise is below its sharpened probability."""
+    domains: Tensor
+    """(B,) int64: index of each row's domain in `DataConfig.domains`."""
+    samples: Tensor
+    """(B,) int64: index of each row in the global sequence; -1 for filler rows, which count in no statistic."""
+    row_tokens: int
+    """T / B."""
+    step_targets: int
+    """Targets of this rank in the whole optimizer step, all its micro-batches together."""
+    step_tokens: int
+    """Tokens of this rank in the whole optimizer step, filler rows left out."""
+
+    def token_domains(self) -> Tensor:
+        """(T,) int64 domain of each token."""
+        return self.domains.repeat_interleave(self.row_tokens)
+
+    def counted(self) -> Tensor:
+        """(T,) bool: whether a token counts in statistics, i.e. is not of a filler row."""
+        return (self.samples >= 0).repeat_interleave(self.row_tokens)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return Batch(
+            tokens=move(self.tokens), targets=move(self.targets), target_bytes=move(self.target_bytes),
+            documents=self.documents.to(device, non_blocking), noise=move(self.noise), domains=move(self.domains),
+            samples=move(self.samples), row_tokens=self.row_tokens, step_targets=self.step_targets,
+            step_tokens=self.step_tokens,
+        )

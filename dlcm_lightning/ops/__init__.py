@@ -1,0 +1,1 @@
+"""Tensor functions without parameters: what the four stages are made of."""
