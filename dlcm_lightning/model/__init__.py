@@ -1,0 +1,1 @@
+"""The four-stage DLCM and the dense baseline, in plain PyTorch."""

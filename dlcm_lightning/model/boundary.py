@@ -1,0 +1,178 @@
+"""Where one concept ends: boundary probabilities and decisions (sections 3.2-3.3, Eq. 5-6).
+
+    q_t = W_q f_t,  k_t = W_k f_t,  p_t = (1 - cos(q_{t-1}, k_t)) / 2,  p = 1 at the first token of every document
+
+Training draws b_t from the sharpened p_t with noise that is part of the batch; inference takes b_t = [p_t >= 1/2].
+
+Taken to the letter (f = h, form `paper`) the segmentation collapses by domain while the global rate looks fine:
+neighbouring hidden states soon share one direction, p falls to one common value, and the rate loss can only move all
+tokens at once. Two additions cure it, each an option beside the literal form, both on in form `both`:
+
+*Centred features.* f_t = h_t - mean_t, where mean_t is the causal running mean of the document, begun with a prior of
+`centre_prior_tokens` tokens. The prior's value is a buffer, a running average over the optimizer steps before this
+one; so nothing of the current batch's future enters, and the first tokens of a document are centred too. No gradient
+flows through the mean.
+
+*Rate bias.* p' = sigmoid(logit p + delta) replaces p everywhere. After each optimizer step delta moves by
+bias_step * log((1/R) / F), F the rate of the whole global batch. It keeps the rate on target where the loss alone
+cannot: at cos = +-1 p has no gradient.
+
+Only the rate loss trains W_q and W_k: decisions are discrete, and no straight-through path is laid. AdamW divides
+lambda out of the only gradient they see, so that their learning rate is the knob, not lambda.
+
+All arithmetic here is fp32 or wider, autocast off, in training and inference alike: bf16 flips decisions.
+Axes: T tokens, N documents, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlcm_lightning.config import BoundaryConfig
+from dlcm_lightning.model.mup import Matrix, Role
+from dlcm_lightning.ops.scan import linear_scan
+from dlcm_lightning.ops.segments import Segments
+
+COSINE_EPSILON = 1e-8
+"""Least norm of a feature, so that a zero vector has a cosine of 0."""
+PRIOR_MOMENTUM = 0.9
+"""What the prior mean keeps of itself at each optimizer step."""
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a boundary module says of T tokens."""
+
+    probabilities: Tensor
+    """(T,) at least fp32: p, after the rate bias where there is one; 1 at the start of a document."""
+    boundaries: Tensor
+    """(T,) bool: b, true at the start of a document."""
+    feature_sum: Tensor
+    """(D,) sum of the hidden states over all tokens, detached; empty (0,) where no prior mean is kept."""
+
+
+def document_starts(documents: Segments, tokens: int) -> Tensor:
+    """(T,) bool: whether a token is the first of its document."""
+    first = torch.zeros(tokens, dtype=torch.bool, device=documents.starts.device)
+    first[documents.starts[:-1].long()] = True
+    return first
+
+
+def previous(x: Tensor) -> Tensor:
+    """x (T, D) -> (T, D): the row before each; the first row, which has none, repeats itself."""
+    return torch.cat([x[:1], x[:-1]])
+
+
+def sharpen(p: Tensor, tau: float) -> Tensor:
+    """p^(1/tau) from one half up, 1 - (1 - p)^(1/tau) below: decisions near p = 0 and 1 become nearly sure."""
+    return torch.where(p >= 0.5, p ** (1 / tau), 1 - (1 - p) ** (1 / tau))
+
+
+def decide(p: Tensor, noise: Tensor | None, tau: float) -> Tensor:
+    """(T,) bool. Sampled where noise (T,) in [0, 1) is given, thresholded at one half where it is None."""
+    p = p.detach()
+    return p >= 0.5 if noise is None else noise < sharpen(p, tau)
+
+
+class Boundary(nn.Module, ABC):
+    """Cuts documents into concepts."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, documents: Segments, noise: Tensor | None) -> Segmentation:
+        """hidden (T, D), documents over T, noise (T,) or None for thresholded decisions."""
+
+    def after_step(self, rate: Tensor, feature_mean: Tensor) -> None:  # noqa: B027 - most forms keep no state
+        """Called once after each optimizer step with F of the global batch () and its mean hidden state (D,)."""
+
+
+class LearnedBoundary(Boundary):
+    """Eq. 5-6 with the two additions as options."""
+
+    rate_bias: Tensor
+    prior_mean: Tensor
+
+    def __init__(self, width: int, config: BoundaryConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.query = Matrix(Role.BOUNDARY, width, width)
+        self.key = Matrix(Role.BOUNDARY, width, width)
+        self.register_buffer("rate_bias", torch.zeros(()), persistent=config.biased)
+        self.register_buffer("prior_mean", torch.zeros(width), persistent=config.centred)
+
+    def forward(self, hidden: Tensor, documents: Segments, noise: Tensor | None) -> Segmentation:
+        with torch.autocast(hidden.device.type, enabled=False):
+            features = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            first = document_starts(documents, hidden.shape[0])
+            feature_sum = features.new_zeros(0)
+            if self.config.centred:
+                feature_sum = features.detach().sum(0)
+                features = features - self.running_mean(features.detach(), documents, first)
+            query = F.normalize(previous(self.query(features)), dim=-1, eps=COSINE_EPSILON)
+            key = F.normalize(self.key(features), dim=-1, eps=COSINE_EPSILON)
+            p = ((1 - (query * key).sum(-1)) / 2).clamp(0, 1)
+            if self.config.biased:
+                odds = self.rate_bias.to(p.dtype).exp()
+                p = p * odds / (1 - p + p * odds)
+            p = torch.where(first, 1.0, p)
+            return Segmentation(p, decide(p, noise, self.config.sharpening) | first, feature_sum)
+
+    def running_mean(self, features: Tensor, documents: Segments, first: Tensor) -> Tensor:
+        """(T, D): mean of each document's tokens up to and including each, with the prior as its first tokens."""
+        weight = self.config.centre_prior_tokens
+        carried = (~first).to(features.dtype)  # (T,) exactly 0 where a document begins
+        sums = linear_scan(carried, features)
+        counts = documents.positions(features.shape[0]).to(features.dtype) + 1
+        return (sums + weight * self.prior_mean.to(features.dtype)) / (counts + weight)[:, None]
+
+    @torch.no_grad()
+    def after_step(self, rate: Tensor, feature_mean: Tensor) -> None:
+        if self.config.biased:
+            target = 1 / self.config.target_ratio
+            self.rate_bias += self.config.bias_step * (target / rate).log().to(self.rate_bias.dtype)
+        if self.config.centred:
+            self.prior_mean.lerp_(feature_mean.to(self.prior_mean.dtype), 1 - PRIOR_MOMENTUM)
+
+
+class RuleBoundary(Boundary):
+    """A boundary where neighbouring states disagree, cos(h_{t-1}, h_t) < threshold; no parameters, no gradient.
+
+    The printed formula compares with h_{t+1}, which the decoder must not know yet: this is its causal form.
+    """
+
+    def __init__(self, config: BoundaryConfig) -> None:
+        super().__init__()
+        self.threshold = config.rule_threshold
+
+    def forward(self, hidden: Tensor, documents: Segments, noise: Tensor | None) -> Segmentation:
+        with torch.autocast(hidden.device.type, enabled=False):
+            features = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
+            cosine = F.cosine_similarity(previous(features), features, dim=-1, eps=COSINE_EPSILON)
+            boundaries = (cosine < self.threshold) | document_starts(documents, hidden.shape[0])
+            return Segmentation(boundaries.to(features.dtype), boundaries, features.new_zeros(0))
+
+
+class FixedBoundary(Boundary):
+    """Every R-th token of a document, from its first."""
+
+    def __init__(self, config: BoundaryConfig) -> None:
+        super().__init__()
+        self.ratio = int(config.target_ratio)
+
+    def forward(self, hidden: Tensor, documents: Segments, noise: Tensor | None) -> Segmentation:
+        boundaries = documents.positions(hidden.shape[0]) % self.ratio == 0
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return Segmentation(boundaries.to(wide), boundaries, hidden.new_zeros(0, dtype=wide))
+
+
+def build_boundary(width: int, config: BoundaryConfig) -> Boundary:
+    """The boundary module that `config.form` names."""
+    if config.form == "rule":
+        return RuleBoundary(config)
+    if config.form == "fixed":
+        return FixedBoundary(config)
+    return LearnedBoundary(width, config)

@@ -1,0 +1,140 @@
+"""The assembly: four stages from tokens to the hidden states that predict the next token (section 3, Eq. 1-4).
+
+    H = Encoder(x)                          (T, D)
+    b, p = Boundary(H);  C = Pool(H, b)     (M, E)
+    Z~ = Smooth(Backbone(C))                (M, E)
+    y = Decoder(CrossAttend(H, Z~) + H)     (T, D), then the unembedding
+
+The model is plain PyTorch and knows neither batches nor ranks. It returns hidden states and not logits: the loss runs
+the head in chunks (`ops/cross_entropy.py`), and whoever wants logits asks for them. Parameters stay in the dtype they
+are stored in; activations run in `compute_dtype`.
+
+The dense LLaMA baseline is the same assembly with one stack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlcm_lightning.config import ModelConfig
+from dlcm_lightning.model import mup
+from dlcm_lightning.model.boundary import Segmentation, build_boundary
+from dlcm_lightning.model.concepts import Pool, round_up, smooth
+from dlcm_lightning.model.decoder import CrossAttention
+from dlcm_lightning.model.layers import Stack, StackShape
+from dlcm_lightning.model.mup import Matrix, Role, Tagged
+from dlcm_lightning.ops.segments import Concepts, Segments, concepts_from_boundaries
+
+CPU_CONCEPT_MULTIPLE = 128
+"""What M is rounded up to on a CPU, where every new matrix shape costs milliseconds."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gives for T tokens."""
+
+    hidden: Tensor
+    """(T, D) in the compute dtype; logits are `logit_scale` * hidden @ unembedding^T."""
+    segmentation: Segmentation | None
+    """None for the dense model."""
+    concepts: Concepts | None
+    """None for the dense model."""
+
+
+class Embedding(Tagged):
+    """(T,) ids -> (T, D)."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__(Role.EMBEDDING)
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(tokens, self.weight).to(dtype)
+
+
+def token_stack(config: ModelConfig, layers: int) -> StackShape:
+    return StackShape(
+        layers=layers, width=config.d_token, heads=config.heads_token, kv_heads=config.kv_heads_token,
+        head_dim=config.head_dim, ffn=config.ffn_token, norm_epsilon=config.norm_epsilon, rope_base=config.rope_base,
+        role=Role.TOKEN,
+    )
+
+
+def concept_stack(config: ModelConfig) -> StackShape:
+    return StackShape(
+        layers=config.backbone_layers, width=config.d_concept, heads=config.heads_concept,
+        kv_heads=config.kv_heads_concept, head_dim=config.head_dim, ffn=config.ffn_concept,
+        norm_epsilon=config.norm_epsilon, rope_base=config.rope_base, role=Role.CONCEPT,
+    )
+
+
+class LanguageModel(nn.Module):
+    """What DLCM and the dense baseline share: embedding in front, unembedding behind, hidden states between."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, backend: str) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.backend = backend
+        self.embedding = Embedding(config.vocab_size, config.d_token)
+        self.decoder = Stack(token_stack(config, config.decoder_layers), final_norm=True)
+        self.unembedding = Matrix(Role.UNEMBEDDING, config.d_token, config.vocab_size)
+
+    @property
+    def logit_scale(self) -> float:
+        return mup.logit_scale(self.config)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(T, D) -> (T, V)."""
+        return self.unembedding(hidden) * self.logit_scale
+
+
+class Dense(LanguageModel):
+    """The LLaMA baseline."""
+
+    def forward(self, tokens: Tensor, documents: Segments, noise: Tensor | None = None) -> Output:
+        """tokens (T,) int64, documents over T; noise is not used."""
+        hidden = self.decoder(self.embedding(tokens, self.compute_dtype), documents, self.backend)
+        return Output(hidden, None, None)
+
+
+class DLCM(LanguageModel):
+    """The four stages."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, backend: str) -> None:
+        super().__init__(config, compute_dtype, backend)
+        self.encoder = Stack(token_stack(config, config.encoder_layers), final_norm=False)
+        self.boundary = build_boundary(config.d_token, config.boundary)
+        self.pool = Pool(config.d_token, config.d_concept)
+        self.backbone = Stack(concept_stack(config), final_norm=True)
+        self.cross_attention = CrossAttention(
+            config.d_token, config.d_concept, config.heads_token, config.kv_heads_token, config.head_dim,
+            config.norm_epsilon,
+        )
+
+    def forward(self, tokens: Tensor, documents: Segments, noise: Tensor | None = None) -> Output:
+        """tokens (T,) int64, documents over T; noise (T,) samples the boundaries, None thresholds them."""
+        h = self.encoder(self.embedding(tokens, self.compute_dtype), documents, self.backend)  # (T, D)
+        segmentation = self.boundary(h, documents, noise)
+        concepts = concepts_from_boundaries(segmentation.boundaries, documents)
+        multiple = CPU_CONCEPT_MULTIPLE if h.device.type == "cpu" else 1
+        lifted = self.pool(h, concepts, multiple)  # (M rounded up, E)
+        z = self.backbone(lifted, round_up(concepts.documents, len(concepts), multiple), self.backend)[: len(concepts)]
+        gates = segmentation.probabilities.detach()[concepts.closing]
+        z = smooth(z, gates, concepts.documents)  # (M, E)
+        h = h + self.cross_attention(h, z, concepts, documents, self.backend)
+        return Output(self.decoder(h, documents, self.backend), segmentation, concepts)
+
+
+def build_model(config: ModelConfig, compute_dtype: torch.dtype, backend: str, seed: int) -> LanguageModel:
+    """The model that `config.kind` names, initialised by the muP table. Parameters are fp32 (fp64 for fp64)."""
+    kinds: dict[str, type[LanguageModel]] = {"dlcm": DLCM, "dense": Dense}
+    model = kinds[config.kind](config, compute_dtype, backend)
+    if compute_dtype == torch.float64:
+        model = model.double()
+    mup.initialise(model, config, seed)
+    return model

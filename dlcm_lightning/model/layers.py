@@ -1,0 +1,138 @@
+"""LLaMA blocks: pre-RMSNorm, rotary self-attention with grouped keys, SwiGLU, no biases.
+
+Every stack of the model, and the dense baseline, is made of these. Blocks take numbers, not configs. Activations keep
+the dtype they come in; norms compute at least in fp32. Query, key and value are one matrix, gate and up another: fewer
+and larger products.
+
+Axes: T positions of a packed axis (tokens or concepts), W width, H heads, K key-value heads, d head width, I FFN width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlcm_lightning.model.mup import Matrix, Role, Tagged
+from dlcm_lightning.ops.attention import attention
+from dlcm_lightning.ops.rope import Rotation, rotate, rotation
+from dlcm_lightning.ops.segments import Segments
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """Numbers of one stack of blocks."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    norm_epsilon: float
+    rope_base: float
+    role: Role
+    """TOKEN or CONCEPT: what its hidden matrices are in the muP table."""
+
+
+def norm_role(role: Role) -> Role:
+    """The role of norms beside hidden matrices of `role`."""
+    return Role.NORM_CONCEPT if role is Role.CONCEPT else Role.NORM_TOKEN
+
+
+class RMSNorm(Tagged):
+    """x / rms(x) * gain over the last axis, in at least fp32, returned in the dtype of x."""
+
+    def __init__(self, role: Role, width: int, epsilon: float) -> None:
+        super().__init__(role)
+        self.weight = nn.Parameter(torch.empty(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, (x.shape[-1],), self.weight.to(wide.dtype), self.epsilon).to(x.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping only its input: the activation is recomputed in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, joined: Tensor) -> Tensor:
+        ctx.save_for_backward(joined)
+        gate, up = joined.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (joined,) = ctx.saved_tensors
+        gate, up = joined.chunk(2, dim=-1)
+        out = torch.empty_like(joined)
+        half = joined.shape[-1] // 2
+        out[..., :half] = torch.ops.aten.silu_backward(grads[0] * up, gate)
+        torch.mul(F.silu(gate), grads[0], out=out[..., half:])
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Causal attention within segments, rotary positions (T, W) -> (T, W)."""
+
+    def __init__(self, shape: StackShape) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
+        self.qkv = Matrix(shape.role, shape.width, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+        self.out = Matrix(shape.role, shape.heads * shape.head_dim, shape.width)
+
+    def forward(self, x: Tensor, segments: Segments, angles: Rotation, backend: str) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, d)
+        turned = rotate(qkv[:, : self.heads + self.kv_heads], angles)  # queries and keys in one go
+        query, key = turned.split((self.heads, self.kv_heads), dim=1)
+        value = qkv[:, self.heads + self.kv_heads:]
+        return self.out(attention(query, key, value, segments, backend).flatten(1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (T, W) -> (T, W)."""
+
+    def __init__(self, shape: StackShape) -> None:
+        super().__init__()
+        self.gate_up = Matrix(shape.role, shape.width, 2 * shape.ffn)
+        self.down = Matrix(shape.role, shape.ffn, shape.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(_SwiGLU.apply(self.gate_up(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then + ffn(norm x)."""
+
+    def __init__(self, shape: StackShape) -> None:
+        super().__init__()
+        role = norm_role(shape.role)
+        self.attention_norm = RMSNorm(role, shape.width, shape.norm_epsilon)
+        self.attention = SelfAttention(shape)
+        self.ffn_norm = RMSNorm(role, shape.width, shape.norm_epsilon)
+        self.ffn = FeedForward(shape)
+
+    def forward(self, x: Tensor, segments: Segments, angles: Rotation, backend: str) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), segments, angles, backend)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Stack(nn.Module):
+    """Blocks over one packed axis, closed by a norm where `final_norm` says so."""
+
+    def __init__(self, shape: StackShape, final_norm: bool) -> None:
+        super().__init__()
+        self.head_dim, self.rope_base = shape.head_dim, shape.rope_base
+        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = RMSNorm(norm_role(shape.role), shape.width, shape.norm_epsilon) if final_norm else nn.Identity()
+
+    def forward(self, x: Tensor, segments: Segments, backend: str) -> Tensor:
+        """x (T, W), segments over T -> (T, W)."""
+        angles = rotation(segments.positions(x.shape[0]), self.head_dim, self.rope_base, x.dtype)
+        for layer in self.layers:
+            x = layer(x, segments, angles, backend)
+        return self.norm(x)

@@ -1,0 +1,142 @@
+"""Decoupled muP (section 6.1) as a table from role to (initialisation, learning rate, weight decay, epsilon).
+
+Modules say what they are, a `Role`; initialisation, optimizer and forward read the same table, so that a width can
+change without any of the three falling behind. With s_token = D / d_base and s_concept = E / d_base:
+
+    role                       init variance                           learning rate     decay        epsilon
+    hidden matrix              sigma^2 / s                             eta / s           wd * s       eps / s
+    bridge, s_in -> s_out      sigma^2 / s_in * min(1, s_out / s_in)   eta / s_in        wd * s_in    eps / s_in
+    boundary W_q, W_k          identity                                eta_b / s_token   none         eps / s_token
+    embedding, unembedding     sigma_emb^2                             eta_other         wd           eps / s_token
+    norm                       ones                                    eta_other         none         eps / s
+
+A hidden matrix is a bridge from a width to itself. s is the multiplier of the width a matrix *reads*: FFN widths and
+heads x head width grow with it, so it is each matrix's own fan-in over its fan-in at the base. Learning rates fall
+with 1/width (Eq. 19-20), not with its square root. Logits are multiplied by 1 / s_token. Decay times rate does not
+depend on width. The spectral rule for bridges and everything about boundary and unembedding is our reading; the paper
+is silent there.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from dlcm_lightning.config import ModelConfig, OptimConfig
+
+
+class Role(Enum):
+    """What a parameter is."""
+
+    EMBEDDING = "embedding"
+    UNEMBEDDING = "unembedding"
+    NORM_TOKEN = "norm_token"
+    NORM_CONCEPT = "norm_concept"
+    TOKEN = "token"
+    CONCEPT = "concept"
+    TOKEN_TO_CONCEPT = "token_to_concept"
+    CONCEPT_TO_TOKEN = "concept_to_token"
+    BOUNDARY = "boundary"
+
+
+class Tagged(nn.Module):
+    """A module that holds exactly one parameter, `weight`, and knows its role."""
+
+    weight: nn.Parameter
+
+    def __init__(self, role: Role) -> None:
+        super().__init__()
+        self.role = role
+
+
+class Matrix(Tagged):
+    """y = x W^T without bias, in the dtype of x. The stored weight keeps its own (fp32 when training)."""
+
+    def __init__(self, role: Role, fan_in: int, fan_out: int) -> None:
+        super().__init__(role)
+        self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., fan_in) -> (..., fan_out)."""
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table."""
+
+    deviation: float | None
+    """Standard deviation of the normal initialisation; None for ones (norms) or the identity (boundary)."""
+    learning_rate: float
+    """Peak learning rate; the schedule multiplies it."""
+    weight_decay: float
+    epsilon: float
+
+
+def _reads(role: Role, model: ModelConfig) -> float:
+    """Width multiplier of what a parameter of this role reads."""
+    concept = role in (Role.CONCEPT, Role.CONCEPT_TO_TOKEN, Role.NORM_CONCEPT)
+    return model.s_concept if concept else model.s_token
+
+
+def _deviation(role: Role, model: ModelConfig) -> float | None:
+    if role in (Role.NORM_TOKEN, Role.NORM_CONCEPT, Role.BOUNDARY):
+        return None
+    if role in (Role.EMBEDDING, Role.UNEMBEDDING):
+        return model.mup.sigma_embedding
+    s_in = _reads(role, model)
+    s_out = model.s_concept if role in (Role.CONCEPT, Role.TOKEN_TO_CONCEPT) else model.s_token
+    return model.mup.sigma * (min(1.0, s_out / s_in) / s_in) ** 0.5
+
+
+def rule(role: Role, model: ModelConfig, optim: OptimConfig) -> Rule:
+    """The line of the table for one role at one size."""
+    s = _reads(role, model)
+    epsilon = optim.epsilon / s
+    deviation = _deviation(role, model)
+    if role in (Role.NORM_TOKEN, Role.NORM_CONCEPT):
+        return Rule(deviation, optim.eta_other, 0.0, epsilon)
+    if role in (Role.EMBEDDING, Role.UNEMBEDDING):
+        return Rule(deviation, optim.eta_other, optim.weight_decay, epsilon)
+    if role is Role.BOUNDARY:
+        return Rule(deviation, optim.eta_boundary / s, 0.0, epsilon)
+    eta = optim.eta_concept if role in (Role.CONCEPT, Role.CONCEPT_TO_TOKEN) else optim.eta_token
+    return Rule(deviation, eta / s, optim.weight_decay * s, epsilon)
+
+
+def logit_scale(model: ModelConfig) -> float:
+    """What logits are multiplied by, 1 / s_token."""
+    return 1 / model.s_token
+
+
+def tagged_parameters(module: nn.Module) -> Iterator[tuple[str, Tagged]]:
+    """Every parameter's name and the module that holds it.
+
+    Raises ValueError for a parameter outside a Tagged module: it would train at nobody's learning rate.
+    """
+    owners = {f"{name}.weight": child for name, child in module.named_modules() if isinstance(child, Tagged)}
+    for name, _ in module.named_parameters():
+        if name not in owners:
+            raise ValueError(f"parameter {name} has no role: hold it in a Tagged module")
+        yield name, owners[name]
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, model: ModelConfig, seed: int) -> None:
+    """Fills every parameter by its role. Each draws from a generator of its own, keyed by (seed, name), so that
+    neither the order of construction nor the split over ranks enters."""
+    for name, owner in tagged_parameters(module):
+        weight = owner.weight
+        deviation = _deviation(owner.role, model)
+        if deviation is not None:
+            generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**63)
+            weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
+        elif owner.role is Role.BOUNDARY:
+            weight.copy_(torch.eye(weight.shape[0], weight.shape[1]))
+        else:
+            weight.fill_(1.0)

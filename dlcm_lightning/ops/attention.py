@@ -1,0 +1,160 @@
+"""Causal attention within the segments of a packed axis, behind one signature.
+
+Every attention of the model is this one operation: self-attention of a token stack (documents over tokens), of the
+backbone (documents over concepts), and cross-attention, whose keys are replicated per token beforehand (Eq. 17), so
+that query i and key i always sit at the same place. Four backends take equal arguments and are compared with each
+other by test; which one runs is chosen once, by `choose_backend`, and named in the log.
+
+    flash      flash_attn's varlen kernel (GPU, extra `flash`)
+    varlen     torch's own varlen kernel (GPU)
+    sdpa       scaled_dot_product_attention over documents grouped by length: exact, and no loop over documents
+    reference  one document at a time, the whole score matrix in memory: the oracle, and the fallback in float64
+
+The `sdpa` backend pads each document to a multiple of `BUCKET` and runs one call per padded length. Padding stands at
+the end, where causality hides it, so no mask is needed and the cost follows sum(length^2), not (sum length)^2.
+
+Axes: T tokens (or concepts), H query heads, K key-value heads, d head width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlcm_lightning.config import AttentionBackend, ConfigError
+from dlcm_lightning.ops.segments import Segments
+
+BUCKET = 32
+"""Positions to whose multiple `sdpa` pads a document: fewer distinct shapes against less padding."""
+
+
+def _optional(module: str, name: str) -> Callable[..., Any] | None:
+    """A function of an optional package, or None where it cannot be imported."""
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+_flash_varlen = _optional("flash_attn", "flash_attn_varlen_func")
+_torch_varlen = _optional("torch.nn.attention.varlen", "varlen_attn")
+_torch_varlen_parameters = frozenset(inspect.signature(_torch_varlen).parameters) if _torch_varlen else frozenset()
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+    """flash_attn's varlen kernel. CUDA, fp16 or bf16."""
+    assert _flash_varlen is not None
+    return _flash_varlen(query, key, value, segments.starts, segments.starts, segments.longest, segments.longest,
+                         causal=True)
+
+
+def varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+    """torch's varlen kernel. CUDA, fp16 or bf16. Older releases spell causality `is_causal` and know no GQA."""
+    assert _torch_varlen is not None
+    options: dict[str, Any] = {}
+    if "window_size" in _torch_varlen_parameters:
+        options["window_size"] = (-1, 0)
+    else:
+        options["is_causal"] = True
+    if "enable_gqa" in _torch_varlen_parameters:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    return _torch_varlen(query, key, value, segments.starts, segments.starts, segments.longest, segments.longest,
+                         **options)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+    """scaled_dot_product_attention over documents grouped by padded length. Any device and dtype."""
+    starts = segments.starts.long()
+    lengths = starts[1:] - starts[:-1]
+    padded = (lengths + BUCKET - 1) // BUCKET * BUCKET  # (N,)
+    padded_sorted, order = padded.sort(stable=True)
+    sizes, counts = (column.tolist() for column in torch.unique_consecutive(padded_sorted, return_counts=True))
+    total = sum(size * count for size, count in zip(sizes, counts, strict=True))
+
+    # One gather lays the documents out by padded length; a padding slot repeats its document's last position.
+    places = Segments(torch.cat([padded_sorted.new_zeros(1), padded_sorted.cumsum(0)]), sizes[-1])
+    document = order[places.ids(total)]  # (total,)
+    offset = places.positions(total)
+    source = starts[document] + torch.minimum(offset, lengths[document] - 1)
+    real = offset < lengths[document]
+    back = torch.empty(query.shape[0], dtype=torch.long, device=query.device)
+    back[source[real]] = real.nonzero().squeeze(1)
+
+    outputs = []
+    grouped = [tensor.index_select(0, source) for tensor in (query, key, value)]
+    begin = 0
+    for size, count in zip(sizes, counts, strict=True):
+        q, k, v = (
+            tensor[begin:begin + size * count].unflatten(0, (count, size)).transpose(1, 2) for tensor in grouped
+        )  # (count, heads, size, d)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        begin += size * count
+    return torch.cat(outputs).index_select(0, back)
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+    """One document at a time with an explicit score matrix. Any device and dtype; slow."""
+    repeats = query.shape[1] // key.shape[1]
+    outputs = []
+    bounds = segments.starts.tolist()
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        q = query[begin:end].transpose(0, 1)  # (H, L, d)
+        k, v = (x[begin:end].repeat_interleave(repeats, dim=1).transpose(0, 1) for x in (key, value))
+        scores = q @ k.transpose(1, 2) * query.shape[-1] ** -0.5
+        future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+        outputs.append((scores.masked_fill(future, float("-inf")).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments], Tensor]] = {
+    "flash": flash,
+    "varlen": varlen,
+    "sdpa": sdpa,
+    "reference": reference,
+}
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run on this device in this dtype, or None where it can."""
+    if backend in ("flash", "varlen"):
+        if device.type != "cuda":
+            return f"it needs a CUDA device, this is {device.type}"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"it needs bf16, this is {dtype}"
+        if backend == "flash" and _flash_varlen is None:
+            return "the package flash-attn is not installed"
+        if backend == "varlen" and _torch_varlen is None:
+            return "this torch has no torch.nn.attention.varlen"
+    return None
+
+
+def choose_backend(wanted: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend to run: the one that is asked for, or the fastest that this machine has.
+
+    Raises ConfigError where the one asked for cannot run here, with the reason and what can.
+    """
+    candidates = [name for name in ("flash", "varlen", "sdpa", "reference") if why_not(name, device, dtype) is None]
+    if wanted == "auto":
+        return candidates[0]
+    if wanted not in candidates:
+        raise ConfigError(f"model.attention = {wanted!r}: {why_not(wanted, device, dtype)}; "
+                          f"here run: {', '.join(candidates)}, or auto")
+    return wanted
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, backend: str) -> Tensor:
+    """Causal softmax attention within segments, scale 1/sqrt(d).
+
+    query (T, H, d), key and value (T, K, d), K divides H; returns (T, H, d) in the dtype of the query.
+    """
+    return BACKENDS[backend](query, key, value, segments)
