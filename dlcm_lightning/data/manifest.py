@@ -1,0 +1,120 @@
+"""What a folder of shards says about itself.
+
+A source and split is a folder: `manifest.json`, shards `00000.tar`, `00001.tar`, ... and beside each its index
+`00000.index`. The manifest is written last and atomically, so a folder without one is an unfinished build and a
+folder with one is whole. It states counts, sizes and sha256 of every shard, which tokenizer made the ids, and their
+width; opening compares all of it with what lies on disk.
+
+A shard is a plain tar as webdataset writes and reads it. A sample is a *block* of whole documents:
+`00000007.tokens.u16` (or `.u32`), their ids end to end, little-endian, and `00000007.lengths.u32`, the tokens of each
+document. The index is raw little-endian int64 (blocks, 4): byte offset of the tokens, tokens, byte offset of the
+lengths, documents. It only repeats what the tar's headers say, so that any token is found without reading them.
+Nothing is compressed and nothing is pickled: reading a shard is arithmetic on offsets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dlcm_lightning.data.errors import DataError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+INDEX_COLUMNS = 4
+WIDTHS = {"uint16": ("u16", "<u2"), "uint32": ("u32", "<u4")}
+"""Suffix of the member and numpy type, by the manifest's dtype."""
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard of a manifest."""
+
+    name: str
+    documents: int
+    tokens: int
+    blocks: int
+    text_bytes: int
+    """UTF-8 bytes of the documents' text."""
+    size: int
+    """Bytes of the tar."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One source and split."""
+
+    source: str
+    domain: str
+    split: str
+    tokenizer: str
+    """Fingerprint: sha256 of tokenizer.json."""
+    vocab_size: int
+    dtype: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    shards: list[ShardEntry]
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.dtype not in WIDTHS:
+            raise DataError(f"source {self.source!r}: dtype = {self.dtype!r}; known are {', '.join(WIDTHS)}")
+        for name in ("documents", "tokens", "text_bytes"):
+            total = sum(getattr(shard, name) for shard in self.shards)
+            if total != getattr(self, name):
+                raise DataError(f"source {self.source!r}, split {self.split!r}: {MANIFEST} states {name} = "
+                                f"{getattr(self, name)}, its shards sum to {total}; rebuild the source")
+        for shard in self.shards:
+            if not shard.name.endswith(".tar") or Path(shard.name).name != shard.name:
+                raise DataError(f"source {self.source!r}: shard name {shard.name!r} must be a plain name.tar")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes manifest.json by a temporary name, fsync and rename: whole or not at all."""
+    write_atomically(folder / MANIFEST, (json.dumps(asdict(manifest), ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """DataError: missing (an unfinished build), not JSON, another format, fields missing, sums that disagree."""
+    path = folder / MANIFEST
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        if found.get("format") != FORMAT:
+            raise DataError(f"{path}: format {found.get('format')!r}; this version reads {FORMAT}; "
+                            "build the shards again")
+        return Manifest(**{**found, "shards": [ShardEntry(**shard) for shard in found["shards"]]})
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path}: missing, so the folder holds no finished source; "
+                        "build it (dlcm tokenize) or correct data.root and the source's name") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path}: not a manifest ({error}); build the source again") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that after a crash it is there in full or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
