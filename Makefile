@@ -1,0 +1,51 @@
+# A thin front of the `dlcm` command: every target makes the environment first, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/run/quickstart.yaml
+RUNS ?= runs
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pretrain test check tensorboard clean
+
+help:
+	@echo 'make setup        make the environment in $(VENV) (every other target does it when needed)'
+	@echo 'make pretrain     train $(CONFIG); called again, continue it'
+	@echo '                  another run:   make pretrain CONFIG=configs/run/smoke.yaml'
+	@echo '                  other values:  make pretrain ARGS="seed=1 optim.total_tokens=1000000"'
+	@echo 'make tensorboard  show the curves of all runs in $(RUNS)/'
+	@echo 'make test         run the test suite      (part of it: make test ARGS="tests/test_compose.py")'
+	@echo 'make check        lint and check the types'
+	@echo 'make clean        remove caches and build files; the environment, data and runs stay'
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "PYTHON = $(PYTHON): this needs Python 3.11 or newer; try make PYTHON=python3.11" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo 'Making the environment in $(VENV)'; \
+	    $(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; }
+	@echo 'Installing dlcm_lightning and what it needs into $(VENV) (minutes the first time)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+pretrain: $(STAMP)
+	@$(BIN)/dlcm pretrain $(CONFIG) $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(STAMP)
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m mypy
+
+tensorboard: $(STAMP)
+	@$(BIN)/tensorboard --logdir $(RUNS)
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,278 @@
+"""From YAML files and command-line overrides to one checked `Config`, in milliseconds and without torch.
+
+A file holds only what differs. It may name others to start from, as paths below `configs/`:
+
+    base: [model/dlcm_quickstart, data/sample, optim/wsd]
+    name: quickstart
+    data: {rows_per_step: 8}
+
+Bases may have bases. Later wins: each base over the one before it, the file over its bases, an override from the
+command line (`optim.total_tokens=1000`, `data.sources[0].weight=0.5`) over everything. Sections merge; lists are
+replaced whole. `${model.d_token}` refers to another field.
+
+Every value is checked against the dataclasses of `config.py` while its file is still known, so that a typo or a
+wrong type is answered with the full field, the value, where it stands and what to do. What fields demand of each
+other is checked by the dataclasses themselves, whose `ConfigError` passes through untouched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dlcm_lightning.config import Config, ConfigError, DataConfig, SourceConfig
+
+COMMAND_LINE = "command line"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Composes the run file at `path`, applies `field=value` overrides in order, checks and freezes the result."""
+    tree = _blank_config()
+    for origin, values in _layers(Path(path), ()):
+        _assign_section(tree, Config, values, "", origin)
+    for override in overrides:
+        _assign_section(tree, Config, _parse_override(override), "", COMMAND_LINE)
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere, or a value left at ???
+        raise ConfigError(f"{error.full_key} (in {path}): {_first_line(error)}; "
+                          "give the field a value, or refer to a field that has one") from error
+    assert isinstance(config, Config)
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes every field of `config` as plain YAML without bases; `load_config` gives back an equal Config."""
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Dotted names of the fields in which two runs differ; a list of another length is named as a whole."""
+    return list(_differences(asdict(a), asdict(b), ""))
+
+
+def _differences(a: Any, b: Any, name: str) -> Iterator[str]:
+    if isinstance(a, dict):
+        for key in a:
+            yield from _differences(a[key], b[key], _join(name, key))
+    elif isinstance(a, list) and len(a) == len(b):
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            yield from _differences(left, right, f"{name}[{index}]")
+    elif a != b:
+        yield name
+
+
+# Files
+
+
+def _configs_folder(file: Path) -> Path:
+    """Where the bases of a file are looked up: the nearest folder named configs above it, else its own folder."""
+    return next((folder for folder in file.resolve().parents if folder.name == "configs"), file.resolve().parent)
+
+
+def _layers(file: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """(where it stands, values) of all bases of a file and of the file itself, in the order of application."""
+    if file.resolve() in above:
+        chain = " -> ".join(path.name for path in (*above, file))
+        raise ConfigError(f"base (in {above[-1]}): the bases form a circle, {chain}; remove one of them")
+    values = dict(_read_yaml(file))
+    bases = values.pop("base", [])
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"base = {bases!r} (in {file}): write a list of paths below configs/, "
+                          "such as [model/dlcm_2b, data/paper]")
+    for base in bases:
+        folder = _configs_folder(file)
+        base_file = folder / (base if base.endswith(".yaml") else f"{base}.yaml")
+        if not base_file.is_file():
+            known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+            raise ConfigError(f"base = {base!r} (in {file}): there is no file {base_file}; "
+                              f"{_suggestion(base, known)}")
+        yield from _layers(base_file, (*above, file.resolve()))
+    yield str(file), values
+
+
+def _read_yaml(file: Path) -> Mapping[Any, Any]:
+    if not file.is_file():
+        known = sorted(str(path) for path in file.parent.glob("*.yaml"))
+        raise ConfigError(f"config file {str(file)!r}: there is no such file; {_suggestion(str(file), known)}")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"config file {str(file)!r}: not readable as YAML, {error}; correct the file") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {str(file)!r}: holds a list; write `section: {{field: value}}`")
+    return values
+
+
+def _parse_override(override: str) -> dict[Any, Any]:
+    """`a.b[0].c=v` as {"a": {"b": {0: {"c": v}}}}."""
+    name, equals, text = override.partition("=")
+    parts: list[Any] = [int(part) if part.isdigit() else part for part in re.findall(r"[^.\[\]]+", name)]
+    if not equals or not parts:
+        raise ConfigError(f"{override!r} ({COMMAND_LINE}): an override is written field=value, such as "
+                          "optim.total_tokens=1000000")
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{name} = {text!r} ({COMMAND_LINE}): not a YAML value; "
+                          "quote it for the shell and for YAML") from error
+    assert isinstance(parsed, dict)
+    nested = parsed["value"]
+    for part in reversed(parts):
+        nested = {part: nested}
+    return nested
+
+
+# Values
+
+
+def _blank_config() -> DictConfig:
+    """The typed tree of a Config with every default in place, the name and the sources still empty.
+
+    A Config without them cannot be constructed, hence the detour over one that has both.
+    """
+    stand_in = DataConfig(sources=[SourceConfig(name="none", domain="none", weight=1.0)])
+    tree: DictConfig = OmegaConf.structured(Config(name="none", data=stand_in))
+    for node in (tree, tree.data):
+        OmegaConf.set_readonly(node, None)
+    OmegaConf.update(tree, "name", "")
+    OmegaConf.update(tree, "data.sources", [])
+    return tree
+
+
+def _assign_section(node: DictConfig, section: type, values: Any, name: str, origin: str) -> None:
+    """Writes `values` into the typed `node` of dataclass `section`, whose full name is `name`."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{name} = {values!r} ({_where(origin)}): this is a section; write fields below it, such "
+                          f"as {_join(name, next(iter(get_type_hints(section))))}")
+    OmegaConf.set_readonly(node, None)  # frozen dataclasses make read-only nodes
+    types = get_type_hints(section)
+    for key, value in values.items():
+        field_name = _join(name, str(key))
+        if key not in types:
+            raise ConfigError(f"{field_name} = {value!r} ({_where(origin)}): there is no such field; "
+                              f"{_suggest_field(field_name, name, types)}")
+        if is_dataclass(types[key]):
+            _assign_section(node[key], types[key], value, field_name, origin)
+        elif get_origin(types[key]) is list:
+            _assign_list(node, key, get_args(types[key])[0], value, field_name, origin)
+        else:
+            _assign_scalar(node, key, types[key], value, field_name, origin)
+
+
+def _assign_list(node: DictConfig, key: str, section: type, value: Any, name: str, origin: str) -> None:
+    """A list replaces the one before; a mapping from index to fields, as overrides make it, changes single items."""
+    if isinstance(value, list):
+        OmegaConf.update(node, key, [])
+        OmegaConf.set_readonly(node[key], None)
+        for _ in value:
+            node[key].append(OmegaConf.structured(section))
+        items = dict(enumerate(value))
+    elif isinstance(value, dict) and all(isinstance(index, int) for index in value):
+        items = value
+    else:
+        raise ConfigError(f"{name} = {value!r} ({_where(origin)}): expected a list; "
+                          f"write {name}: [{{...}}, {{...}}]")
+    for index, item in items.items():
+        if not 0 <= index < len(node[key]):
+            raise ConfigError(f"{name}[{index}] = {item!r} ({_where(origin)}): the list has {len(node[key])} items; "
+                              "count from 0")
+        _assign_section(node[key][index], section, item, f"{name}[{index}]", origin)
+
+
+def _assign_scalar(node: DictConfig, key: str, expected: Any, value: Any, name: str, origin: str) -> None:
+    # OmegaConf would turn a bool into a string and 2 into a bool, and takes infinity and nan for numbers.
+    unwanted = (
+        (expected is str and isinstance(value, bool))
+        or (expected is bool and not isinstance(value, bool) and not _refers(value))
+        or (isinstance(value, float) and not math.isfinite(value))
+    )
+    try:
+        if not unwanted:
+            OmegaConf.update(node, key, value)
+            return
+        cause = None
+    except OmegaConfBaseException as error:
+        cause = error
+    raise ConfigError(f"{name} = {value!r} ({_where(origin)}): {_expectation(expected, value)}") from cause
+
+
+def _refers(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
+
+
+# Words
+
+
+def _expectation(expected: Any, value: Any) -> str:
+    if get_origin(expected) is Literal:
+        choices = [str(choice) for choice in get_args(expected)]
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        return f"choose one of {', '.join(choices)}" + (f" (did you mean {close[0]}?)" if close else "")
+    if expected is int:
+        try:
+            whole = float(value)
+        except (TypeError, ValueError):
+            whole = math.nan
+        if not isinstance(value, bool) and math.isfinite(whole) and whole == int(whole):
+            return f"expected a whole number; write it out, {int(whole)}"
+        return "expected a whole number"
+    if expected is float:
+        return "expected a finite number"
+    if expected is bool:
+        return "expected true or false"
+    return "expected text; put it in quotes"
+
+
+def _suggest_field(name: str, section: str, siblings: Mapping[str, Any]) -> str:
+    known = list(_field_names(Config, ""))
+    last = name.rpartition(".")[2]
+    elsewhere = [field for field in known if field.rpartition(".")[2] == last]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    beside = difflib.get_close_matches(last, list(siblings), n=1)
+    if beside:
+        return f"did you mean {_join(section, beside[0])}?"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"{section or 'a run'} has {', '.join(siblings)}"
+
+
+def _field_names(section: type, name: str) -> Iterator[str]:
+    for key, expected in get_type_hints(section).items():
+        yield _join(name, key)
+        if is_dataclass(expected) and isinstance(expected, type):
+            yield from _field_names(expected, _join(name, key))
+
+
+def _suggestion(wanted: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(wanted, known, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"there are {', '.join(known)}" if known else "check the path"
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _where(origin: str) -> str:
+    return origin if origin == COMMAND_LINE else f"in {origin}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
