@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import Manifest
@@ -155,7 +155,8 @@ def read_file(path: Path, text_field: str) -> Iterator[str]:
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
+                number += 1
                 if line.strip():
                     text = json.loads(line)[text_field]
                     if not isinstance(text, str):

@@ -36,17 +36,26 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
         values = values + _GOLDEN
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
+        mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed
+
+
+def splitmix64_of(value: int) -> int:
+    """The same for one number; numpy costs more than the arithmetic there."""
+    value = (value + int(_GOLDEN)) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
 
 
 def key(*parts: int | str) -> int:
     """64 bits out of the parts, in order; every part matters, texts by their sha256."""
-    state = np.zeros(1, dtype=np.uint64)
+    state = 0
     for part in parts:
         if isinstance(part, str):
             part = int.from_bytes(hashlib.sha256(part.encode()).digest()[:8], "little")
-        state = splitmix64(state ^ splitmix64(np.array([part & _MASK], dtype=np.uint64)))
-    return int(state[0])
+        state = splitmix64_of(state ^ splitmix64_of(part & _MASK))
+    return state
 
 
 def permute(indices: np.ndarray, size: int, permutation_key: int) -> np.ndarray:
@@ -72,7 +81,8 @@ def noise(seed: int, sample: int, row_tokens: int) -> np.ndarray:
     offsets = np.arange(row_tokens, dtype=np.uint64)
     with np.errstate(over="ignore"):
         hashed = splitmix64(np.uint64(key(NOISE, seed, sample)) + offsets * _GOLDEN)
-    return (hashed >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+    uniform: np.ndarray = (hashed >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+    return uniform
 
 
 def shares(weights: Sequence[float], block_rows: int) -> np.ndarray:

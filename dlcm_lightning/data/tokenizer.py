@@ -55,13 +55,12 @@ class Tokenizer:
         self._library.encode_special_tokens = True
         self._library.no_truncation()
         self._library.no_padding()
-        ids = [self._library.token_to_id(token) for token in (begin, end)]
-        if None in ids:
+        bos_id, eos_id = self._library.token_to_id(begin), self._library.token_to_id(end)
+        if bos_id is None or eos_id is None:
             raise DataError(f"tokenizer: begin {begin!r}, end {end!r} are not both in its vocabulary; "
                             "name its own tokens as bos_token and eos_token in tokenizer_config.json")
         self.begin, self.end = begin, end
-        self.bos_id: int = ids[0]
-        self.eos_id: int = ids[1]
+        self.bos_id, self.eos_id = bos_id, eos_id
 
     @staticmethod
     def load(folder: str | Path) -> Tokenizer:

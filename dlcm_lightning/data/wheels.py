@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.writer import sha256_of
+from dlcm_lightning.data.manifest import sha256_of
 
 DOWNLOADS = Path("data/downloads")
 FETCH_SECONDS = 180

@@ -6,7 +6,6 @@ its name or not there, and the manifest comes last: a build killed at any moment
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tarfile
 from pathlib import Path
@@ -16,7 +15,15 @@ import numpy as np
 import webdataset
 
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.manifest import WIDTHS, Manifest, ShardEntry, sync_folder, write_atomically, write_manifest
+from dlcm_lightning.data.manifest import (
+    WIDTHS,
+    Manifest,
+    ShardEntry,
+    sha256_of,
+    sync_folder,
+    write_atomically,
+    write_manifest,
+)
 
 SHARD_BYTES = 256 * 1024**2
 BLOCK_TOKENS = 256 * 1024
@@ -142,9 +149,3 @@ def build_index(shard: Path) -> np.ndarray:
     if (index < 0).any():
         raise DataError(f"{shard}: a block lacks its tokens or its lengths; build the shard again")
     return index
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
