@@ -23,6 +23,7 @@ help:
 	@echo 'make clean        remove caches and build files; the environment, data and runs stay'
 
 setup: $(STAMP)
+	@echo 'The environment in $(VENV) is ready'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -30,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo 'Making the environment in $(VENV)'; \
 	    $(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; }
 	@echo 'Installing dlcm_lightning and what it needs into $(VENV) (minutes the first time)'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 pretrain: $(STAMP)
