@@ -216,8 +216,8 @@ class DataConfig:
         for name in ("row_tokens", "rows_per_step", "micro_batch_rows", "block_rows", "validation_rows"):
             _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
         _require(self.workers >= 0, "data.workers", self.workers, "use 0 or more")
-        _require(self.rows_per_step % self.micro_batch_rows == 0, "data.micro_batch_rows", self.micro_batch_rows,
-                 f"must divide data.rows_per_step = {self.rows_per_step}")
+        _require(self.micro_batch_rows <= self.rows_per_step, "data.micro_batch_rows", self.micro_batch_rows,
+                 f"must not exceed data.rows_per_step = {self.rows_per_step}")
         _require(bool(self.sources), "data.sources", self.sources, "name at least one source")
         names = [source.name for source in self.sources]
         _require(len(set(names)) == len(names), "data.sources", names, "give every source its own name")
@@ -333,10 +333,6 @@ class Config:
         if self.data.corpus == "sample" and self.data.tokenizer == "deepseek":
             _require(self.model.vocab_size >= 128_815, "model.vocab_size", self.model.vocab_size,
                      "data.tokenizer = 'deepseek' has 128815 ids; raise it or choose data.tokenizer = 'bpe'")
-        ranks = self.train.devices * self.train.nodes
-        rows = ranks * self.data.micro_batch_rows
-        _require(self.data.rows_per_step % rows == 0, "data.rows_per_step", self.data.rows_per_step,
-                 f"must be a multiple of ranks x data.micro_batch_rows = {ranks} x {self.data.micro_batch_rows}")
 
     @property
     def total_steps(self) -> int:
@@ -345,5 +341,6 @@ class Config:
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes per rank in one optimizer step."""
-        return self.data.rows_per_step // (self.train.devices * self.train.nodes * self.data.micro_batch_rows)
+        """Forward passes of every rank in one optimizer step; filler rows complete the last where rows are short."""
+        rows = -(-self.data.rows_per_step // (self.train.devices * self.train.nodes))
+        return -(-rows // self.data.micro_batch_rows)

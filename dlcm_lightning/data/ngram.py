@@ -1,8 +1,9 @@
 """Floors: what counting alone reaches in bits per byte on the validation rows of a run.
 
-Two models per domain, fitted on the training split of that domain and scored on exactly the targets the network is
-scored on: every in-document target, EOS included, of the validation rows. Bits per byte = -sum log2 p / bytes of
-these targets, so the figures stand beside the network's whatever the tokenizer.
+Two models, scored per domain on exactly the targets the network is scored on: every in-document target, EOS included,
+of the validation rows. They are fitted on the training split, of that domain alone (a stricter floor: counting knows
+the domain, the network has to find it out) or of all domains together, as often as their tokens stand there. Bits
+per byte = -sum log2 p / bytes of these targets, so the figures stand beside the network's whatever the tokenizer.
 
 - unigram: p(c) = (n(c) + 1) / (N + V).
 - trigram: absolute discounting, interpolated down to bigram and unigram:
@@ -17,6 +18,7 @@ and counted by sorting: nine million tokens take some seconds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -45,18 +47,21 @@ class Histories:
     target: np.ndarray
 
 
-def floors(reader: Reader) -> list[Floor]:
+def floors(reader: Reader, fitted_on: Literal["domain", "mixture"] = "domain") -> list[Floor]:
     """One per domain that has a source in use, in the order of `Reader.domains`."""
+    vocabulary = len(reader.token_bytes)
+    domains = [domain for domain in reader.domains if reader.training_stream(domain)]
+
+    def fitted(chosen: list[str]) -> Histories:
+        return _joined([_histories(stream, stream.tokens, vocabulary)
+                        for domain in chosen for stream in reader.training_stream(domain)])
+
+    everything = fitted(domains) if fitted_on == "mixture" else None
     found = []
-    for domain in reader.domains:
-        streams = reader.training_stream(domain)
-        if not streams:
-            continue
-        vocabulary = len(reader.token_bytes)
-        fitted = [_histories(stream, stream.tokens, vocabulary) for stream in streams]
-        scored = [_histories(stream, rows * reader.config.row_tokens + 1, vocabulary)
-                  for stream, rows in reader.validation_stream(domain) if rows]
-        training, validation = _joined(fitted), _joined(scored)
+    for domain in domains:
+        validation = _joined([_histories(stream, rows * reader.config.row_tokens + 1, vocabulary)
+                              for stream, rows in reader.validation_stream(domain) if rows])
+        training = fitted([domain]) if everything is None else everything
         unigram, trigram = log2_probabilities(training, validation, vocabulary)
         size = int(reader.token_bytes[validation.target].sum())
         found.append(Floor(domain, float(-unigram.sum() / size), float(-trigram.sum() / size),

@@ -1,0 +1,7 @@
+"""`python -m dlcm_lightning` is the `dlcm` command."""
+
+import sys
+
+from dlcm_lightning.cli import main
+
+sys.exit(main())

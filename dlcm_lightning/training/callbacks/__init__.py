@@ -1,0 +1,1 @@
+"""What watches a run: metrics, progress, validation, boundaries one can see, checkpoints."""

@@ -1,0 +1,33 @@
+"""Writes a checkpoint every few optimizer steps and at the run's end. The last callback of a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dlcm_lightning.batch import Batch
+from dlcm_lightning.training.checkpoints import sweep, write_checkpoint
+from dlcm_lightning.training.datamodule import PretrainData
+from dlcm_lightning.training.module import PretrainModule
+
+
+class WriteCheckpoints(Callback):
+    """Only between optimizer steps: no gradient is ever under way in a checkpoint."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        assert isinstance(module, PretrainModule)
+        config, step = module.config, trainer.global_step
+        whole_step = (batch_idx + 1) % config.micro_batches == 0
+        if not whole_step or (step % config.train.checkpoint_every_steps and step != config.total_steps):
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, PretrainData)
+        write_checkpoint(self.run, step, data.reader.fingerprint, lambda file: trainer.save_checkpoint(file))
+        sweep(self.run, config.train.keep_last)

@@ -1,0 +1,147 @@
+"""Checkpoints that are whole or not there.
+
+    <run>/checkpoints/step-00001000/
+        state.ckpt       weights, optimizer, loops, loader position, callbacks: Lightning's file
+        manifest.json    step, tokens, what the run is, and the size and sha256 of every other file
+
+A checkpoint is written in a folder with a temporary name, flushed to the disk, described by its manifest, and renamed
+as the last act. Whatever moment a kill hits, a folder that is called `step-...` is complete; what a kill leaves behind
+has another name and is swept away at the next start. On resuming, the newest one whose files agree with its manifest
+is taken; a damaged one is named, and the one before it is tried.
+
+The manifest is read, and the hashes compared, before the file is opened; it is opened weights-only, so that nothing
+in it can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = "checkpoints"
+PREFIX = "step-"
+UNFINISHED = ".unfinished-"
+STATE = "state.ckpt"
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or none that can be read. Names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint whose files agree with its manifest."""
+
+    folder: Path
+    step: int
+    """Optimizer steps behind it."""
+    data_fingerprint: str
+    """`Reader.fingerprint` of the rows it was trained on."""
+
+    @property
+    def state(self) -> Path:
+        return self.folder / STATE
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Forces a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_checkpoint(run: Path, step: int, data_fingerprint: str, save: Callable[[Path], None]) -> Path:
+    """Lets `save` write the state file and makes a checkpoint of it. Rank 0 alone, after all ranks are done.
+
+    Raises CheckpointError where the disk is full or not writable; earlier checkpoints are left as they are.
+    """
+    parent = run / FOLDER
+    unfinished, final = parent / f"{UNFINISHED}{step}", parent / f"{PREFIX}{step:08d}"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        save(unfinished / STATE)
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(unfinished.iterdir())
+        }
+        manifest = {"format": FORMAT, "step": step, "data_fingerprint": data_fingerprint, "files": files}
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for file in unfinished.iterdir():
+            _flush(file)
+        _flush(unfinished)
+        shutil.rmtree(final, ignore_errors=True)  # one of the same step that was found damaged
+        unfinished.rename(final)
+        _flush(parent)
+    except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
+        shutil.rmtree(unfinished, ignore_errors=True)
+        kept = [folder.name for folder in checkpoint_folders(run)]
+        raise CheckpointError(
+            f"checkpoint of step {step} could not be written to {parent}: {error}. Complete ones kept there: "
+            f"{', '.join(kept) or 'none'}. Free space or correct the permissions, then start the run again: it "
+            "continues from the newest."
+        ) from error
+    return final
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Folders of complete checkpoints, oldest first."""
+    return sorted(folder for folder in (run / FOLDER).glob(f"{PREFIX}*") if folder.is_dir())
+
+
+def sweep(run: Path, keep_last: int) -> None:
+    """Removes unfinished checkpoints and all but the newest `keep_last` complete ones."""
+    for folder in (run / FOLDER).glob(f"{UNFINISHED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in checkpoint_folders(run)[:-keep_last]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Compares a checkpoint with its manifest. Raises CheckpointError that names what is wrong with which file."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{folder / MANIFEST}: format {manifest['format']}, this version reads {FORMAT}")
+        for name, expected in manifest["files"].items():
+            file = folder / name
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing")
+            if file.stat().st_size != expected["bytes"]:
+                raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}")
+            if _sha256(file) != expected["sha256"]:
+                raise CheckpointError(f"{file} is damaged: its sha256 differs from the manifest's")
+        return Checkpoint(folder, int(manifest["step"]), str(manifest["data_fingerprint"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error!r}") from error
+
+
+def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest undamaged checkpoint of a run, None where there is none; names each damaged one that it passes over.
+
+    Raises CheckpointError where there are checkpoints and all are damaged: starting anew would overwrite them.
+    """
+    folders = checkpoint_folders(run)
+    for folder in reversed(folders):
+        try:
+            return open_checkpoint(folder)
+        except CheckpointError as error:
+            report(f"checkpoint {folder.name} is not used: {error}")
+    if folders:
+        raise CheckpointError(f"all {len(folders)} checkpoints in {run / FOLDER} are damaged; move the folder away to "
+                              "train from the beginning")
+    return None

@@ -1,0 +1,111 @@
+"""The LightningModule: the four-stage model, its objective, and what happens at an optimizer step.
+
+Nothing here draws random numbers, reads clocks or depends on how the batch was split: a step is a function of
+(weights, optimizer state, buffers, batch). Three things are kept beside the model's own state: F of the previous step
+(for accumulation), the running tally of the current step, and the last tallies for whoever logs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dlcm_lightning.batch import Batch
+from dlcm_lightning.config import Config
+from dlcm_lightning.model.dlcm import DLCM, build_model
+from dlcm_lightning.ops.collectives import world_size
+from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
+from dlcm_lightning.training.objective import COLUMNS, SCALARS, Tally, measure, probability_sum
+from dlcm_lightning.training.optim import build_optimizer
+from dlcm_lightning.training.schedule import learning_rate_factor
+
+
+class PretrainModule(LightningModule):
+    """Four stages, two losses, one optimizer."""
+
+    previous_rate: Tensor
+
+    def __init__(self, config: Config, compute_dtype: torch.dtype, backend: str) -> None:
+        super().__init__()
+        self.config = config
+        self.model = build_model(config.model, compute_dtype, backend, config.seed)
+        self.register_buffer("previous_rate", torch.full((), -1.0, dtype=torch.float64))
+        self.step_tally: Tally | None = None
+        """Sum over the micro-batches of the optimizer step under way, over all ranks."""
+        self.last_step: Tally | None = None
+        """The tally of the last whole optimizer step, over all ranks."""
+        self.gradient_norm = torch.zeros(())
+        """Global norm before clipping, of the last optimizer step."""
+        self.concept_lengths: Tensor | None = None
+        """(M,) tokens pooled by each concept of this rank's last micro-batch."""
+
+    @property
+    def consumed_tokens(self) -> int:
+        """Tokens of all optimizer steps so far, over all ranks."""
+        return self.trainer.global_step * self.config.data.tokens_per_step
+
+    def tally(self, batch: Batch, noise: Tensor | None) -> tuple[Tensor, Tally, Any]:
+        """Forward: the sum of negative log-likelihoods (with gradient), this rank's tally, the model's output."""
+        output = self.model(batch.tokens, batch.documents, noise)
+        nll_sum, nll = linear_cross_entropy(
+            output.hidden, self.model.unembedding.weight, batch.targets, self.model.logit_scale
+        )
+        boundary = self.config.model.boundary
+        return nll_sum, measure(output, batch, nll, boundary, len(self.config.data.domains)), output
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss whose average over ranks and micro-batches has the gradient of the whole step's loss."""
+        nll_sum, local, output = self.tally(batch, batch.noise)
+        total = local.all_reduced()
+        loss = nll_sum / total.scalar("step_targets").to(nll_sum.dtype)
+        boundary = self.config.model.boundary
+        if output.segmentation is not None and boundary.learned and boundary.rate_weight > 0:
+            stale = boundary.previous_rate or self.config.micro_batches > 1
+            previous = self.previous_rate if stale else None
+            loss = loss + boundary.rate_weight * probability_sum(output, batch, total, boundary, previous)
+        if output.concepts is not None:
+            self.concept_lengths = output.concepts.pooled.diff()
+        self.step_tally = total if self.step_tally is None else self.step_tally + total
+        return loss * (world_size() * self.config.micro_batches)
+
+    def configure_optimizers(self) -> Optimizer:
+        return build_optimizer(self.model, self.config.model, self.config.optim)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        limit = self.config.optim.clip_norm or float("inf")
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).detach()
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        reached = self.consumed_tokens + self.config.data.tokens_per_step
+        factor = learning_rate_factor(reached, self.config.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.step(closure=optimizer_closure)
+        self.after_step()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Closes the step: F for the next one, the rate bias, the prior mean."""
+        assert self.step_tally is not None
+        step, self.step_tally = self.step_tally, None
+        self.last_step = step
+        if isinstance(self.model, DLCM):
+            self.previous_rate.copy_(step.rate)
+            self.model.boundary.after_step(step.rate, step.features / step.total("tokens"))
+
+    def empty_tally(self) -> Tally:
+        """A tally of nothing, on this module's device."""
+        domains = torch.zeros(len(self.config.data.domains), len(COLUMNS), dtype=torch.float64, device=self.device)
+        scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=self.device)
+        return Tally(domains, scalars, torch.zeros((), dtype=torch.float64, device=self.device))

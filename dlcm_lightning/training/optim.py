@@ -1,0 +1,25 @@
+"""AdamW with one parameter group per muP role."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dlcm_lightning.config import ModelConfig, OptimConfig
+from dlcm_lightning.model.mup import Role, rule, tagged_parameters
+
+
+def build_optimizer(module: nn.Module, model: ModelConfig, optim: OptimConfig) -> torch.optim.AdamW:
+    """Groups carry `role` and `peak_lr`; the fused kernel is used where the parameters' device has one."""
+    by_role: dict[Role, list[nn.Parameter]] = {}
+    for _, owner in tagged_parameters(module):
+        by_role.setdefault(owner.role, []).append(owner.weight)
+    groups = []
+    for role, parameters in by_role.items():
+        line = rule(role, model, optim)
+        groups.append({
+            "params": parameters, "role": role.value, "lr": line.learning_rate, "peak_lr": line.learning_rate,
+            "weight_decay": line.weight_decay, "eps": line.epsilon,
+        })
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in module.parameters())
+    return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=fused)

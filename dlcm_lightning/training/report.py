@@ -1,0 +1,112 @@
+"""What a run came to: one table for people, one file for programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dlcm_lightning.config import Config
+from dlcm_lightning.data.ngram import Floor
+from dlcm_lightning.flops import training_flops_per_token
+from dlcm_lightning.training.callbacks.metrics import Metrics
+
+FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast the steps of this process were."""
+
+    tokens_per_second: float
+    """Steps only: validation and checkpoints do not count."""
+    flops_per_token: float
+    """Forward and backward, of the concepts and documents that really came."""
+    matrix_product_rate: float
+    """FLOP/s of large products on this machine, mean of before and after."""
+
+    @property
+    def share(self) -> float:
+        """Of the machine's matrix-product rate that steps reached."""
+        return self.tokens_per_second * self.flops_per_token / self.matrix_product_rate
+
+
+def speed(config: Config, metrics: Metrics, matrix_product_rate: float) -> Speed | None:
+    """None where this process made no step."""
+    trained = metrics.trained
+    if trained is None or metrics.training_seconds == 0:
+        return None
+    tokens = trained.total("tokens").item()
+    concepts = trained.rate.item() if config.model.kind == "dlcm" else None
+    document = trained.scalar("squared_lengths").item() / tokens
+    flops = training_flops_per_token(config.model, document, concepts)
+    return Speed(tokens / metrics.training_seconds, flops, matrix_product_rate)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The end of a run."""
+
+    steps: int
+    tokens: int
+    hardware: str
+    precision: str
+    attention: str
+    parameters: int
+    validation: dict[str, Any]
+    """Metrics of all domains, and of each under "domains"."""
+    floors: list[Floor]
+    speed: Speed | None
+
+    def save(self, run: Path) -> None:
+        temporary = run / f"{FILE}.part"
+        temporary.write_text(json.dumps(asdict(self), indent=1))
+        temporary.replace(run / FILE)
+
+    @staticmethod
+    def load(run: Path) -> Report | None:
+        """The report of a finished run, None where there is none."""
+        file = run / FILE
+        if not file.is_file():
+            return None
+        fields = json.loads(file.read_text())
+        fields["floors"] = [Floor(**floor) for floor in fields["floors"]]
+        fields["speed"] = Speed(**fields["speed"]) if fields["speed"] else None
+        return Report(**fields)
+
+    def table(self) -> str:
+        """Per domain: bits per byte beside the floors of the same rows, tokens per concept."""
+        floors = {floor.domain: floor for floor in self.floors}
+        segmented = "R_sampled" in self.validation
+        header = f"{'validation':<12}{'bits/byte':>10}{'unigram':>10}{'trigram':>10}"
+        lines = [header + (f"{'R sampled':>12}{'R thresh.':>11}" if segmented else "")]
+        for domain, metrics in self.validation["domains"].items():
+            floor = floors[domain]
+            line = f"{domain:<12}{metrics['bits_per_byte']:>10.3f}{floor.unigram:>10.3f}{floor.trigram:>10.3f}"
+            if segmented:
+                line += f"{metrics['R_sampled']:>12.2f}{metrics['R_thresholded']:>11.2f}"
+            lines.append(line)
+        line = f"{'all':<12}{self.validation['bits_per_byte']:>10.3f}{'':>20}"
+        if segmented:
+            line += f"{self.validation['R_sampled']:>12.2f}{self.validation['R_thresholded']:>11.2f}"
+        return "\n".join([*lines, line])
+
+
+def summary(config: Config, report: Report) -> str:
+    """The table, the speed, and where to go from here."""
+    run = Path(config.train.runs) / config.name
+    parts = ["", report.table(), ""]
+    parts.append(f"{report.steps} steps, {report.tokens:,} tokens, {report.parameters:,} parameters, "
+                 f"{report.precision}, attention {report.attention}, {report.hardware}")
+    if report.speed:
+        pace = report.speed
+        parts.append(f"{pace.tokens_per_second:,.0f} tokens/s x {pace.flops_per_token / 1e6:.1f} MFLOP/token = "
+                     f"{100 * pace.share:.0f} % of this machine's matrix-product rate "
+                     f"({pace.matrix_product_rate / 1e9:,.0f} GFLOP/s)")
+    parts += [
+        f"run directory   {run}",
+        "resume          the same command again; a finished run is left as it is",
+        f"watch           make tensorboard   (tensorboard --logdir {config.train.runs})",
+    ]
+    return "\n".join(parts)
