@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import Manifest
@@ -124,8 +124,12 @@ def tokenize(
     if not held.is_file():
         tokenizer.save(out)
     texts = (text for path in files for text in read_file(path, text_field))
-    return tokenize_documents(texts, tokenizer, out / source, source=source, domain=domain,
-                              validation_share=validation_share)
+    try:
+        return tokenize_documents(texts, tokenizer, out / source, source=source, domain=domain,
+                                  validation_share=validation_share)
+    except OSError as error:
+        raise DataError(f"{out / source}: not built ({error}); what is there is kept under a hidden name and cleared "
+                        "by the next attempt") from error
 
 
 def list_files(inputs: Iterable[str | Path]) -> list[Path]:

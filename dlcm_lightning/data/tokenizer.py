@@ -51,7 +51,10 @@ class Tokenizer:
     def __init__(self, definition: str, begin: str, end: str) -> None:
         """definition: the text of tokenizer.json. begin, end: the BOS and EOS tokens, which it must hold."""
         self._definition = definition
-        self._library = tokenizers.Tokenizer.from_str(definition)
+        try:
+            self._library = tokenizers.Tokenizer.from_str(definition)
+        except Exception as error:  # the library raises nothing more specific
+            raise DataError(f"tokenizer.json: the tokenizers library refuses it ({error})") from error
         self._library.encode_special_tokens = True
         self._library.no_truncation()
         self._library.no_padding()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -88,8 +89,9 @@ class ShardWriter:
         if kind is None:
             self.close()
         elif self._tar is not None:
-            self._file.close()
-            self._tar = None
+            tar, self._tar = self._tar, None
+            with self._file, suppress(OSError):
+                tar.close()
 
     def _close_block(self) -> None:
         if not self._block:

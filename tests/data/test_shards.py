@@ -1,0 +1,286 @@
+"""Shards: round trip, the format as others read it, and every way a shard can be wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from synthetic import VOCABULARY, make_texts
+
+from dlcm_lightning.config import DataConfig
+from dlcm_lightning.data.documents import tokenize_documents
+from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.data.manifest import read_manifest, sha256_of
+from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.data.source import Source
+from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.data.writer import ShardWriter, build_index
+
+
+def train_texts(config: DataConfig, tokenizer: Tokenizer) -> list[str]:
+    source = Source(Path(config.root) / "a" / "train", tokenizer)
+    return [tokenizer.decode(ids) for ids in source.documents(10**6)]
+
+
+def test_text_survives_shards(config: DataConfig, tokenizer: Tokenizer) -> None:
+    written = make_texts("english", 300, seed=1)
+    validation = Source(Path(config.root) / "a" / "validation", tokenizer).documents(10**6)
+    kept = train_texts(config, tokenizer) + [tokenizer.decode(ids) for ids in validation]
+    assert sorted(kept) == sorted(written)
+    assert [text for text in written if text in set(kept)] == written
+
+
+def test_any_window_equals_the_documents_end_to_end(config: DataConfig, tokenizer: Tokenizer) -> None:
+    source = Source(Path(config.root) / "a" / "train", tokenizer)
+    assert len(source.manifest.shards) > 1 and any(shard.blocks > 1 for shard in source.manifest.shards)
+    documents = source.documents(10**6)
+    stream = np.concatenate(documents)
+    begins = np.cumsum([0, *map(len, documents)])[:-1]
+    random = np.random.default_rng(0)
+    for first in [0, source.tokens - 1, *random.integers(0, source.tokens - 1, 40).tolist()]:
+        count = int(random.integers(1, min(3000, source.tokens - first) + 1))
+        tokens, starts = source.read(first, count)
+        assert tokens.tolist() == stream[first:first + count].tolist()
+        assert starts.tolist() == [begin - first for begin in begins if first <= begin < first + count]
+    for first, count in ((-1, 2), (0, 0), (source.tokens, 1), (0, source.tokens + 1)):
+        with pytest.raises(IndexError):
+            source.read(first, count)
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves its files to the collector
+def test_webdataset_reads_the_shards(config: DataConfig, tokenizer: Tokenizer) -> None:
+    folder = Path(config.root) / "a" / "train"
+    tokens, lengths = [], []
+    for shard in sorted(folder.glob("*.tar")):
+        for sample in webdataset.WebDataset(str(shard), shardshuffle=False):
+            tokens.append(np.frombuffer(sample["tokens.u16"], dtype="<u2"))
+            lengths.append(np.frombuffer(sample["lengths.u32"], dtype="<u4"))
+    stream, _ = Source(folder, tokenizer).read(0, read_manifest(folder).tokens)
+    assert np.concatenate(tokens).tolist() == stream.tolist()
+    assert sum(map(len, lengths)) == read_manifest(folder).documents
+
+
+def test_the_same_documents_give_the_same_bytes(build_corpus: Callable[[Path], DataConfig], config: DataConfig,
+                                                tmp_path: Path) -> None:
+    build_corpus(tmp_path)
+    files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (Path(config.root) / name).read_bytes(), name
+
+
+def test_the_manifest_counts_what_is_there(config: DataConfig, tokenizer: Tokenizer) -> None:
+    manifest = read_manifest(Path(config.root) / "a" / "train")
+    texts = train_texts(config, tokenizer)
+    assert manifest.documents == len(texts)
+    assert manifest.text_bytes == sum(len(text.encode()) for text in texts)
+    assert manifest.tokens == sum(map(len, tokenizer.encode_documents(texts)))
+    for shard in manifest.shards:
+        assert sha256_of(Path(config.root) / "a" / "train" / shard.name) == shard.sha256
+
+
+def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "x", source="x", domain="d", split="train", tokenizer="f",
+                     vocab_size=100_000) as writer:
+        writer.write(np.array([0, 99_999, 1]), 5)
+    assert read_manifest(tmp_path / "x").dtype == "uint32"
+    with tarfile.open(tmp_path / "x" / "00000.tar") as tar:
+        assert tar.getnames() == ["00000000.lengths.u32", "00000000.tokens.u32"]
+        assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "dlcm")}
+
+
+def test_nothing_pickled_is_ever_loaded(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something was unpickled")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    Reader(config, 0, VOCABULARY).step_batch(0, 0)
+
+
+def test_the_writer_refuses_ids_outside_the_vocabulary_and_folders_in_use(tmp_path: Path) -> None:
+    def writer() -> ShardWriter:
+        return ShardWriter(tmp_path, source="x", domain="d", split="train", tokenizer="f", vocab_size=300)
+
+    first = writer()
+    for ids in (np.array([0, 300]), np.array([-1, 5]), np.array([], dtype=np.int64)):
+        with pytest.raises(DataError, match=r"outside \[0, 300\)"):
+            first.write(ids, 1)
+    first.write(np.array([0, 5, 1]), 1)
+    first.close()
+    with pytest.raises(DataError, match="not empty"):
+        writer()
+
+
+def test_a_build_that_was_killed_is_never_taken_for_a_whole_one(config: DataConfig, tokenizer: Tokenizer,
+                                                                tmp_path: Path) -> None:
+    """A process is killed by SIGKILL after it has finished a shard and begun another."""
+    script = f"""
+import os, signal
+from dlcm_lightning.data.documents import tokenize_documents
+from dlcm_lightning.data.tokenizer import Tokenizer
+def texts():
+    for number in range(10**6):
+        yield f"{{number}} " + "the cat " * 3000
+        if number == 100: os.kill(os.getpid(), signal.SIGKILL)
+tokenize_documents(texts(), Tokenizer.load({config.root!r}), {str(tmp_path / 'a')!r}, source="a", domain="en",
+                   shard_bytes=8000, block_tokens=500)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    assert list(tmp_path.rglob("00000.tar")), "the kill came too early to prove anything"
+    assert not (tmp_path / "a").exists() and not list(tmp_path.rglob("manifest.json"))
+    with pytest.raises(DataError, match=r"manifest\.json: missing, so the folder holds no finished source"):
+        Source(tmp_path / "a" / "train", tokenizer)
+    tokenize_documents(make_texts("english", 60), tokenizer, tmp_path / "a", source="a", domain="en")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_failed_write_leaves_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "x", source="x", domain="d", split="train",
+                                                  tokenizer="f", vocab_size=300, block_tokens=2) as writer:
+        writer.write(np.array([0, 5, 1]), 1)
+        raise RuntimeError
+    assert not (tmp_path / "x" / "manifest.json").exists()
+
+
+@pytest.fixture
+def damaged(config: DataConfig, tmp_path: Path) -> Path:
+    """A copy of the corpus to damage; returns the folder of source a's training split."""
+    shutil.copytree(config.root, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "a" / "train"
+
+
+def opening(config: DataConfig, folder: Path) -> Reader:
+    settings = {**config.__dict__, "root": str(folder.parent.parent)}
+    return Reader(DataConfig(**settings), 0, VOCABULARY)
+
+
+def change_manifest(folder: Path, change: Callable[[dict], None]) -> None:
+    found = json.loads((folder / "manifest.json").read_text())
+    change(found)
+    (folder / "manifest.json").write_text(json.dumps(found))
+
+
+def test_the_copy_is_sound_before_damage(config: DataConfig, damaged: Path) -> None:
+    assert opening(config, damaged).step_batch(0, 0).tokens.shape == (128,)
+
+
+def test_a_flipped_bit_names_its_shard(config: DataConfig, damaged: Path) -> None:
+    content = bytearray((damaged / "00001.tar").read_bytes())
+    content[700] ^= 1
+    (damaged / "00001.tar").write_bytes(content)
+    with pytest.raises(DataError, match=r"a/train/00001\.tar: sha256 .* the manifest states .* rebuild"):
+        opening(config, damaged)
+
+
+def test_a_truncated_shard_names_itself_and_both_sizes(config: DataConfig, damaged: Path) -> None:
+    content = (damaged / "00000.tar").read_bytes()
+    (damaged / "00000.tar").write_bytes(content[:3000])
+    with pytest.raises(DataError, match=rf"a/train/00000\.tar: 3000 bytes, the manifest states {len(content)}"):
+        opening(config, damaged)
+
+
+def test_a_missing_shard_or_index_is_named(config: DataConfig, damaged: Path) -> None:
+    (damaged / "00001.index").rename(damaged / "kept")
+    with pytest.raises(DataError, match=r"00001\.tar: cannot be read .*00001\.index"):
+        opening(config, damaged)
+    (damaged / "kept").rename(damaged / "00001.index")
+    (damaged / "00001.tar").unlink()
+    with pytest.raises(DataError, match=r"00001\.tar: missing, though the manifest lists it"):
+        opening(config, damaged)
+
+
+def test_a_wrong_index_is_refused_before_it_is_used(config: DataConfig, damaged: Path) -> None:
+    path = damaged / "00000.index"
+    index = build_index(damaged / "00000.tar")
+    assert path.read_bytes() == index.tobytes()
+    for place, value in (((0, 0), 10**12), ((0, 1), 3), ((0, 2), -5), ((0, 3), 10**9)):
+        wrong = index.copy()
+        wrong[place] = value
+        path.write_bytes(wrong.tobytes())
+        with pytest.raises(DataError, match=r"00000\.index: does not fit"):
+            opening(config, damaged)
+    path.write_bytes(index.tobytes()[:-8])
+    with pytest.raises(DataError, match=r"00000\.index: .* blocks need"):
+        opening(config, damaged)
+
+
+def test_a_manifest_that_disagrees_with_its_shards_is_refused(config: DataConfig, damaged: Path) -> None:
+    original = (damaged / "manifest.json").read_text()
+    changes: list[tuple[Callable[[dict], None], str]] = [
+        (lambda found: found.update(tokens=found["tokens"] + 1), r"states tokens = \d+, its shards sum to"),
+        (lambda found: found["shards"].pop(), "its shards sum to"),
+        (lambda found: (found["shards"][0].update(documents=found["shards"][0]["documents"] + 1),
+                        found.update(documents=found["documents"] + 1)), "does not fit the shard"),
+        (lambda found: found["shards"][0].update(sha256="0" * 64), "sha256"),
+        (lambda found: found["shards"][0].update(name="../../evil.tar"), "must be a plain name"),
+        (lambda found: found.update(dtype="object"), "dtype = 'object'"),
+        (lambda found: found.update(dtype="uint32"), "does not fit|beyond the vocabulary"),
+        (lambda found: found.update(format=99), "format 99; this version reads 1"),
+        (lambda found: found.pop("tokenizer"), "not a manifest"),
+        (lambda found: found.update(vocab_size=10), "states vocab_size = 10"),
+    ]
+    for change, message in changes:
+        (damaged / "manifest.json").write_text(original)
+        change_manifest(damaged, change)
+        with pytest.raises(DataError, match=message):
+            opening(config, damaged)
+    (damaged / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"manifest\.json: not a manifest"):
+        opening(config, damaged)
+
+
+def rewrite(damaged: Path, ids: list[int]) -> None:
+    """Replaces a shard by one with other ids, sizes and sha256 made to agree: only the content is wrong."""
+    shutil.rmtree(damaged)
+    manifest = read_manifest(damaged.parent / "validation")
+    with ShardWriter(damaged, source="a", domain="en", split="train", tokenizer=manifest.tokenizer,
+                     vocab_size=60_000) as writer:
+        writer.write(np.array(ids), 5)
+    change_manifest(damaged, lambda found: found.update(vocab_size=VOCABULARY))
+
+
+def test_a_token_id_beyond_the_vocabulary_is_refused(config: DataConfig, damaged: Path, tokenizer: Tokenizer) -> None:
+    rewrite(damaged, [0, *[5] * 500, 50_000, 1])
+    with pytest.raises(DataError, match=r"00000\.tar: token id 50000 beyond the vocabulary of 360"):
+        opening(config, damaged)
+    with pytest.raises(DataError, match="token id 50000"):  # also where a corpus is too large to be verified
+        Source(damaged, tokenizer).read(450, 53)
+
+
+def test_another_tokenizer_is_refused(config: DataConfig, damaged: Path) -> None:
+    change_manifest(damaged, lambda found: found.update(tokenizer="f" * 64))
+    with pytest.raises(DataError, match="made with tokenizer ffffffffffff"):
+        opening(config, damaged)
+    with pytest.raises(DataError, match=r"360 ids, but model\.vocab_size = 300"):
+        Reader(config, 0, 300)
+
+
+def test_a_source_or_domain_without_a_row_is_refused(config: DataConfig, damaged: Path) -> None:
+    rewrite(damaged, [0, 5, 1])
+    with pytest.raises(DataError, match=r"source 'a' .*: 3 training tokens .* fill no row of 64 \+ 1"):
+        opening(config, damaged)
+    shutil.copytree(Path(config.root) / "a" / "train", damaged, dirs_exist_ok=True)
+    validation = damaged.parent / "validation"
+    manifest = read_manifest(validation)
+    shutil.rmtree(validation)
+    ShardWriter(validation, source="a", domain="en", split="validation", tokenizer=manifest.tokenizer,
+                vocab_size=VOCABULARY).close()
+    with pytest.raises(DataError, match="domain 'en': 0 validation tokens fill no row"):
+        opening(config, damaged)
+
+
+def test_a_source_that_is_not_there_is_refused(config: DataConfig, damaged: Path) -> None:
+    shutil.rmtree(damaged.parent)
+    with pytest.raises(DataError, match=r"a/train/manifest\.json: missing"):
+        opening(config, damaged)
