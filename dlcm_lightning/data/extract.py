@@ -69,18 +69,20 @@ def docstrings(package: Path) -> Iterator[str]:
     """Long docstrings of every module of a package outside tests, read without importing it."""
     for path in _python_files(package):
         source = _read_python(path)
-        # Parsing is most of the cost, and most files without a triple quote have no docstring worth it.
+        # Parsing is most of the cost; a long docstring without triple quotes is nowhere to be seen.
         if source is None or not ('"""' in source or "'''" in source):
             continue
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError, RecursionError):
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node, clean=False)
-                if text is not None and len(text) > DOCSTRING_CHARACTERS:
-                    yield inspect.cleandoc(text)
+        owners: list[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef] = [tree]
+        for owner in owners:  # grows while it is walked: statements only, ast.walk would visit every expression
+            text = ast.get_docstring(owner, clean=False)
+            if text is not None and len(text) > DOCSTRING_CHARACTERS:
+                yield inspect.cleandoc(text)
+            owners += [node for node in owner.body
+                       if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
 def python_files(folder: Path) -> Iterator[str]:

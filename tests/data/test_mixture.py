@@ -52,8 +52,14 @@ def test_every_row_of_a_source_comes_exactly_once_per_epoch() -> None:
         for epoch in range(int(epochs.max())):
             assert sorted(mine[epochs == epoch].tolist()) == list(range(rows))
         assert len(set(mine[epochs == epochs.max()].tolist())) == (epochs == epochs.max()).sum()
-    orders = [drawn.rows[(drawn.sources == 0) & (drawn.epochs == epoch)].tolist() for epoch in (0, 1)]
-    assert orders[0] != orders[1]
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    drawn = Mixture(3, ["a"], [37], [1.0], block_rows=1).draw(np.arange(3 * 37))
+    orders = drawn.rows.reshape(3, 37)
+    assert drawn.epochs.tolist() == [epoch for epoch in range(3) for _ in range(37)]
+    assert all(sorted(order) == list(range(37)) for order in orders.tolist())
+    assert len({tuple(order) for order in orders.tolist()}) == 3
 
 
 def test_a_sample_depends_on_nothing_but_seed_sources_and_index() -> None:
