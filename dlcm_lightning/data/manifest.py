@@ -17,9 +17,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dlcm_lightning.data.errors import DataError
 
@@ -125,3 +128,28 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def index_name(shard: str) -> str:
+    """Name of the index of a shard."""
+    return f"{shard.removesuffix('.tar')}.index"
+
+
+def build_index(shard: Path) -> np.ndarray:
+    """(blocks, 4) little-endian int64, read from the tar's headers. DataError: not a shard of this format."""
+    rows: dict[str, list[int]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                block, _, kind = member.name.partition(".")
+                row = rows.setdefault(block, [-1, 0, -1, 0])
+                if kind == "lengths.u32":
+                    row[2:] = [member.offset_data, member.size // 4]
+                elif kind in ("tokens.u16", "tokens.u32"):
+                    row[:2] = [member.offset_data, member.size // (2 if kind.endswith("16") else 4)]
+    except tarfile.TarError as error:
+        raise DataError(f"{shard}: not a readable tar ({error})") from error
+    index = np.array(list(rows.values()), dtype="<i8").reshape(-1, 4)
+    if (index < 0).any():
+        raise DataError(f"{shard}: a block lacks its tokens or its lengths; build the shard again")
+    return index

@@ -19,7 +19,15 @@ from typing import Any
 import numpy as np
 
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.manifest import INDEX_COLUMNS, WIDTHS, ShardEntry, read_manifest, sha256_of
+from dlcm_lightning.data.manifest import (
+    INDEX_COLUMNS,
+    WIDTHS,
+    ShardEntry,
+    build_index,
+    index_name,
+    read_manifest,
+    sha256_of,
+)
 from dlcm_lightning.data.tokenizer import Tokenizer
 
 MAPPED_SHARDS = 64
@@ -113,6 +121,8 @@ class Source:
             if digest != shard.sha256:
                 raise DataError(f"{path}: sha256 {digest[:12]}..., the manifest states {shard.sha256[:12]}...; "
                                 f"{REBUILD}")
+            if not np.array_equal(build_index(path), mapped.index):
+                raise DataError(f"{path.parent / index_name(shard.name)}: not the index of its shard; {REBUILD}")
             documents = 0
             for block in range(len(mapped.index)):
                 ids, lengths = self._block(mapped, block)
@@ -147,13 +157,14 @@ class Source:
         shard = self.manifest.shards[number]
         self._check_size(shard)
         path = self._path(number)
+        index_path = path.parent / index_name(shard.name)
         try:
-            raw = path.with_suffix(".index").read_bytes()
+            raw = index_path.read_bytes()
             content = np.memmap(path, dtype=np.uint8, mode="r")
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error}); copy it there or rebuild the source") from error
         if len(raw) != shard.blocks * INDEX_COLUMNS * 8:
-            raise DataError(f"{path.with_suffix('.index')}: {len(raw)} bytes, {shard.blocks} blocks need "
+            raise DataError(f"{index_path}: {len(raw)} bytes, {shard.blocks} blocks need "
                             f"{shard.blocks * INDEX_COLUMNS * 8}; {REBUILD}")
         index = np.frombuffer(raw, dtype="<i8").reshape(-1, INDEX_COLUMNS)
         ends = np.cumsum(index[:, 1])
@@ -161,7 +172,7 @@ class Source:
         inside = (index[:, 0] + index[:, 1] * self._type.itemsize <= shard.size).all() and (
             index[:, 2] + index[:, 3] * 4 <= shard.size).all()
         if not (whole and inside):
-            raise DataError(f"{path.with_suffix('.index')}: does not fit the shard and its manifest; {REBUILD}")
+            raise DataError(f"{index_path}: does not fit the shard and its manifest; {REBUILD}")
         self._mapped[number] = _Mapped(content, index, ends - index[:, 1])
         while len(self._mapped) > MAPPED_SHARDS:
             self._mapped.popitem(last=False)

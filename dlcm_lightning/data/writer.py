@@ -7,7 +7,6 @@ its name or not there, and the manifest comes last: a build killed at any moment
 from __future__ import annotations
 
 import os
-import tarfile
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +19,8 @@ from dlcm_lightning.data.manifest import (
     WIDTHS,
     Manifest,
     ShardEntry,
+    build_index,
+    index_name,
     sha256_of,
     sync_folder,
     write_atomically,
@@ -126,28 +127,3 @@ class ShardWriter:
         sync_folder(self.folder)
         self._shards.append(ShardEntry(name=name, size=size, sha256=digest, **self._counts))
         self._counts = dict.fromkeys(self._counts, 0)
-
-
-def index_name(shard: str) -> str:
-    """Name of the index of a shard."""
-    return f"{shard.removesuffix('.tar')}.index"
-
-
-def build_index(shard: Path) -> np.ndarray:
-    """(blocks, 4) little-endian int64, read from the tar's headers. DataError: not a shard of this format."""
-    rows: dict[str, list[int]] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                block, _, kind = member.name.partition(".")
-                row = rows.setdefault(block, [-1, 0, -1, 0])
-                if kind == "lengths.u32":
-                    row[2:] = [member.offset_data, member.size // 4]
-                elif kind in ("tokens.u16", "tokens.u32"):
-                    row[:2] = [member.offset_data, member.size // (2 if kind.endswith("16") else 4)]
-    except tarfile.TarError as error:
-        raise DataError(f"{shard}: not a readable tar ({error})") from error
-    index = np.array(list(rows.values()), dtype="<i8").reshape(-1, 4)
-    if (index < 0).any():
-        raise DataError(f"{shard}: a block lacks its tokens or its lengths; build the shard again")
-    return index

@@ -19,11 +19,11 @@ from synthetic import VOCABULARY, make_texts
 from dlcm_lightning.config import DataConfig
 from dlcm_lightning.data.documents import tokenize_documents
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.manifest import read_manifest, sha256_of
+from dlcm_lightning.data.manifest import build_index, read_manifest, sha256_of
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.data.writer import ShardWriter, build_index
+from dlcm_lightning.data.writer import ShardWriter
 
 
 def train_texts(config: DataConfig, tokenizer: Tokenizer) -> list[str]:
@@ -210,6 +210,10 @@ def test_a_wrong_index_is_refused_before_it_is_used(config: DataConfig, damaged:
         path.write_bytes(wrong.tobytes())
         with pytest.raises(DataError, match=r"00000\.index: does not fit"):
             opening(config, damaged)
+    index[0, 0] += 2
+    path.write_bytes(index.tobytes())
+    with pytest.raises(DataError, match=r"00000\.index: not the index of its shard"):
+        opening(config, damaged)
     path.write_bytes(index.tobytes()[:-8])
     with pytest.raises(DataError, match=r"00000\.index: .* blocks need"):
         opening(config, damaged)
