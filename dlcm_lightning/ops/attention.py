@@ -11,7 +11,9 @@ other by test; which one runs is chosen once, by `choose_backend`, and named in 
     reference  one document at a time, the whole score matrix in memory: the oracle, and the fallback in float64
 
 The `sdpa` backend pads each document to a multiple of `BUCKET` and runs one call per padded length. Padding stands at
-the end, where causality hides it, so no mask is needed and the cost follows sum(length^2), not (sum length)^2.
+the end, where causality hides it, so no mask is needed and the cost follows sum(length^2), not (sum length)^2. On a
+CPU, documents up to `SHORT` positions take explicit batched products instead: torch's CPU kernel works in blocks that
+short documents do not fill, and `python -m benchmarks.attention` shows by how much it loses.
 
 Axes: T tokens (or concepts), H query heads, K key-value heads, d head width.
 """
@@ -21,6 +23,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +35,9 @@ from dlcm_lightning.ops.segments import Segments
 
 BUCKET = 32
 """Positions to whose multiple `sdpa` pads a document: fewer distinct shapes against less padding."""
+
+SHORT = 1024
+"""Padded length up to which a CPU keeps a document's whole score matrix."""
 
 
 def _optional(module: str, name: str) -> Callable[..., Any] | None:
@@ -71,6 +77,49 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Ten
                          **options)
 
 
+class _ShortCausal(torch.autograd.Function):
+    """Causal attention of equally long documents by batched products, scores kept for the backward.
+
+    query (B, repeats * L, d), key and value (B, L, d), B = documents x key-value heads: the query heads that share a
+    key head are stacked along the rows, so that grouped keys are neither copied nor summed over afterwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        length = key.shape[1]
+        future = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1)
+        bias = future.repeat(query.shape[1] // length, 1)
+        weights = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=query.shape[-1] ** -0.5).softmax(-1)
+        ctx.save_for_backward(query, key, value, weights)
+        return weights @ value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, weights = ctx.saved_tensors
+        grad_weights = grads[0] @ value.transpose(1, 2)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_scores *= query.shape[-1] ** -0.5
+        grad_value = weights.transpose(1, 2) @ grads[0]
+        return grad_scores @ key, grad_scores.transpose(1, 2) @ query, grad_value
+
+
+def _short_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """query (n, L, H, d), key and value (n, L, K, d) -> (n, L, H, d)."""
+    documents, length, heads, width = query.shape
+    kv_heads = key.shape[2]
+    q = query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).reshape(documents * kv_heads, -1, width)
+    k, v = (x.transpose(1, 2).reshape(documents * kv_heads, length, width) for x in (key, value))
+    out = _ShortCausal.apply(q, k, v).view(documents, kv_heads, -1, length, width)
+    return out.permute(0, 3, 1, 2, 4).reshape(documents, length, heads, width)
+
+
+def _sdpa_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """query (n, L, H, d), key and value (n, L, K, d) -> (n, L, H, d)."""
+    grouped = query.shape[2] != key.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
 def sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
     """scaled_dot_product_attention over documents grouped by padded length. Any device and dtype."""
     starts = segments.starts.long()
@@ -93,11 +142,9 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tenso
     grouped = [tensor.index_select(0, source) for tensor in (query, key, value)]
     begin = 0
     for size, count in zip(sizes, counts, strict=True):
-        q, k, v = (
-            tensor[begin:begin + size * count].unflatten(0, (count, size)).transpose(1, 2) for tensor in grouped
-        )  # (count, heads, size, d)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        q, k, v = (tensor[begin:begin + size * count].unflatten(0, (count, size)) for tensor in grouped)
+        causal = _short_causal if query.device.type == "cpu" and size <= SHORT else _sdpa_causal
+        outputs.append(causal(q, k, v).flatten(0, 1))
         begin += size * count
     return torch.cat(outputs).index_select(0, back)
 
@@ -107,7 +154,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> 
     repeats = query.shape[1] // key.shape[1]
     outputs = []
     bounds = segments.starts.tolist()
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         q = query[begin:end].transpose(0, 1)  # (H, L, d)
         k, v = (x[begin:end].repeat_interleave(repeats, dim=1).transpose(0, 1) for x in (key, value))
         scores = q @ k.transpose(1, 2) * query.shape[-1] ** -0.5

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**24
-"""Logits held at a time: 64 MB in fp32."""
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+"""Logits held at a time. 16 MB in fp32 stay in a CPU's last cache, and below the size from which glibc returns freed
+memory to the kernel; a GPU wants products that fill it."""
 
 
-def _chunk_tokens(vocabulary: int) -> int:
-    return max(64, CHUNK_ELEMENTS // vocabulary // 64 * 64)
+def _chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    return max(64, CHUNK_ELEMENTS.get(device.type, 2**26) // vocabulary // 64 * 64)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,7 +33,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(targets.shape, dtype=wide, device=hidden.device)  # (T,)
         grad_hidden = torch.empty_like(hidden) if differentiate else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if differentiate else None
-        step = _chunk_tokens(weight.shape[0])
+        step = _chunk_tokens(weight.shape[0], hidden.device)
         for begin in range(0, hidden.shape[0], step):
             chunk, target = hidden[begin:begin + step], targets[begin:begin + step]
             counted = target >= 0

@@ -45,7 +45,7 @@ def keep_large_buffers() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most glibc accepts
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
