@@ -86,7 +86,7 @@ class Boundary(nn.Module, ABC):
     def forward(self, hidden: Tensor, documents: Segments, noise: Tensor | None) -> Segmentation:
         """hidden (T, D), documents over T, noise (T,) or None for thresholded decisions."""
 
-    def after_step(self, rate: Tensor, feature_mean: Tensor) -> None:  # noqa: B027 - most forms keep no state
+    def after_step(self, rate: Tensor, feature_mean: Tensor) -> None:  # most forms keep no state
         """Called once after each optimizer step with F of the global batch () and its mean hidden state (D,)."""
 
 

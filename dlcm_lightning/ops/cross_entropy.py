@@ -31,8 +31,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         low = weight.to(hidden.dtype)
         losses = torch.empty(targets.shape, dtype=wide, device=hidden.device)  # (T,)
-        grad_hidden = torch.empty_like(hidden) if differentiate else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if differentiate else None
+        grad_hidden = torch.empty_like(hidden if differentiate else hidden[:0])
+        grad_weight = torch.zeros_like(weight if differentiate else weight[:0], dtype=wide)
         step = _chunk_tokens(weight.shape[0], hidden.device)
         for begin in range(0, hidden.shape[0], step):
             chunk, target = hidden[begin:begin + step], targets[begin:begin + step]
@@ -48,8 +48,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             shifted = logits.gather(1, picked).squeeze(1)
             total = logits.exp_().sum(-1, keepdim=True)
             losses[begin:begin + step] = torch.where(counted, total.squeeze(1).log() - shifted, 0.0)
-            logits *= (counted * scale)[:, None] / total
-            logits.scatter_add_(1, picked, -(counted * scale)[:, None].to(wide))
+            factor = counted[:, None].to(wide) * scale
+            logits *= factor / total
+            logits.scatter_add_(1, picked, -factor)
             grad_logits = logits.to(hidden.dtype)
             grad_hidden[begin:begin + step] = grad_logits @ low
             grad_weight += grad_logits.t() @ chunk

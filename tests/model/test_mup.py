@@ -1,0 +1,111 @@
+"""The muP table: each role's line at two widths, what initialisation and optimizer make of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from dlcm_lightning.config import OptimConfig
+from dlcm_lightning.model.dlcm import build_model
+from dlcm_lightning.model.mup import Role, rule, tagged_parameters
+from dlcm_lightning.ops.segments import Segments
+from dlcm_lightning.training.optim import build_optimizer
+from tests.model.conftest import SMALL
+
+WIDE = replace(SMALL, d_token=512, d_concept=1024, head_dim=64, heads_token=8, kv_heads_token=4, heads_concept=16,
+               kv_heads_concept=8, ffn_token=1024, ffn_concept=2048)  # s_token = 2, s_concept = 4
+OPTIM = OptimConfig(eta_token=1e-2, eta_concept=2e-2, eta_other=3e-3, eta_boundary=4e-3, weight_decay=0.1, epsilon=1e-8)
+
+
+@pytest.mark.parametrize(("role", "deviation", "learning_rate", "decay", "epsilon"), [
+    (Role.TOKEN, (1 / 256 / 2) ** 0.5, 1e-2 / 2, 0.2, 1e-8 / 2),
+    (Role.CONCEPT, (1 / 256 / 4) ** 0.5, 2e-2 / 4, 0.4, 1e-8 / 4),
+    (Role.TOKEN_TO_CONCEPT, (1 / 256 / 2) ** 0.5, 1e-2 / 2, 0.2, 1e-8 / 2),
+    (Role.CONCEPT_TO_TOKEN, (1 / 256 / 4 * 0.5) ** 0.5, 2e-2 / 4, 0.4, 1e-8 / 4),
+    (Role.BOUNDARY, None, 4e-3 / 2, 0.0, 1e-8 / 2),
+    (Role.EMBEDDING, 0.02, 3e-3, 0.1, 1e-8 / 2),
+    (Role.UNEMBEDDING, 0.02, 3e-3, 0.1, 1e-8 / 2),
+    (Role.NORM_TOKEN, None, 3e-3, 0.0, 1e-8 / 2),
+    (Role.NORM_CONCEPT, None, 3e-3, 0.0, 1e-8 / 4),
+])
+def test_each_role_has_its_line(
+    role: Role, deviation: float | None, learning_rate: float, decay: float, epsilon: float
+) -> None:
+    line = rule(role, WIDE, OPTIM)
+    assert line.deviation == (deviation if deviation is None else pytest.approx(deviation))
+    assert line.learning_rate == pytest.approx(learning_rate)
+    assert line.weight_decay == pytest.approx(decay)
+    assert line.epsilon == pytest.approx(epsilon)
+
+
+def test_decay_times_rate_does_not_depend_on_width() -> None:
+    for role in (Role.TOKEN, Role.CONCEPT, Role.TOKEN_TO_CONCEPT, Role.CONCEPT_TO_TOKEN):
+        products = {round(rule(role, size, OPTIM).learning_rate * rule(role, size, OPTIM).weight_decay, 12)
+                    for size in (SMALL, WIDE)}
+        assert len(products) == 1
+
+
+def test_initialisation_draws_what_the_table_says() -> None:
+    model = build_model(WIDE, torch.float32, "sdpa", seed=0)
+    for name, owner in tagged_parameters(model):
+        deviation = rule(owner.role, WIDE, OPTIM).deviation
+        if deviation is not None:
+            assert owner.weight.std().item() == pytest.approx(deviation, rel=0.03), name
+            assert abs(owner.weight.mean().item()) < 0.05 * deviation, name
+        elif owner.role is Role.BOUNDARY:
+            assert torch.equal(owner.weight, torch.eye(WIDE.d_token)), name
+        else:
+            assert torch.equal(owner.weight, torch.ones_like(owner.weight)), name
+
+
+def test_every_parameter_is_in_exactly_one_group_with_its_roles_settings() -> None:
+    model = build_model(WIDE, torch.float32, "sdpa", seed=0)
+    optimizer = build_optimizer(model, WIDE, OPTIM)
+    seen = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(seen) == len({id(parameter) for parameter in seen}) == len(list(model.parameters()))
+    for group in optimizer.param_groups:
+        line = rule(Role(group["role"]), WIDE, OPTIM)
+        assert (group["peak_lr"], group["weight_decay"], group["eps"]) == (
+            line.learning_rate, line.weight_decay, line.epsilon)
+
+
+def test_logits_are_scaled_by_one_over_s_token() -> None:
+    model = build_model(WIDE, torch.float64, "sdpa", seed=0)
+    hidden = torch.randn(3, WIDE.d_token, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.logits(hidden), hidden @ model.unembedding.weight.t() / 2)
+
+
+def test_a_parameter_without_a_role_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"0\.weight has no role"):
+        list(tagged_parameters(nn.Sequential(nn.Linear(2, 2, bias=False))))
+
+
+@pytest.mark.parametrize(("axis", "widths"), [("token", (32, 64, 128)), ("concept", (64, 128, 256))])
+def test_coordinates_move_by_as_much_at_every_width(axis: str, widths: tuple[int, ...]) -> None:
+    """Coordinate check: after three AdamW steps the mean change of the hidden states barely depends on the width."""
+    moves = []
+    for width in widths:
+        d, e = (width, 128) if axis == "token" else (64, width)
+        model_config = replace(
+            SMALL, d_token=d, d_concept=e, head_dim=16, heads_token=d // 16, kv_heads_token=d // 16,
+            heads_concept=e // 16, kv_heads_concept=e // 16, ffn_token=2 * d, ffn_concept=2 * e,
+            mup=replace(SMALL.mup, d_base=32 if axis == "token" else 64),
+        )
+        model = build_model(model_config, torch.float32, "sdpa", seed=0)
+        optimizer = build_optimizer(model, model_config, replace(OPTIM, eta_token=2e-3, eta_concept=2e-3,
+                                                                 eta_other=2e-3, weight_decay=0.0))
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(0, SMALL.vocab_size, (256,), generator=generator)
+        noise = torch.rand(256, generator=generator)
+        documents = Segments.from_lengths([128, 128])
+        first = model(tokens, documents, noise).hidden.detach()
+        for _ in range(3):
+            logits = model.logits(model(tokens, documents, noise).hidden)
+            nn.functional.cross_entropy(logits[:-1], tokens[1:]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moves.append((model(tokens, documents, noise).hidden.detach() - first).abs().mean().item())
+    assert max(moves) / min(moves) < 1.6, moves
