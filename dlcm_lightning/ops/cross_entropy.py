@@ -34,6 +34,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden if differentiate else hidden[:0])
         grad_weight = torch.zeros_like(weight if differentiate else weight[:0], dtype=wide)
         step = _chunk_tokens(weight.shape[0], hidden.device)
+        rows = torch.arange(min(step, hidden.shape[0]), device=hidden.device)
         for begin in range(0, hidden.shape[0], step):
             chunk, target = hidden[begin:begin + step], targets[begin:begin + step]
             counted = target >= 0
@@ -50,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[begin:begin + step] = torch.where(counted, total.squeeze(1).log() - shifted, 0.0)
             factor = counted[:, None].to(wide) * scale
             logits *= factor / total
-            logits.scatter_add_(1, picked, -factor)
+            logits[rows[:len(target)], picked.squeeze(1)] -= factor.squeeze(1)
             grad_logits = logits.to(hidden.dtype)
             grad_hidden[begin:begin + step] = grad_logits @ low
             grad_weight += grad_logits.t() @ chunk

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import time
+from pathlib import Path
 
 import torch
 
@@ -72,4 +74,10 @@ def describe(train: TrainConfig, where: torch.device) -> str:
     """Processor, threads or GPUs, in words."""
     if where.type == "cuda":
         return f"{train.nodes} x {train.devices} {torch.cuda.get_device_name(where)}"
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    named = re.search(r"^model name\s*:\s*(.+)$", _cpu_table(), re.MULTILINE)
+    return f"{named[1] if named else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_table() -> str:
+    table = Path("/proc/cpuinfo")
+    return table.read_text() if table.is_file() else ""

@@ -48,7 +48,7 @@ TENSORBOARD = "tensorboard"
 
 def _free_to_change(name: str) -> bool:
     """Whether a field may differ when a run is continued: where and how often, not what is computed."""
-    return name.startswith("train.") and name != "train.precision" or name == "data.workers"
+    return (name.startswith("train.") and name != "train.precision") or name == "data.workers"
 
 
 def claim_directory(config: Config) -> Path:
@@ -116,6 +116,7 @@ def pretrain(config: Config, report: Callable[[str], None] = print) -> Report:
         machine.keep_large_buffers()
     dtype = machine.compute_dtype(config.train.precision, where)
     backend = choose_backend(config.model.attention, where, dtype)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a write of every buffer; none is read unset
     run = claim_directory(config)
     sweep(run, config.train.keep_last)
     checkpoint = newest_checkpoint(run, report)

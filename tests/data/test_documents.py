@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from synthetic import make_texts
+from tests.synthetic import make_texts
 
 from dlcm_lightning.data.documents import clean, digest, split_of, tokenize, tokenize_documents
 from dlcm_lightning.data.errors import DataError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import VOCABULARY
+from tests.synthetic import VOCABULARY
 
 from dlcm_lightning.batch import NO_TARGET
 from dlcm_lightning.config import DataConfig, SourceConfig

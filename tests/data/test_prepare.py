@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic import make_texts
+from tests.synthetic import make_texts
 
 from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data import extract, prepare, wheels

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import VOCABULARY
+from tests.synthetic import VOCABULARY
 
 from dlcm_lightning.batch import NO_TARGET, Batch
 from dlcm_lightning.config import DataConfig, SourceConfig

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from synthetic import VOCABULARY, make_texts
+from tests.synthetic import VOCABULARY, make_texts
 
 from dlcm_lightning.config import DataConfig
 from dlcm_lightning.data.documents import tokenize_documents

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from synthetic import VOCABULARY, make_texts
+from tests.synthetic import VOCABULARY, make_texts
 
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.tokenizer import Tokenizer, train_bpe

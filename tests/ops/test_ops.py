@@ -13,6 +13,7 @@ from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
 from dlcm_lightning.ops.pooling import mean_pool, replicate
 from dlcm_lightning.ops.scan import linear_scan
 from dlcm_lightning.ops.segments import Segments, concepts_from_boundaries
+from tests import varlen_cpu
 
 GENERATOR = torch.Generator()
 
@@ -106,6 +107,16 @@ def test_sdpa_equals_one_document_at_a_time(short: int, kv_heads: int, monkeypat
     q, k, v = random(size, 4, 8), random(size, kv_heads, 8, seed=1), random(size, kv_heads, 8, seed=2)
     expected = attention(q, k, v, segments, "reference")
     got = attention(q, k, v, segments, "sdpa")
+    close(got, expected)
+    for mine, theirs in zip(gradients(got, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
+        close(mine, theirs)
+
+
+def test_torchs_varlen_is_called_as_it_wants_to_be() -> None:
+    varlen_cpu.register()
+    segments = Segments.from_lengths([33, 1, 5, 20])
+    q, k, v = random(59, 4, 8), random(59, 2, 8, seed=1), random(59, 2, 8, seed=2)
+    expected, got = (attention(q, k, v, segments, backend) for backend in ("reference", "varlen"))
     close(got, expected)
     for mine, theirs in zip(gradients(got, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
         close(mine, theirs)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from synthetic import VOCABULARY, make_texts
+from tests.synthetic import VOCABULARY, make_texts
 
 from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data.documents import tokenize_documents

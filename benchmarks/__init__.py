@@ -1,0 +1,1 @@
+"""Measurements, one table each, with their raw results in `results/`. Not tests: nothing here asserts a time."""

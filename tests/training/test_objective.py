@@ -1,0 +1,170 @@
+"""The objective: gradients of the whole step's loss, whatever the split; statistics that count what they should."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dlcm_lightning.batch import Batch
+from dlcm_lightning.config import BoundaryConfig, Config
+from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.model.boundary import LearnedBoundary
+from dlcm_lightning.model.dlcm import DLCM
+from dlcm_lightning.training.metrics import metrics_of
+from dlcm_lightning.training.module import PretrainModule
+from dlcm_lightning.training.objective import measure, rate_loss, rate_slope
+from tests import reference as oracle
+
+Gradients = dict[str, torch.Tensor]
+
+
+def module_for(config: Config) -> PretrainModule:
+    module = PretrainModule(config, torch.float64, "sdpa")
+    module.model.load_state_dict(oracle.random_state(config.model, seed=2))
+    return module
+
+
+def with_boundary(config: Config, **fields: object) -> Config:
+    return replace(config, model=replace(config.model, boundary=BoundaryConfig(**fields)))  # type: ignore[arg-type]
+
+
+def step_gradients(config: Config, micro_batch_rows: int, previous_rate: float | None = None) -> Gradients:
+    """Gradients of one optimizer step, its rows split into micro-batches, as Lightning would accumulate them."""
+    config = replace(config, data=replace(config.data, micro_batch_rows=micro_batch_rows))
+    module = module_for(config)
+    if previous_rate is not None:
+        module.previous_rate.fill_(previous_rate)
+    reader = Reader(config.data, config.seed, config.model.vocab_size)
+    for number in range(config.micro_batches):
+        loss = module.training_step(reader.step_batch(0, number), number)
+        (loss / config.micro_batches).backward()
+    return {name: parameter.grad.clone() for name, parameter in module.model.named_parameters()
+            if parameter.grad is not None}
+
+
+def oracle_gradients(config: Config, previous_rate: float | None = None) -> Gradients:
+    """The same from the loops, over all documents of the step at once."""
+    whole = replace(config.data, micro_batch_rows=config.data.rows_per_step)
+    batch = Reader(whole, config.seed, config.model.vocab_size).step_batch(0, 0)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in oracle.random_state(config.model, 2).items()}
+    lengths = batch.documents.lengths().tolist()
+    pieces = [tensor.split(lengths) for tensor in (batch.tokens, batch.noise, batch.targets)]
+    outputs = [oracle.forward(leaves, config.model, tokens, noise)
+               for tokens, noise in zip(pieces[0], pieces[1], strict=True)]
+    oracle.losses(outputs, list(pieces[2]), config.model, previous_rate).total.backward()
+    buffers = ("boundary.rate_bias", "boundary.prior_mean")
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None and name not in buffers}
+
+
+def assert_equal(mine: Gradients, theirs: Gradients) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_one_micro_batch_uses_the_rate_of_its_own_step(run_config: Config) -> None:
+    config = with_boundary(run_config, rate_weight=2.0)
+    assert_equal(step_gradients(config, 4), oracle_gradients(config))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_every_split_into_micro_batches_gives_the_same_gradients(run_config: Config, rows: int) -> None:
+    """3 rows a micro-batch: the second holds one row and two fillers, which must count in nothing."""
+    config = with_boundary(run_config, rate_weight=2.0, previous_rate=True)
+    assert_equal(step_gradients(config, rows, previous_rate=0.4), oracle_gradients(config, previous_rate=0.4))
+
+
+def test_the_first_step_of_an_accumulating_run_has_no_rate_gradient(run_config: Config) -> None:
+    config = with_boundary(run_config, rate_weight=2.0)
+    gradients = step_gradients(config, 2)
+    assert gradients["boundary.query.weight"].abs().max() == 0
+
+
+def test_the_loss_per_document_is_the_ablation_of_table_4(run_config: Config) -> None:
+    config = with_boundary(run_config, rate_weight=2.0, rate_scope="document")
+    assert_equal(step_gradients(config, 4), oracle_gradients(config))
+
+
+def test_the_rate_loss_is_zero_at_the_target_a_saddle_and_can_be_negative() -> None:
+    def at(f: float, g: float) -> float:
+        return rate_loss(torch.tensor(f, dtype=torch.float64), torch.tensor(g, dtype=torch.float64), 4.0).item()
+
+    assert at(0.25, 0.25) == pytest.approx(0, abs=1e-12)
+    assert at(0.3, 0.3) > 0
+    assert at(0.3, 0.2) < 0
+    f, g = torch.tensor(0.4, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    rate_loss(f, g, 4.0).backward()
+    torch.testing.assert_close(g.grad, rate_slope(f, 4.0))
+
+
+def one_batch(config: Config) -> Batch:
+    return Reader(config.data, config.seed, config.model.vocab_size).step_batch(0, 0)
+
+
+def test_a_tally_counts_by_domain_and_leaves_fillers_out(run_config: Config) -> None:
+    config = replace(run_config, data=replace(run_config.data, rows_per_step=5, micro_batch_rows=3))
+    module = module_for(config)
+    batch = Reader(config.data, config.seed, config.model.vocab_size).step_batch(0, 1)
+    assert batch.samples.tolist() == [3, 4, -1]
+    _, tally, output = module.tally(batch, batch.noise)
+    real = batch.counted()
+    assert tally.total("tokens") == 2 * 64
+    assert tally.scalar("step_tokens") == 5 * 64
+    assert tally.total("targets") == (batch.targets >= 0).sum() < tally.scalar("step_targets")
+    assert tally.total("bytes") == batch.target_bytes.sum()
+    assert tally.total("sampled") == output.segmentation.boundaries[real].sum()
+    assert tally.total("thresholded") == (output.segmentation.probabilities[real] >= 0.5).sum()
+    for number in range(len(config.data.domains)):
+        rows = (batch.domains == number) & (batch.samples >= 0)
+        assert tally.domains[number, 0] == 64 * rows.sum()
+    metrics = metrics_of(tally, config.data.domains, 4.0)
+    assert metrics["R_sampled"] == pytest.approx(1 / metrics["F"])
+    doubled = metrics_of(tally + tally, config.data.domains, 4.0)
+    assert doubled["bits_per_byte"] == pytest.approx(metrics["bits_per_byte"])
+
+
+def test_a_dense_model_has_a_tally_without_concepts(run_config: Config) -> None:
+    config = replace(run_config, model=replace(run_config.model, kind="dense"))
+    module = PretrainModule(config, torch.float64, "sdpa")
+    batch = one_batch(config)
+    loss = module.training_step(batch, 0)
+    loss.backward()
+    _, tally, output = module.tally(batch, None)
+    assert output.segmentation is None
+    assert "R_sampled" not in metrics_of(tally, config.data.domains, None)
+    measured = measure(output, batch, torch.zeros(256, dtype=torch.float64), config.model.boundary, 2)
+    assert measured.total("tokens") == 256
+
+
+def test_the_rate_bias_moves_the_rate_towards_its_target(run_config: Config) -> None:
+    """Nothing is trained; the bias alone brings F to 1/R from either side."""
+    for delta in (-2.0, 2.0):
+        module = module_for(run_config)
+        assert isinstance(module.model, DLCM)
+        boundary = module.model.boundary
+        assert isinstance(boundary, LearnedBoundary)
+        boundary.rate_bias.fill_(delta)
+        batch = one_batch(run_config)
+        before = module.tally(batch, batch.noise)[1].rate.item()
+        for _ in range(60):
+            rate = module.tally(batch, batch.noise)[1].rate
+            boundary.after_step(rate, boundary.prior_mean)
+        after = module.tally(batch, batch.noise)[1].rate.item()
+        assert abs(after - 0.25) < 0.02 < abs(before - 0.25)
+
+
+def test_the_prior_mean_follows_the_mean_hidden_state_of_past_steps(run_config: Config) -> None:
+    module = module_for(run_config)
+    assert isinstance(module.model, DLCM)
+    boundary = module.model.boundary
+    assert isinstance(boundary, LearnedBoundary)
+    prior = boundary.prior_mean.clone()
+    module.training_step(one_batch(run_config), 0)
+    assert torch.equal(boundary.prior_mean, prior), "the current batch must not enter"
+    tally = module.step_tally
+    assert tally is not None
+    module.after_step()
+    expected = 0.9 * prior + 0.1 * tally.features / 256
+    torch.testing.assert_close(boundary.prior_mean, expected)

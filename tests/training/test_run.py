@@ -1,0 +1,250 @@
+"""A whole run on real parts: Trainer, shards, TensorBoard, checkpoints; stopped anywhere, it ends as if it were not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dlcm_lightning.compose import load_config, save_config
+from dlcm_lightning.config import Config, ConfigError, DataConfig
+from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.training.checkpoints import CheckpointError, checkpoint_folders, newest_checkpoint
+from dlcm_lightning.training.run import pretrain
+
+KILLS = 4
+TIMED = ("tokens_per_second",)
+
+
+def quiet(message: str) -> None:
+    del message
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.train.runs) / config.name
+
+
+def lines(config: Config) -> list[dict[str, Any]]:
+    """metrics.jsonl without the numbers that a clock is in."""
+    text = (run_folder(config) / "metrics.jsonl").read_text()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in text.splitlines()]
+
+
+def final_state(config: Config) -> dict[str, Any]:
+    checkpoint = newest_checkpoint(run_folder(config), quiet)
+    assert checkpoint is not None and checkpoint.step == config.total_steps
+    return torch.load(checkpoint.state, weights_only=True)
+
+
+def assert_same_end(config: Config, other: Config) -> None:
+    """Bit-identical weights, buffers and optimizer, position of the loader, and every logged number."""
+    mine, theirs = final_state(config), final_state(other)
+    assert mine["state_dict"].keys() == theirs["state_dict"].keys()
+    for name, tensor in mine["state_dict"].items():
+        assert torch.equal(tensor, theirs["state_dict"][name]), name
+    moments, expected = (state["optimizer_states"][0]["state"] for state in (mine, theirs))
+    assert len(moments) == len(expected) > 0
+    for index, entry in moments.items():
+        for key, tensor in entry.items():
+            assert torch.equal(tensor, expected[index][key]), (index, key)
+    assert mine["loops"]["fit_loop"]["state_dict"] == theirs["loops"]["fit_loop"]["state_dict"]
+    assert lines(config) == lines(other)
+
+
+@pytest.fixture
+def undisturbed(run_config: Config) -> Config:
+    config = replace(run_config, name="undisturbed")
+    pretrain(config, quiet)
+    return config
+
+
+def test_a_run_ends_with_a_report_curves_and_boundaries_and_says_when_it_is_finished(undisturbed: Config) -> None:
+    folder = run_folder(undisturbed)
+    assert load_config(folder / "config.yaml") == undisturbed
+    report = json.loads((folder / "report.json").read_text())
+    assert report["steps"] == undisturbed.total_steps
+    assert set(report["validation"]["domains"]) == {"en", "zh"}
+    kinds = [(line["kind"], line["step"]) for line in lines(undisturbed)]
+    assert kinds == [("train", 2), ("train", 4), ("validation", 5), ("train", 6), ("train", 8), ("train", 10),
+                     ("validation", 10), ("train", 12), ("validation", 12)]
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    for name in ("loss", "bits_per_byte", "F", "G", "R_sampled", "R_thresholded", "p_sd", "p_near_half"):
+        assert {f"train_{name}/en", f"train_{name}/zh", f"train/{name}", f"validation_{name}/en"} <= scalars
+    assert {"train/gradient_norm", "train/tokens_per_second", "train/learning_rate_token"} <= scalars
+    assert "train/concept_length" in events.Tags()["histograms"]
+    assert any(tag.startswith("boundaries/en") for tag in events.Tags()["tensors"])
+    tokens_per_step = undisturbed.data.tokens_per_step
+    assert [event.step for event in events.Scalars("train/loss")] == [s * tokens_per_step for s in range(2, 13, 2)]
+
+    heard: list[str] = []
+    state = (folder / "metrics.jsonl").read_bytes()
+    pretrain(undisturbed, heard.append)
+    assert "is finished" in heard[0]
+    assert (folder / "metrics.jsonl").read_bytes() == state
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed: Config) -> None:
+    again, other = replace(undisturbed, name="again"), replace(undisturbed, name="other", seed=4)
+    pretrain(again, quiet)
+    assert_same_end(again, undisturbed)
+    pretrain(other, quiet)
+    assert lines(other) != lines(undisturbed)
+
+
+def test_accumulation_trains_as_one_micro_batch_does_under_the_same_rule_for_F(run_config: Config) -> None:
+    losses = []
+    for rows in (4, 1):
+        config = replace(
+            run_config, name=f"rows-{rows}", data=replace(run_config.data, micro_batch_rows=rows),
+            model=replace(run_config.model, boundary=replace(run_config.model.boundary, previous_rate=True)),
+            train=replace(run_config.train, precision="fp64"),
+        )
+        pretrain(config, quiet)
+        losses.append([line["loss"] for line in lines(config)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def start(config: Config, tmp_path: Path) -> subprocess.Popen[bytes]:
+    file = tmp_path / f"{config.name}.yaml"
+    save_config(config, file)
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen([sys.executable, "-m", "dlcm_lightning", "pretrain", str(file)], env=environment,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_a_run_that_is_killed_anywhere_ends_bit_identical(run_config: Config, tmp_path: Path) -> None:
+    """kill -9 at random moments of training: within a step, within a save, between the two."""
+    config = replace(run_config, name="killed",
+                     optim=replace(run_config.optim, total_tokens=run_config.data.tokens_per_step * 60),
+                     train=replace(run_config.train, checkpoint_every_steps=2))
+    straight = replace(config, name="straight")
+    process = start(straight, tmp_path)
+    assert process.wait(timeout=120) == 0
+    dice = random.Random(0)
+    for _ in range(KILLS):
+        process = start(config, tmp_path)
+        before = len((run_folder(config) / "metrics.jsonl").read_text().splitlines()) if (
+            run_folder(config) / "metrics.jsonl").exists() else 0
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            file = run_folder(config) / "metrics.jsonl"
+            if file.exists() and len(file.read_text().splitlines()) >= before + 3:
+                break
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=30) in (-signal.SIGKILL, 0)
+    process = start(config, tmp_path)
+    assert process.wait(timeout=120) == 0
+    assert_same_end(config, straight)
+
+
+def stop_after(config: Config, step: int) -> None:
+    """Leaves the run as a stop right behind the checkpoint of `step` would."""
+    class Stop(Exception):
+        pass
+
+    honest = torch.optim.AdamW.step
+    taken = 0
+
+    def counted(self: torch.optim.AdamW, closure: Callable[[], float] | None = None) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken > step:
+            raise Stop
+        return honest(self, closure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", counted)
+        with pytest.raises(Stop):
+            pretrain(config, quiet)
+
+
+def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
+    run_config: Config, undisturbed: Config
+) -> None:
+    stop_after(run_config, 7)
+    newest = checkpoint_folders(run_folder(run_config))[-1]
+    assert newest.name == "step-00000006"
+    content = bytearray((newest / "state.ckpt").read_bytes())
+    content[1000] ^= 255
+    (newest / "state.ckpt").write_bytes(content)
+    heard: list[str] = []
+    pretrain(run_config, heard.append)
+    assert any("step-00000006 is not used" in message for message in heard)
+    assert any("continuing" in message and "step 3" in message for message in heard)
+    assert_same_end(run_config, undisturbed)
+
+
+def test_resuming_continues_the_same_curves_without_a_point_twice(run_config: Config) -> None:
+    stop_after(run_config, 7)
+    pretrain(run_config, quiet)
+    events = EventAccumulator(str(run_folder(run_config) / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    per_step = run_config.data.tokens_per_step
+    assert [event.step for event in events.Scalars("train/loss")] == [step * per_step for step in range(2, 13, 2)]
+
+
+def test_a_directory_of_another_run_is_refused_with_the_fields_that_differ(undisturbed: Config) -> None:
+    other = replace(undisturbed, model=replace(undisturbed.model, d_token=64, heads_token=4, kv_heads_token=2),
+                    optim=replace(undisturbed.optim, eta_token=1.0))
+    with pytest.raises(ConfigError, match=r"differs in .*model\.d_token.*optim\.eta_token.*choose another name"):
+        pretrain(other, quiet)
+    relaxed = replace(undisturbed, train=replace(undisturbed.train, log_every_steps=7, keep_last=3))
+    pretrain(relaxed, quiet)  # how often one looks may change
+
+
+def test_other_shards_under_a_checkpoint_are_refused(
+    run_config: Config, build_corpus: Callable[[Path], DataConfig], tmp_path: Path
+) -> None:
+    own = build_corpus(tmp_path / "own")
+    config = replace(run_config, data=replace(run_config.data, root=own.root))
+    stop_after(config, 4)
+    manifest = tmp_path / "own" / "a" / "train"
+    (tmp_path / "own" / "b" / "train").rename(tmp_path / "spare")
+    manifest.rename(tmp_path / "own" / "b" / "train")
+    (tmp_path / "spare").rename(manifest)
+    with pytest.raises((ConfigError, DataError)):
+        pretrain(config, quiet)
+
+
+def test_a_full_disk_while_saving_is_a_clear_error_and_the_run_continues_afterwards(
+    run_config: Config, undisturbed: Config
+) -> None:
+    """A file-size limit makes the kernel refuse the write in the middle of the file, as a full disk does."""
+    stop_after(run_config, 4)
+    size = (checkpoint_folders(run_folder(run_config))[-1] / "state.ckpt").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+    try:
+        with pytest.raises(CheckpointError, match="step 6 could not be written .*step-00000003.*Free space"):
+            pretrain(run_config, quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    pretrain(run_config, quiet)
+    assert_same_end(run_config, undisturbed)
+
+
+def test_a_token_id_beyond_the_models_vocabulary_is_refused(run_config: Config) -> None:
+    config = replace(run_config, model=replace(run_config.model, vocab_size=300))
+    with pytest.raises(DataError, match=r"model\.vocab_size = 300"):
+        pretrain(config, quiet)
