@@ -63,5 +63,6 @@ class PretrainData(LightningDataModule):
         total = self.config.total_steps * self.config.micro_batches
         return TrainLoader(self.reader, total, self.config.data.workers, self.pin_memory)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def validation_loader(self) -> DataLoader[Batch]:
+        """This rank's validation batches. Not Lightning's `val_dataloader`: see callbacks/validate.py."""
         return DataLoader(ValidationBatches(self.reader, rank(), world_size()), batch_size=None)

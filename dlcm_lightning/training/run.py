@@ -78,11 +78,10 @@ def check_same_data(checkpoint: Checkpoint, reader: Reader) -> None:
 
 
 def _quiet() -> None:
-    """Lightning's and torch's remarks that say nothing about this run."""
+    """Silences Lightning's banner, and the one warning that it causes inside torch and that no user can mend."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers which may be a bottleneck.*")
-    warnings.filterwarnings("ignore", message=".*`val_dataloader`.*|.*validation_step.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    deprecated = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
 
 
 def _trainer(config: Config, where: torch.device, logger: TensorBoardLogger, callbacks: list[Callback]) -> Trainer:
@@ -90,11 +89,12 @@ def _trainer(config: Config, where: torch.device, logger: TensorBoardLogger, cal
         accelerator="gpu" if where.type == "cuda" else "cpu",
         devices=config.train.devices,
         num_nodes=config.train.nodes,
-        precision="64-true" if config.train.precision == "fp64" else "32-true",  # the model casts for itself
+        precision="32-true",  # leaves everything as it is: the model casts for itself
         logger=logger,
         callbacks=callbacks,
         max_steps=config.total_steps,
         max_epochs=-1,
+        log_every_n_steps=1,
         accumulate_grad_batches=config.micro_batches,
         limit_val_batches=0,
         enable_checkpointing=False,
@@ -148,7 +148,7 @@ def pretrain(config: Config, report: Callable[[str], None] = print) -> Report:
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint.state if checkpoint else None, weights_only=True)
 
     module.to(where)
-    tally = validate(module, data.val_dataloader(), progress=True)
+    tally = validate(module, data.validation_loader(), progress=True)
     ratio = config.model.boundary.target_ratio if config.model.kind == "dlcm" else None
     validation = metrics_of(tally, config.data.domains, ratio)
     tokens = config.total_steps * config.data.tokens_per_step

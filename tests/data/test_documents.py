@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.synthetic import make_texts
 
 from dlcm_lightning.data.documents import clean, digest, split_of, tokenize, tokenize_documents
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
+from tests.synthetic import make_texts
 
 
 def texts_of(folder: Path, tokenizer: Tokenizer) -> list[str]:

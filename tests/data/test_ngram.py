@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.synthetic import VOCABULARY
 
 from dlcm_lightning.batch import NO_TARGET
 from dlcm_lightning.config import DataConfig, SourceConfig
@@ -16,6 +15,7 @@ from dlcm_lightning.data.ngram import Histories, floors, log2_probabilities
 from dlcm_lightning.data.reader import Reader, ValidationBatches
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.data.writer import ShardWriter
+from tests.synthetic import VOCABULARY
 
 
 def histories(*documents: list[int], vocabulary: int) -> Histories:

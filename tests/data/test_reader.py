@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.synthetic import VOCABULARY
 
 from dlcm_lightning.batch import NO_TARGET, Batch
 from dlcm_lightning.config import DataConfig, SourceConfig
@@ -18,6 +17,7 @@ from dlcm_lightning.data.mixture import noise
 from dlcm_lightning.data.reader import Reader, TrainingBatches, ValidationBatches
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
+from tests.synthetic import VOCABULARY
 
 STEPS = 12
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from tests.synthetic import VOCABULARY, make_texts
 
 from dlcm_lightning.config import DataConfig
 from dlcm_lightning.data.documents import tokenize_documents
@@ -24,6 +23,7 @@ from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.data.writer import ShardWriter
+from tests.synthetic import VOCABULARY, make_texts
 
 
 def train_texts(config: DataConfig, tokenizer: Tokenizer) -> list[str]:

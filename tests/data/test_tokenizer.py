@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.synthetic import VOCABULARY, make_texts
 
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.tokenizer import Tokenizer, train_bpe
+from tests.synthetic import VOCABULARY, make_texts
 
 TEXTS = ["", "plain", "naïve café 12345", "天地玄黄，宇宙洪荒。", "tab\tand\r\nnewline\n\n  ", "🙂 emoji 👩‍👩‍👧",
          "\x00\x7f control", "def f(x):\n    return x ** 2\n"]

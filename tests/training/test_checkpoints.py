@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from dlcm_lightning.training.checkpoints import (
-    FOLDER, MANIFEST, STATE, CheckpointError, checkpoint_folders, newest_checkpoint, open_checkpoint, sweep,
+    FOLDER,
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    checkpoint_folders,
+    newest_checkpoint,
+    open_checkpoint,
+    sweep,
     write_checkpoint,
 )
 
@@ -81,7 +88,7 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_taken(run: Path, da
 def test_where_all_are_damaged_nothing_is_begun_anew(run: Path) -> None:
     for folder in checkpoint_folders(run):
         flip_a_bit(folder)
-    with pytest.raises(CheckpointError, match="all 3 checkpoints .* are damaged; move the folder away"):
+    with pytest.raises(CheckpointError, match=r"all 3 checkpoints .* are damaged; move the folder away"):
         newest_checkpoint(run, ignore)
 
 

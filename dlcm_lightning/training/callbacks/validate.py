@@ -34,7 +34,7 @@ class Validate(Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, PretrainData)
-        tally = validate(module, data.val_dataloader(), progress=trainer.is_global_zero)
+        tally = validate(module, data.validation_loader(), progress=trainer.is_global_zero)
         if trainer.is_global_zero:
             ratio = config.model.boundary.target_ratio if config.model.kind == "dlcm" else None
             metrics = metrics_of(tally, config.data.domains, ratio)
