@@ -1,0 +1,96 @@
+"""The `dlcm` command: what a user types, and what a mistake is answered with."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dlcm_lightning.cli import main
+from dlcm_lightning.data.tokenizer import Tokenizer
+from tests.synthetic import VOCABULARY, make_texts
+
+RUN = """
+name: mine
+seed: 1
+model: {{vocab_size: {vocabulary}, d_token: 32, d_concept: 64, encoder_layers: 1, backbone_layers: 1,
+         decoder_layers: 1, heads_token: 2, kv_heads_token: 1, heads_concept: 4, kv_heads_concept: 2, head_dim: 16,
+         ffn_token: 64, ffn_concept: 64}}
+data:
+  corpus: shards
+  root: {root}
+  row_tokens: 64
+  rows_per_step: 4
+  micro_batch_rows: 4
+  block_rows: 20
+  validation_rows: 4
+  sources: [{{name: web, domain: en, weight: 1.0}}]
+optim: {{total_tokens: 1024, warmup_tokens: 256}}
+train: {{runs: {runs}, precision: fp32}}
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    """Shards made by `dlcm tokenize` from a folder of jsonl and text, and a run file that reads them."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    lines = [json.dumps({"text": text}) for text in make_texts("english", 400)]
+    (texts / "a.jsonl").write_text("\n".join(lines))
+    (texts / "b.txt").write_text(make_texts("english", 1, seed=9)[0])
+    tokenizer.save(tmp_path / "tokenizer")
+    root = tmp_path / "shards"
+    assert main(["tokenize", str(texts), "--out", str(root), "--source", "web", "--domain", "en",
+                 "--tokenizer", str(tmp_path / "tokenizer")]) == 0
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN.format(vocabulary=VOCABULARY, root=root, runs=tmp_path / "runs"))
+    return file
+
+
+def test_tokenize_then_pretrain_from_a_folder_of_texts(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", str(run_file)]) == 0
+    said = capsys.readouterr().out
+    assert "attention sdpa, float32" in said
+    assert "unigram" in said and "R thresh." in said and "tokens/s" in said and "make tensorboard" in said
+    assert main(["pretrain", str(run_file)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert main(["pretrain", str(run_file), "seed=2"]) == 2
+    assert "differs in seed; choose another name=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("model.d_tokn=3", "model.d_tokn.*did you mean model.d_token"),
+    ("model.d_token=wide", "model.d_token.*wide"),
+    ("data.sources[0].weight=0.5", "weights sum to 0.5; make them sum to 1"),
+    ("model.attention=flash", "model.attention = 'flash'.*CUDA"),
+    ("optim.warmup_tokens=2048", "optim.warmup_tokens = 2048: must lie between 0 and optim.total_tokens"),
+    ("data.root=/nowhere", "/nowhere"),
+    ("data.row_tokens=100000", "fill no row of 100000"),
+    ("model.vocab_size=300", "model.vocab_size = 300; raise it"),
+])
+def test_a_mistake_is_answered_with_field_value_and_remedy_in_one_line(
+    run_file: Path, override: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["pretrain", str(run_file), override]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dlcm: ") and re.search(said, error), error
+
+
+def test_a_wrong_configuration_is_refused_before_torch_is_loaded() -> None:
+    code = ("import sys; from dlcm_lightning.cli import main; code = main(['pretrain', 'configs/run/smoke.yaml', "
+            "'optim.beta1=2']); print(code, 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
+                          cwd=Path(__file__).parents[1])
+    assert done.stdout.split() == ["2", "False"]
+    assert "optim.beta1 = 2" in done.stderr
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "dlcm_lightning", "--help"], capture_output=True, text=True,
+                          timeout=60, check=True, cwd=Path(__file__).parents[1])
+    assert "pretrain" in done.stdout and "tokenize" in done.stdout
