@@ -116,7 +116,8 @@ def pretrain(config: Config, report: Callable[[str], None] = print) -> Report:
         machine.keep_large_buffers()
     dtype = machine.compute_dtype(config.train.precision, where)
     backend = choose_backend(config.model.attention, where, dtype)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a write of every buffer; none is read unset
+    # Would cost a write of every buffer; none is read unset. The attribute is dynamic, which types cannot see.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     run = claim_directory(config)
     sweep(run, config.train.keep_last)
     checkpoint = newest_checkpoint(run, report)
