@@ -6,7 +6,8 @@ from them. T = rows x row_tokens tokens, N documents, B rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class Batch:
     """Targets of this rank in the whole optimizer step, all its micro-batches together."""
     step_tokens: int
     """Tokens of this rank in the whole optimizer step, filler rows left out."""
+    step_documents: int
+    """Documents (pieces counted as such) of this rank in the whole optimizer step, filler rows left out."""
 
     def token_domains(self) -> Tensor:
         """(T,) int64 domain of each token."""
@@ -52,12 +55,15 @@ class Batch:
         return (self.samples >= 0).repeat_interleave(self.row_tokens)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        return Batch(
-            tokens=move(self.tokens), targets=move(self.targets), target_bytes=move(self.target_bytes),
-            documents=self.documents.to(device, non_blocking), noise=move(self.noise), domains=move(self.domains),
-            samples=move(self.samples), row_tokens=self.row_tokens, step_targets=self.step_targets,
-            step_tokens=self.step_tokens,
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from which a GPU can be fed without the host waiting. DataLoader calls this."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        documents = Segments(change(self.documents.starts), self.documents.longest)
+        return replace(
+            self, tokens=change(self.tokens), targets=change(self.targets), target_bytes=change(self.target_bytes),
+            documents=documents, noise=change(self.noise), domains=change(self.domains), samples=change(self.samples),
         )

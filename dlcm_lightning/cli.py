@@ -17,7 +17,7 @@ from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import ConfigError
 
 QUICKSTART = "configs/run/quickstart.yaml"
-MENDABLE = ("ConfigError", "DataError", "CheckpointError")
+MENDABLE = ("ConfigError", "DataError", "CheckpointError", "RunError")
 """Errors whose message is written for the user."""
 
 

@@ -340,6 +340,11 @@ class Config:
         return -(-self.optim.total_tokens // self.data.tokens_per_step)
 
     @property
+    def uses_previous_rate(self) -> bool:
+        """Whether the rate loss takes F of the step before: asked for, or because a step has several micro-batches."""
+        return self.model.boundary.previous_rate or self.micro_batches > 1
+
+    @property
     def micro_batches(self) -> int:
         """Forward passes of every rank in one optimizer step; filler rows complete the last where rows are short."""
         rows = -(-self.data.rows_per_step // (self.train.devices * self.train.nodes))

@@ -57,8 +57,9 @@ def filler_row(row_tokens: int, bos_id: int) -> Row:
                np.array([row_tokens]), np.zeros(row_tokens, dtype=np.float32), 0, -1)
 
 
-def pack(rows: Sequence[Row], token_bytes: np.ndarray, step_targets: int, step_tokens: int) -> Batch:
-    """Rows laid end to end. token_bytes: (V,) int64 of the tokenizer."""
+def pack(rows: Sequence[Row], token_bytes: np.ndarray, step: Sequence[Row]) -> Batch:
+    """Rows laid end to end. token_bytes: (V,) int64 of the tokenizer; step: all rows of this rank's optimizer step."""
+    real = [row for row in step if row.sample >= 0]
     targets = np.concatenate([row.targets for row in rows])
     target_bytes = np.where(targets == NO_TARGET, 0, token_bytes[np.maximum(targets, 0)])
     return Batch(
@@ -70,6 +71,7 @@ def pack(rows: Sequence[Row], token_bytes: np.ndarray, step_targets: int, step_t
         domains=torch.tensor([row.domain for row in rows]),
         samples=torch.tensor([row.sample for row in rows]),
         row_tokens=len(rows[0].tokens),
-        step_targets=step_targets,
-        step_tokens=step_tokens,
+        step_targets=sum(row.target_count for row in real),
+        step_tokens=sum(len(row.tokens) for row in real),
+        step_documents=sum(len(row.lengths) for row in real),
     )

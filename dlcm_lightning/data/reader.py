@@ -142,10 +142,8 @@ class Reader:
         """Micro-batch `number` of one rank in a step."""
         samples = self.step_samples(step, rank, world)
         rows = self._cached_rows(tuple(samples))
-        targets = sum(row.target_count for row in rows)
-        tokens = sum(sample >= 0 for sample in samples) * self.config.row_tokens
         size = self.config.micro_batch_rows
-        return pack(rows[number * size:(number + 1) * size], self.token_bytes, targets, tokens)
+        return pack(rows[number * size:(number + 1) * size], self.token_bytes, rows)
 
     @cached_property
     def validation_rows(self) -> list[tuple[int, int]]:
@@ -232,7 +230,7 @@ class TrainingBatches(torch.utils.data.Dataset[Batch]):
 class ValidationBatches(torch.utils.data.Dataset[Batch]):
     """One rank's part of the validation rows; every rank has the same number of batches.
 
-    `Batch.samples` index `Reader.validation_rows`; step_targets and step_tokens are those of the batch itself.
+    `Batch.samples` index `Reader.validation_rows`; the step's counts are those of the batch itself.
     """
 
     def __init__(self, reader: Reader, rank: int = 0, world: int = 1) -> None:
@@ -248,5 +246,4 @@ class ValidationBatches(torch.utils.data.Dataset[Batch]):
         size = self.reader.config.micro_batch_rows
         samples = self.samples[index * size:(index + 1) * size]
         rows = [self.reader.cut_validation_row(sample) for sample in samples]
-        tokens = sum(sample >= 0 for sample in samples) * self.reader.config.row_tokens
-        return pack(rows, self.reader.token_bytes, sum(row.target_count for row in rows), tokens)
+        return pack(rows, self.reader.token_bytes, rows)

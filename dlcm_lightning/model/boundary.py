@@ -40,6 +40,8 @@ from dlcm_lightning.ops.segments import Segments
 
 COSINE_EPSILON = 1e-8
 """Least norm of a feature, so that a zero vector has a cosine of 0."""
+BIAS_LIMIT = 20.0
+"""Bound of the rate bias; its exponential stays far from overflow."""
 PRIOR_MOMENTUM = 0.9
 """What the prior mean keeps of itself at each optimizer step."""
 
@@ -52,8 +54,8 @@ class Segmentation:
     """(T,) at least fp32: p, after the rate bias where there is one; 1 at the start of a document."""
     boundaries: Tensor
     """(T,) bool: b, true at the start of a document."""
-    feature_sum: Tensor
-    """(D,) sum of the hidden states over all tokens, detached; empty (0,) where no prior mean is kept."""
+    features: Tensor | None
+    """(T, D) the hidden states that the prior mean is made of, detached; None where none is kept."""
 
 
 def document_starts(documents: Segments, tokens: int) -> Tensor:
@@ -108,10 +110,9 @@ class LearnedBoundary(Boundary):
         with torch.autocast(hidden.device.type, enabled=False):
             features = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             first = document_starts(documents, hidden.shape[0])
-            feature_sum = features.new_zeros(0)
-            if self.config.centred:
-                feature_sum = features.detach().sum(0)
-                features = features - self.running_mean(features.detach(), documents, first)
+            states = features.detach() if self.config.centred else None
+            if states is not None:
+                features = features - self.running_mean(states, documents, first)
             query = F.normalize(previous(self.query(features)), dim=-1, eps=COSINE_EPSILON)
             key = F.normalize(self.key(features), dim=-1, eps=COSINE_EPSILON)
             p = ((1 - (query * key).sum(-1)) / 2).clamp(0, 1)
@@ -119,7 +120,7 @@ class LearnedBoundary(Boundary):
                 odds = self.rate_bias.to(p.dtype).exp()
                 p = p * odds / (1 - p + p * odds)
             p = torch.where(first, 1.0, p)
-            return Segmentation(p, decide(p, noise, self.config.sharpening) | first, feature_sum)
+            return Segmentation(p, decide(p, noise, self.config.sharpening) | first, states)
 
     def running_mean(self, features: Tensor, documents: Segments, first: Tensor) -> Tensor:
         """(T, D): mean of each document's tokens up to and including each, with the prior as its first tokens."""
@@ -134,6 +135,7 @@ class LearnedBoundary(Boundary):
         if self.config.biased:
             target = 1 / self.config.target_ratio
             self.rate_bias += self.config.bias_step * (target / rate).log().to(self.rate_bias.dtype)
+            self.rate_bias.clamp_(-BIAS_LIMIT, BIAS_LIMIT)
         if self.config.centred:
             self.prior_mean.lerp_(feature_mean.to(self.prior_mean.dtype), 1 - PRIOR_MOMENTUM)
 
@@ -153,7 +155,7 @@ class RuleBoundary(Boundary):
             features = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
             cosine = F.cosine_similarity(previous(features), features, dim=-1, eps=COSINE_EPSILON)
             boundaries = (cosine < self.threshold) | document_starts(documents, hidden.shape[0])
-            return Segmentation(boundaries.to(features.dtype), boundaries, features.new_zeros(0))
+            return Segmentation(boundaries.to(features.dtype), boundaries, None)
 
 
 class FixedBoundary(Boundary):
@@ -165,8 +167,7 @@ class FixedBoundary(Boundary):
 
     def forward(self, hidden: Tensor, documents: Segments, noise: Tensor | None) -> Segmentation:
         boundaries = documents.positions(hidden.shape[0]) % self.ratio == 0
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        return Segmentation(boundaries.to(wide), boundaries, hidden.new_zeros(0, dtype=wide))
+        return Segmentation(boundaries.to(torch.promote_types(hidden.dtype, torch.float32)), boundaries, None)
 
 
 def build_boundary(width: int, config: BoundaryConfig) -> Boundary:

@@ -45,8 +45,8 @@ class Segments:
         starts[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
         return Segments(starts.to(device), max(lengths))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
-        return Segments(self.starts.to(device, non_blocking=non_blocking), self.longest)
+    def to(self, device: torch.device | str) -> Segments:
+        return Segments(self.starts.to(device), self.longest)
 
     def lengths(self) -> Tensor:
         """(N,) int32 length of every piece."""
@@ -86,7 +86,7 @@ def concepts_from_boundaries(boundaries: Tensor, documents: Segments) -> Concept
 
     boundaries: (T,) bool, true at the first token of every document (every token then sees a concept).
     documents: documents over the same T tokens.
-    The number of concepts is read on the host: one device synchronisation.
+    The numbers of concepts and of pooled tokens are read on the host, which waits for the device twice.
     """
     tokens = boundaries.shape[0]
     closing = boundaries.nonzero().squeeze(1)  # (M,)

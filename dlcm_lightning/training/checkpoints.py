@@ -2,7 +2,8 @@
 
     <run>/checkpoints/step-00001000/
         state.ckpt       weights, optimizer, loops, loader position, callbacks: Lightning's file
-        manifest.json    step, tokens, what the run is, and the size and sha256 of every other file
+        config.yaml      the resolved configuration of the run that wrote it
+        manifest.json    step, precision, what rows it was trained on, and size and sha256 of the other files
 
 A checkpoint is written in a folder with a temporary name, flushed to the disk, described by its manifest, and renamed
 as the last act. Whatever moment a kill hits, a folder that is called `step-...` is complete; what a kill leaves behind
@@ -20,14 +21,19 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from dlcm_lightning.compose import load_config, save_config
+from dlcm_lightning.config import Config
 
 FOLDER = "checkpoints"
 PREFIX = "step-"
 UNFINISHED = ".unfinished-"
+DAMAGED = "damaged-"
 STATE = "state.ckpt"
+CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 FORMAT = 1
 
@@ -37,18 +43,32 @@ class CheckpointError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What a checkpoint continues, beside its configuration."""
+
+    data_fingerprint: str
+    """`Reader.fingerprint` of the rows it was trained on."""
+    precision: str
+    """Of the matrix products, as `train.precision: auto` resolved it."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint whose files agree with its manifest."""
 
     folder: Path
     step: int
     """Optimizer steps behind it."""
-    data_fingerprint: str
-    """`Reader.fingerprint` of the rows it was trained on."""
+    identity: Identity
 
     @property
     def state(self) -> Path:
         return self.folder / STATE
+
+    @property
+    def config(self) -> Config:
+        """Of the run that wrote it."""
+        return load_config(self.folder / CONFIG)
 
 
 def _sha256(file: Path) -> str:
@@ -65,21 +85,29 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_checkpoint(run: Path, step: int, data_fingerprint: str, save: Callable[[Path], None]) -> Path:
-    """Lets `save` write the state file and makes a checkpoint of it. Rank 0 alone, after all ranks are done.
+def unfinished_state(run: Path, step: int) -> Path:
+    """Where the state file of a step is written before it counts."""
+    return run / FOLDER / f"{UNFINISHED}{step}" / STATE
+
+
+def write_checkpoint(
+    run: Path, step: int, config: Config, identity: Identity, save: Callable[[Path], None]
+) -> Path:
+    """Lets `save` write the state file and makes a checkpoint of it. Rank 0 alone.
 
     Raises CheckpointError where the disk is full or not writable; earlier checkpoints are left as they are.
     """
     parent = run / FOLDER
-    unfinished, final = parent / f"{UNFINISHED}{step}", parent / f"{PREFIX}{step:08d}"
+    unfinished, final = unfinished_state(run, step).parent, parent / f"{PREFIX}{step:08d}"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save(unfinished / STATE)
+        save_config(config, unfinished / CONFIG)
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(unfinished.iterdir())
         }
-        manifest = {"format": FORMAT, "step": step, "data_fingerprint": data_fingerprint, "files": files}
+        manifest = {"format": FORMAT, "step": step, **asdict(identity), "files": files}
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for file in unfinished.iterdir():
             _flush(file)
@@ -125,22 +153,29 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}")
             if _sha256(file) != expected["sha256"]:
                 raise CheckpointError(f"{file} is damaged: its sha256 differs from the manifest's")
-        return Checkpoint(folder, int(manifest["step"]), str(manifest["data_fingerprint"]))
+        identity = Identity(str(manifest["data_fingerprint"]), str(manifest["precision"]))
+        return Checkpoint(folder, int(manifest["step"]), identity)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error!r}") from error
 
 
 def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest undamaged checkpoint of a run, None where there is none; names each damaged one that it passes over.
+    """The newest undamaged checkpoint of a run, None where there is none.
 
-    Raises CheckpointError where there are checkpoints and all are damaged: starting anew would overwrite them.
+    Each damaged one that it passes over is named and set aside under another name, so that it no longer counts among
+    those that are kept. Raises CheckpointError where all are damaged: starting anew would overwrite them.
     """
-    folders = checkpoint_folders(run)
+    folders, damaged = checkpoint_folders(run), []
     for folder in reversed(folders):
         try:
-            return open_checkpoint(folder)
+            checkpoint = open_checkpoint(folder)
         except CheckpointError as error:
             report(f"checkpoint {folder.name} is not used: {error}")
+            damaged.append(folder)
+            continue
+        for other in damaged:
+            other.replace(other.with_name(f"{DAMAGED}{other.name}"))
+        return checkpoint
     if folders:
         raise CheckpointError(f"all {len(folders)} checkpoints in {run / FOLDER} are damaged; move the folder away to "
                               "train from the beginning")

@@ -21,9 +21,20 @@ from dlcm_lightning.config import Config
 from dlcm_lightning.model.dlcm import DLCM, build_model
 from dlcm_lightning.ops.collectives import world_size
 from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
+from dlcm_lightning.ops.segments import Concepts
 from dlcm_lightning.training.objective import COLUMNS, SCALARS, Tally, measure, probability_sum
 from dlcm_lightning.training.optim import build_optimizer
 from dlcm_lightning.training.schedule import learning_rate_factor
+
+LENGTHS = 32
+"""Concept lengths that are told apart; longer ones count as the last."""
+
+
+def count_lengths(concepts: Concepts, batch: Batch) -> Tensor:
+    """(LENGTHS,) int64: entry i counts the concepts of i + 1 tokens, those of filler rows left out; no host sync."""
+    lengths = concepts.pooled.diff().clamp(max=LENGTHS)  # (M,)
+    bins = torch.arange(1, LENGTHS + 1, device=lengths.device)
+    return ((lengths[:, None] == bins) & batch.counted()[concepts.closing, None]).sum(0)
 
 
 class PretrainModule(LightningModule):
@@ -43,7 +54,7 @@ class PretrainModule(LightningModule):
         self.gradient_norm = torch.zeros(())
         """Global norm before clipping, of the last optimizer step."""
         self.concept_lengths: Tensor | None = None
-        """(M,) tokens pooled by each concept of this rank's last micro-batch."""
+        """(LENGTHS,) int64: concepts of this rank's last micro-batch by the number of tokens they pool."""
 
     @property
     def consumed_tokens(self) -> int:
@@ -66,13 +77,15 @@ class PretrainModule(LightningModule):
         loss = nll_sum / total.scalar("step_targets").to(nll_sum.dtype)
         boundary = self.config.model.boundary
         if output.segmentation is not None and boundary.learned and boundary.rate_weight > 0:
-            stale = boundary.previous_rate or self.config.micro_batches > 1
-            previous = self.previous_rate if stale else None
+            previous = self.previous_rate if self.config.uses_previous_rate else None
             loss = loss + boundary.rate_weight * probability_sum(output, batch, total, boundary, previous)
         if output.concepts is not None:
-            self.concept_lengths = output.concepts.pooled.diff()
+            self.concept_lengths = count_lengths(output.concepts, batch)
         self.step_tally = total if self.step_tally is None else self.step_tally + total
         return loss * (world_size() * self.config.micro_batches)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device, non_blocking=True)
 
     def configure_optimizers(self) -> Optimizer:
         return build_optimizer(self.model, self.config.model, self.config.optim)

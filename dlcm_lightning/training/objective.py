@@ -32,8 +32,8 @@ from dlcm_lightning.ops.collectives import all_reduce_sum
 
 COLUMNS = ("tokens", "sampled", "thresholded", "p", "p_squared", "near_half", "nll", "targets", "bytes")
 """What is summed per domain. near_half counts |p - 1/2| < 0.05; nll is in nats."""
-SCALARS = ("step_tokens", "step_targets", "document_rate_loss", "documents", "squared_lengths")
-"""What is summed once. The first two describe the whole step and are equal in each of its micro-batches; the last is
+SCALARS = ("step_tokens", "step_targets", "step_documents", "squared_lengths")
+"""What is summed once. The first three describe the whole step and are equal in each of its micro-batches; the last is
 the sum of squared document lengths, which attention's cost follows."""
 NEAR_HALF = 0.05
 
@@ -51,6 +51,9 @@ class Tally:
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(self.domains + other.domains, self.scalars + other.scalars, self.features + other.features)
+
+    def to(self, device: torch.device) -> Tally:
+        return Tally(self.domains.to(device), self.scalars.to(device), self.features.to(device))
 
     def total(self, column: str) -> Tensor:
         """() float64: a column summed over domains."""
@@ -102,10 +105,10 @@ def measure(output: Output, batch: Batch, nll: Tensor, config: BoundaryConfig, d
     columns[COLUMNS.index("targets")] = batch.targets >= 0
     columns[COLUMNS.index("bytes")] = batch.target_bytes
     scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=nll.device)
-    scalars[0], scalars[1] = batch.step_tokens, batch.step_targets
+    scalars[0], scalars[1], scalars[2] = batch.step_tokens, batch.step_targets, batch.step_documents
     lengths = batch.documents.lengths()
     real = counted[batch.documents.starts[:-1].long()]  # (N,)
-    scalars[3], scalars[4] = real.sum(), (lengths.double().square() * real).sum()
+    scalars[3] = (lengths.double().square() * real).sum()
     features = torch.zeros(0, dtype=torch.float64, device=nll.device)
     if output.segmentation is not None:
         p = output.segmentation.probabilities.detach()
@@ -115,12 +118,8 @@ def measure(output: Output, batch: Batch, nll: Tensor, config: BoundaryConfig, d
         columns[COLUMNS.index("p")] = p
         columns[COLUMNS.index("p_squared")] = p.square()
         columns[COLUMNS.index("near_half")] = (p - 0.5).abs() < NEAR_HALF
-        features = output.segmentation.feature_sum.double()
-        per_document = rate_loss(
-            _by_document(sampled.double(), batch) / lengths, _by_document(p.double(), batch) / lengths,
-            config.target_ratio,
-        )
-        scalars[2] = (per_document * real).sum()
+        if (states := output.segmentation.features) is not None:
+            features = (counted.to(states.dtype) @ states).double()
     rows = (columns * counted).view(len(COLUMNS), -1, batch.row_tokens).sum(-1).t()  # (B, C)
     sums = torch.zeros(domains, len(COLUMNS), dtype=torch.float64, device=nll.device)
     return Tally(sums.index_add(0, batch.domains, rows), scalars, features)
@@ -140,7 +139,7 @@ def probability_sum(
         lengths = batch.documents.lengths()
         decisions = output.segmentation.boundaries.to(p.dtype)
         slopes = rate_slope(_by_document(decisions, batch) / lengths, config.target_ratio)  # (N,)
-        weight = slopes / lengths / total.scalar("documents").to(p.dtype)
+        weight = slopes / lengths / total.scalar("step_documents").to(p.dtype)
         return (p * weight[batch.documents.ids(p.shape[0])]).sum()
     if previous_rate is None:
         slope = rate_slope(total.rate, config.target_ratio)

@@ -1,12 +1,6 @@
 """One run from its configuration to its report: `pretrain` begins it, continues it, or says that it is finished.
 
-A run is a directory, `<train.runs>/<name>`:
-
-    config.yaml      the resolved configuration; a run of another one is refused
-    checkpoints/     see checkpoints.py
-    metrics.jsonl    one line per logged step and per validation
-    tensorboard/     the same as curves, on an axis of consumed tokens; histograms; boundaries as text
-    report.json      the table at the end
+What stands in the run's directory is described in directory.py.
 
 Everything random is a function of the seed (initialisation), of the sample's index (order, noise) or of nothing, so
 that continuing from a checkpoint is the same computation as never having stopped, bit for bit on the same machine.
@@ -15,6 +9,7 @@ that continuing from a checkpoint is the same computation as never having stoppe
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +18,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from dlcm_lightning.compose import differences, load_config, save_config
-from dlcm_lightning.config import Config, ConfigError
+from dlcm_lightning.compose import save_config
+from dlcm_lightning.config import Config
 from dlcm_lightning.data.ngram import floors
 from dlcm_lightning.data.prepare import prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
@@ -32,11 +27,12 @@ from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.training import machine
 from dlcm_lightning.training.callbacks.boundaries import ShowBoundaries
 from dlcm_lightning.training.callbacks.checkpoint import WriteCheckpoints
-from dlcm_lightning.training.callbacks.metrics import Metrics, MetricsWriter
+from dlcm_lightning.training.callbacks.metrics import Metrics, MetricsWriter, Stopwatch
 from dlcm_lightning.training.callbacks.progress import Progress
 from dlcm_lightning.training.callbacks.validate import Validate
-from dlcm_lightning.training.checkpoints import Checkpoint, newest_checkpoint, sweep
+from dlcm_lightning.training.checkpoints import Identity, newest_checkpoint, sweep
 from dlcm_lightning.training.datamodule import PretrainData
+from dlcm_lightning.training.directory import RunError, check_same_data, check_same_run, claimed, first_process
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.report import Report, speed, summary
@@ -44,37 +40,6 @@ from dlcm_lightning.training.validation import validate
 
 CONFIG_FILE = "config.yaml"
 TENSORBOARD = "tensorboard"
-
-
-def _free_to_change(name: str) -> bool:
-    """Whether a field may differ when a run is continued: where and how often, not what is computed."""
-    return (name.startswith("train.") and name != "train.precision") or name == "data.workers"
-
-
-def claim_directory(config: Config) -> Path:
-    """Makes the run's directory, or checks that what it holds is this run.
-
-    Raises ConfigError where it belongs to a run of another configuration, naming the fields that differ.
-    """
-    run = Path(config.train.runs) / config.name
-    saved = run / CONFIG_FILE
-    if saved.is_file():
-        other = load_config(saved)
-        fields = [name for name in differences(other, config) if not _free_to_change(name)]
-        if fields:
-            raise ConfigError(f"name = {config.name!r}: {run} holds a run that differs in {', '.join(fields)}; choose "
-                              "another name=..., restore these fields, or move the directory away")
-    run.mkdir(parents=True, exist_ok=True)
-    save_config(config, saved)
-    return run
-
-
-def check_same_data(checkpoint: Checkpoint, reader: Reader) -> None:
-    """Raises ConfigError where the rows are not those the checkpoint was trained on."""
-    if checkpoint.data_fingerprint != reader.fingerprint:
-        raise ConfigError(f"data.root = {reader.config.root!r}: its shards or their order are not those that "
-                          f"{checkpoint.folder} was trained on, so sample i would be another text; restore them, or "
-                          "choose another name=... to begin a new run")
 
 
 def _quiet() -> None:
@@ -108,60 +73,90 @@ def _trainer(config: Config, where: torch.device, logger: TensorBoardLogger, cal
 def pretrain(config: Config, report: Callable[[str], None] = print) -> Report:
     """Trains to `optim.total_tokens`, from the newest checkpoint where there is one, and validates.
 
-    Raises ConfigError, DataError or CheckpointError; each message says what to do.
+    Raises ConfigError, DataError, CheckpointError or RunError; each message says what to do.
     """
     _quiet()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
+    # Would cost a write of every buffer; none is read unset. The attribute is dynamic, which types cannot see.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     where = machine.device()
     if where.type == "cpu":
         machine.keep_large_buffers()
     dtype = machine.compute_dtype(config.train.precision, where)
     backend = choose_backend(config.model.attention, where, dtype)
-    # Would cost a write of every buffer; none is read unset. The attribute is dynamic, which types cannot see.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    run = claim_directory(config)
-    sweep(run, config.train.keep_last)
-    checkpoint = newest_checkpoint(run, report)
-    finished = checkpoint is not None and checkpoint.step >= config.total_steps
-    if finished and (done := Report.load(run)):
-        report(f"{run} is finished: {done.steps} of {config.total_steps} steps. For another run choose name=...")
-        report(summary(config, done))
-        return done
+    run = Path(config.train.runs) / config.name
+    with claimed(run):
+        return _claimed_run(config, run, where, dtype, backend, report)
 
+
+def _claimed_run(
+    config: Config, run: Path, where: torch.device, dtype: torch.dtype, backend: str, report: Callable[[str], None]
+) -> Report:
+    precision = str(dtype).removeprefix("torch.")
+    checkpoint = newest_checkpoint(run, report)
+    if checkpoint:
+        check_same_run(checkpoint, config, precision)
+        if checkpoint.step >= config.total_steps and (done := Report.load(run)):
+            report(f"{run} is finished: {done.steps} of {config.total_steps} steps. For another run choose name=...")
+            report(summary(config, done))
+            return done
     if config.data.corpus == "sample":
         prepare_sample_corpus(config.data, config.model.vocab_size, report)
     reader = Reader(config.data, config.seed, config.model.vocab_size, report=report)
+    identity = Identity(reader.fingerprint, precision)
     if checkpoint:
-        check_same_data(checkpoint, reader)
+        check_same_data(checkpoint, identity, config.data.root)
         report(f"continuing {run} at step {checkpoint.step} of {config.total_steps}")
-    report(f"attention {backend}, {str(dtype).removeprefix('torch.')}, {machine.describe(config.train, where)}")
+    report(f"attention {backend}, {precision}, {machine.describe(config.train, where)}")
+    if config.model.kind == "dlcm" and config.model.boundary.learned:
+        report(f"rate loss with F of the {'previous' if config.uses_previous_rate else 'current'} step")
 
     module = PretrainModule(config, dtype, backend)
     data = PretrainData(config, reader, pin_memory=where.type == "cuda")
     rate_before = machine.matrix_product_rate(dtype, where)
-    purge = checkpoint.step * config.data.tokens_per_step + 1 if checkpoint else None
-    logger = TensorBoardLogger(run, name="", version=TENSORBOARD, purge_step=purge)
-    writer = MetricsWriter(run, logger)
-    writer.cut_back(checkpoint.step if checkpoint else 0)
-    metrics = Metrics(writer)
+    step = checkpoint.step if checkpoint else 0
+    logger = TensorBoardLogger(run, name="", version=TENSORBOARD, purge_step=step * config.data.tokens_per_step + 1)
+    writer, stopwatch = MetricsWriter(run, logger), Stopwatch()
+    if first_process():
+        sweep(run, config.train.keep_last)
+        save_config(config, run / CONFIG_FILE)
+        writer.cut_back(step, config.total_steps)
+    metrics = Metrics(writer, stopwatch)
     trainer = _trainer(config, where, logger, [
-        metrics, Progress(metrics), Validate(writer), ShowBoundaries(reader, logger), WriteCheckpoints(run),
+        metrics, Progress(metrics), Validate(writer, stopwatch), ShowBoundaries(reader, logger, stopwatch),
+        WriteCheckpoints(run, identity, stopwatch),
     ])
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint.state if checkpoint else None, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint.state if checkpoint else None, weights_only=True)
+    except SystemExit as leaving:  # Lightning's answer to Ctrl-C
+        raise KeyboardInterrupt from leaving
+    except OSError as error:
+        raise RunError(f"{run} could not be written: {error}. Free space or correct the permissions, then start the "
+                       "run again: it continues from the newest checkpoint.") from error
+    return _conclude(config, run, module, data, metrics, writer, rate_before, report)
 
+
+def _conclude(
+    config: Config, run: Path, module: PretrainModule, data: PretrainData, metrics: Metrics, writer: MetricsWriter,
+    rate_before: float, report: Callable[[str], None],
+) -> Report:
+    """Validates, writes the report and says it."""
+    where, dtype = machine.device(), module.model.compute_dtype
     module.to(where)
-    tally = validate(module, data.validation_loader(), progress=True)
+    tally = validate(module, data.validation_loader(), progress=first_process())
     ratio = config.model.boundary.target_ratio if config.model.kind == "dlcm" else None
     validation = metrics_of(tally, config.data.domains, ratio)
-    tokens = config.total_steps * config.data.tokens_per_step
-    writer.write("validation", config.total_steps, tokens, validation)
-    logger.experiment.flush()
     rate = (rate_before + machine.matrix_product_rate(dtype, where)) / 2
+    tokens = config.total_steps * config.data.tokens_per_step
     outcome = Report(
         steps=config.total_steps, tokens=tokens, hardware=machine.describe(config.train, where),
-        precision=str(dtype).removeprefix("torch."), attention=backend,
+        precision=str(dtype).removeprefix("torch."), attention=module.model.backend,
         parameters=sum(parameter.numel() for parameter in module.model.parameters()), validation=validation,
-        floors=floors(reader), speed=speed(config, metrics, rate),
+        floors=floors(data.reader), speed=speed(config, metrics, rate),
     )
-    outcome.save(run)
-    report(summary(config, outcome))
+    if first_process():
+        writer.write("validation", config.total_steps, tokens, validation)
+        writer.logger.experiment.flush()
+        outcome.save(run)
+        report(summary(config, outcome))
     return outcome

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from dlcm_lightning.config import OptimConfig
+from dlcm_lightning.config import BoundaryConfig, ModelConfig, OptimConfig
+from dlcm_lightning.model.boundary import FixedBoundary
 from dlcm_lightning.model.dlcm import build_model
-from dlcm_lightning.model.mup import Role, rule, tagged_parameters
+from dlcm_lightning.model.mup import Role, Rule, rule, tagged_parameters
 from dlcm_lightning.ops.segments import Segments
+from dlcm_lightning.training import optim as optim_module
 from dlcm_lightning.training.optim import build_optimizer
 from tests.model.conftest import SMALL
 
@@ -83,29 +85,61 @@ def test_a_parameter_without_a_role_is_refused() -> None:
         list(tagged_parameters(nn.Sequential(nn.Linear(2, 2, bias=False))))
 
 
-@pytest.mark.parametrize(("axis", "widths"), [("token", (32, 64, 128)), ("concept", (64, 128, 256))])
-def test_coordinates_move_by_as_much_at_every_width(axis: str, widths: tuple[int, ...]) -> None:
-    """Coordinate check: after three AdamW steps the mean change of the hidden states barely depends on the width."""
+def coordinate_moves(axis: str, widths: tuple[int, ...]) -> list[float]:
+    """How far the axis' own stack moves its output in a few AdamW steps, per unit of that output, at each width.
+
+    The output of encoder or backbone is taken before any final norm, which would hide its size.
+    """
     moves = []
     for width in widths:
         d, e = (width, 128) if axis == "token" else (64, width)
-        model_config = replace(
+        config = replace(
             SMALL, d_token=d, d_concept=e, head_dim=16, heads_token=d // 16, kv_heads_token=d // 16,
             heads_concept=e // 16, kv_heads_concept=e // 16, ffn_token=2 * d, ffn_concept=2 * e,
-            mup=replace(SMALL.mup, d_base=32 if axis == "token" else 64),
+            mup=replace(SMALL.mup, d_base=widths[0]),
         )
-        model = build_model(model_config, torch.float32, "sdpa", seed=0)
-        optimizer = build_optimizer(model, model_config, replace(OPTIM, eta_token=2e-3, eta_concept=2e-3,
-                                                                 eta_other=2e-3, weight_decay=0.0))
+        model = build_model(config, torch.float32, "sdpa", seed=0)
+        layer = (model.encoder if axis == "token" else model.backbone).layers[-1]
+        seen: list[torch.Tensor] = []
+        layer.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.detach()))
+        optimizer = build_optimizer(model, config, replace(OPTIM, eta_token=2e-3, eta_concept=2e-3, eta_other=1e-6,
+                                                           weight_decay=0.0))
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(0, SMALL.vocab_size, (256,), generator=generator)
-        noise = torch.rand(256, generator=generator)
         documents = Segments.from_lengths([128, 128])
-        first = model(tokens, documents, noise).hidden.detach()
-        for _ in range(3):
-            logits = model.logits(model(tokens, documents, noise).hidden)
+        model.boundary = FixedBoundary(BoundaryConfig(form="fixed", target_ratio=2.0))
+        for _ in range(5):
+            logits = model.logits(model(tokens, documents).hidden)
             nn.functional.cross_entropy(logits[:-1], tokens[1:]).backward()
             optimizer.step()
             optimizer.zero_grad()
-        moves.append((model(tokens, documents, noise).hidden.detach() - first).abs().mean().item())
-    assert max(moves) / min(moves) < 1.6, moves
+        model(tokens, documents)
+        moves.append(((seen[-1] - seen[0]).square().mean() / seen[0].square().mean()).sqrt().item())
+    return moves
+
+
+AXES = [("token", (32, 64, 128, 256)), ("concept", (64, 128, 256, 512))]
+BOUND = 1.3
+"""Of the largest move over the smallest. Exactly 1 only in the limit of width."""
+
+
+@pytest.mark.parametrize(("axis", "widths"), AXES)
+def test_coordinates_move_by_as_much_at_every_width(axis: str, widths: tuple[int, ...]) -> None:
+    moves = coordinate_moves(axis, widths)
+    assert max(moves) / min(moves) < BOUND, moves
+
+
+@pytest.mark.parametrize(("axis", "widths"), AXES)
+def test_the_coordinate_check_fails_where_rates_do_not_fall_with_width(
+    axis: str, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = optim_module.rule
+
+    def mutant(role: Role, model: ModelConfig, optim: OptimConfig) -> Rule:
+        line = honest(role, model, optim)
+        s = model.s_concept if role is Role.CONCEPT else model.s_token
+        return replace(line, learning_rate=line.learning_rate * s) if role in (Role.TOKEN, Role.CONCEPT) else line
+
+    monkeypatch.setattr(optim_module, "rule", mutant)
+    moves = coordinate_moves(axis, widths)
+    assert max(moves) / min(moves) > BOUND, moves

@@ -82,9 +82,10 @@ def test_the_first_step_of_an_accumulating_run_has_no_rate_gradient(run_config: 
     assert gradients["boundary.query.weight"].abs().max() == 0
 
 
-def test_the_loss_per_document_is_the_ablation_of_table_4(run_config: Config) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_the_loss_per_document_is_the_ablation_of_table_4(run_config: Config, rows: int) -> None:
     config = with_boundary(run_config, rate_weight=2.0, rate_scope="document")
-    assert_equal(step_gradients(config, 4), oracle_gradients(config))
+    assert_equal(step_gradients(config, rows), oracle_gradients(config))
 
 
 def test_the_rate_loss_is_zero_at_the_target_a_saddle_and_can_be_negative() -> None:
@@ -113,6 +114,8 @@ def test_a_tally_counts_by_domain_and_leaves_fillers_out(run_config: Config) -> 
     assert tally.total("tokens") == 2 * 64
     assert tally.scalar("step_tokens") == 5 * 64
     assert tally.total("targets") == (batch.targets >= 0).sum() < tally.scalar("step_targets")
+    states = output.segmentation.features[real]
+    torch.testing.assert_close(tally.features, states.sum(0))
     assert tally.total("bytes") == batch.target_bytes.sum()
     assert tally.total("sampled") == output.segmentation.boundaries[real].sum()
     assert tally.total("thresholded") == (output.segmentation.probabilities[real] >= 0.5).sum()

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from dlcm_lightning.compose import load_config, save_config
 from dlcm_lightning.config import Config, ConfigError, DataConfig
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.training.checkpoints import CheckpointError, checkpoint_folders, newest_checkpoint
+from dlcm_lightning.training.directory import RunError, claimed
+from dlcm_lightning.training.report import Report
 from dlcm_lightning.training.run import pretrain
 
 KILLS = 4
@@ -156,11 +159,16 @@ def test_a_run_that_is_killed_anywhere_ends_bit_identical(run_config: Config, tm
     assert_same_end(config, straight)
 
 
-def stop_after(config: Config, step: int) -> None:
-    """Leaves the run as a stop right behind the checkpoint of `step` would."""
-    class Stop(Exception):
-        pass
+class Stop(Exception):
+    """A stop that nothing in the package knows."""
 
+
+def stop(*_: object) -> None:
+    raise Stop
+
+
+def stop_after(config: Config, step: int) -> None:
+    """Leaves the run as a stop within optimizer step `step` + 1 would."""
     honest = torch.optim.AdamW.step
     taken = 0
 
@@ -193,13 +201,28 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
     assert_same_end(run_config, undisturbed)
 
 
-def test_resuming_continues_the_same_curves_without_a_point_twice(run_config: Config) -> None:
-    stop_after(run_config, 7)
-    pretrain(run_config, quiet)
-    events = EventAccumulator(str(run_folder(run_config) / "tensorboard"), size_guidance={"scalars": 0})
+@pytest.mark.parametrize("rows", [4, 3], ids=["one micro-batch", "two, with filler rows"])
+@pytest.mark.parametrize("step", [2, 7, 12])
+def test_resuming_continues_the_same_curves_without_a_point_twice(
+    run_config: Config, monkeypatch: pytest.MonkeyPatch, step: int, rows: int
+) -> None:
+    """Stopped before the first checkpoint, between two, and behind the last with only the report missing."""
+    config = replace(run_config, data=replace(run_config.data, micro_batch_rows=rows))
+    straight = replace(config, name="straight")
+    pretrain(straight, quiet)
+    if step < config.total_steps:
+        stop_after(config, step)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(Report, "save", stop)
+            with pytest.raises(Stop):
+                pretrain(config, quiet)
+    pretrain(config, quiet)
+    assert_same_end(config, straight)
+    events = EventAccumulator(str(run_folder(config) / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    per_step = run_config.data.tokens_per_step
-    assert [event.step for event in events.Scalars("train/loss")] == [step * per_step for step in range(2, 13, 2)]
+    per_step = config.data.tokens_per_step
+    assert [event.step for event in events.Scalars("train/loss")] == [done * per_step for done in range(2, 13, 2)]
 
 
 def test_a_directory_of_another_run_is_refused_with_the_fields_that_differ(undisturbed: Config) -> None:
@@ -207,8 +230,44 @@ def test_a_directory_of_another_run_is_refused_with_the_fields_that_differ(undis
                     optim=replace(undisturbed.optim, eta_token=1.0))
     with pytest.raises(ConfigError, match=r"differs in .*model\.d_token.*optim\.eta_token.*choose another name"):
         pretrain(other, quiet)
+    for fields in ({"devices": 2}, {"nodes": 2}, {"precision": "bf16"}):
+        with pytest.raises(ConfigError, match=r"differs in .*train\."):
+            pretrain(replace(undisturbed, train=replace(undisturbed.train, **fields)), quiet)
     relaxed = replace(undisturbed, train=replace(undisturbed.train, log_every_steps=7, keep_last=3))
     pretrain(relaxed, quiet)  # how often one looks may change
+
+
+def test_a_checkpoint_of_another_model_is_refused_even_without_the_runs_own_config(
+    run_config: Config, undisturbed: Config
+) -> None:
+    """Its checkpoints copied into the directory of a run with other shapes."""
+    other = replace(run_config, model=replace(run_config.model, ffn_token=96))
+    shutil.copytree(run_folder(undisturbed) / "checkpoints", run_folder(other) / "checkpoints")
+    with pytest.raises(ConfigError, match=r"differs in model\.ffn_token"):
+        pretrain(other, quiet)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_may_be_corrected(run_config: Config) -> None:
+    wrong = replace(run_config, data=replace(run_config.data, root="/nowhere"))
+    with pytest.raises(DataError):
+        pretrain(wrong, quiet)
+    stop_after(replace(run_config, seed=9), 2)
+    pretrain(run_config, quiet)
+
+
+def test_the_folder_of_the_shards_may_move_between_two_lives(
+    run_config: Config, undisturbed: Config, tmp_path: Path
+) -> None:
+    stop_after(run_config, 4)
+    shutil.copytree(run_config.data.root, tmp_path / "moved")
+    moved = replace(run_config, data=replace(run_config.data, root=str(tmp_path / "moved")))
+    pretrain(moved, quiet)
+    assert_same_end(moved, undisturbed)
+
+
+def test_two_jobs_on_one_directory_are_told_apart(run_config: Config) -> None:
+    with claimed(run_folder(run_config)), pytest.raises(RunError, match="in use by a running job"):
+        pretrain(run_config, quiet)
 
 
 def test_other_shards_under_a_checkpoint_are_refused(

@@ -18,6 +18,7 @@ from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.model.dlcm import DLCM
 from dlcm_lightning.ops.segments import Segments
+from dlcm_lightning.training.callbacks.metrics import Stopwatch
 from dlcm_lightning.training.module import PretrainModule
 
 BAR = "\N{BOX DRAWINGS LIGHT VERTICAL}"
@@ -44,7 +45,8 @@ def marked_text(model: DLCM, tokenizer: Tokenizer, text: str, max_tokens: int) -
 class ShowBoundaries(Callback):
     """Writes the text panel at every validation and at the run's end."""
 
-    def __init__(self, reader: Reader, logger: TensorBoardLogger) -> None:
+    def __init__(self, reader: Reader, logger: TensorBoardLogger, stopwatch: Stopwatch) -> None:
+        self.stopwatch = stopwatch
         self.tokenizer = Tokenizer.load(reader.folder)
         self.documents: dict[str, Sequence[str]] = {
             domain: reader.fixed_documents(domain) for domain in dict.fromkeys(s.domain for s in reader.sources)
@@ -61,7 +63,8 @@ class ShowBoundaries(Callback):
             return
         if (step % config.train.validate_every_steps and step != config.total_steps) or not trainer.is_global_zero:
             return
-        for domain, texts in self.documents.items():
-            shown = [marked_text(module.model, self.tokenizer, text, self.max_tokens) for text in texts]
-            panel = "".join(f"<pre style='white-space: pre-wrap'>{html.escape(text)}</pre>\n\n" for text in shown)
-            self.logger.experiment.add_text(f"boundaries/{domain}", panel, module.consumed_tokens)
+        with self.stopwatch.paused():
+            for domain, texts in self.documents.items():
+                shown = [marked_text(module.model, self.tokenizer, text, self.max_tokens) for text in texts]
+                panel = "".join(f"<pre style='white-space: pre-wrap'>{html.escape(text)}</pre>\n\n" for text in shown)
+                self.logger.experiment.add_text(f"boundaries/{domain}", panel, module.consumed_tokens)

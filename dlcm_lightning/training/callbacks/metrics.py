@@ -7,22 +7,22 @@ TensorBoard is told to purge what lies behind it. Times and rates are the only n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.training.metrics import metrics_of
-from dlcm_lightning.training.module import PretrainModule
+from dlcm_lightning.training.module import LENGTHS, PretrainModule
 from dlcm_lightning.training.objective import Tally
-
-LENGTHS = 32
-"""Concept lengths that the histogram tells apart; longer ones count as the last."""
 
 
 class MetricsWriter:
@@ -32,14 +32,18 @@ class MetricsWriter:
         self.file = run / "metrics.jsonl"
         self.logger = logger
 
-    def cut_back(self, step: int) -> None:
-        """Drops the lines behind optimizer step `step`, and a half-written last one."""
+    def cut_back(self, step: int, total_steps: int) -> None:
+        """Drops the lines behind optimizer step `step`, the final validation's, and a half-written last one.
+
+        The final validation is written by the end of the run, which is still to come when this is called.
+        """
         if not self.file.exists():
             return
         kept = []
         for line in self.file.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                read = json.loads(line)
+                if read["step"] <= step and (read["kind"], read["step"]) != ("validation", total_steps):
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):
                 break
@@ -60,74 +64,94 @@ class MetricsWriter:
                 self.logger.experiment.add_scalar(f"{kind}/{name}", value, tokens)
 
 
+class Stopwatch:
+    """Time of training from the end of one step to the end of the next, waiting for data included.
+
+    What is not training (validation, checkpoints) runs inside `paused`.
+    """
+
+    def __init__(self) -> None:
+        self._mark = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, pauses left out."""
+        now = time.perf_counter()
+        elapsed, self._mark = now - self._mark, now
+        return elapsed
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - began
+
+
 class Metrics(Callback):
     """Sums tallies over `log_every_steps` steps and writes a line."""
 
-    def __init__(self, writer: MetricsWriter) -> None:
-        self.writer = writer
+    def __init__(self, writer: MetricsWriter, stopwatch: Stopwatch) -> None:
+        self.writer, self.stopwatch = writer, stopwatch
         self.window: Tally | None = None
-        self.lengths = torch.zeros(LENGTHS + 1, dtype=torch.int64)
-        """Concepts of this rank by length, since the last line."""
+        """Sum of the steps since the last line."""
+        self.lengths: Tensor | None = None
+        """(LENGTHS,) int64: concepts of this rank by length, since the last line."""
         self.latest: dict[str, Any] = {}
         """The last line's metrics, for the progress bar."""
-        self.training_seconds = 0.0
-        """Time that this process spent in steps, without validation and checkpoints."""
         self.trained: Tally | None = None
-        """The tally of those steps."""
-        self._began = 0.0
-        self._window_seconds = 0.0
-        self._window_tokens = 0
+        """Sum of the steps that this process made, up to the last line."""
+        self.training_seconds = 0.0
+        """Time that these steps took, without validation and checkpoints."""
+        self._recent: Tally | None = None
+        """Steps of this process since the last line; a window that was resumed holds steps of another."""
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        self._began = time.perf_counter()
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.stopwatch.lap()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         assert isinstance(module, PretrainModule)
         config = module.config
-        self._window_seconds += time.perf_counter() - self._began
+        if (counts := module.concept_lengths) is not None:
+            self.lengths = counts if self.lengths is None else self.lengths.to(counts.device) + counts
         if (batch_idx + 1) % config.micro_batches:
             return
         step = module.last_step
         assert step is not None
-        self.window = step if self.window is None else self.window + step
-        self._window_tokens += config.data.tokens_per_step
-        if module.concept_lengths is not None:
-            self.lengths += torch.bincount(module.concept_lengths.clamp(max=LENGTHS), minlength=LENGTHS + 1).cpu()
+        self.window = step if self.window is None else self.window.to(step.domains.device) + step
+        self._recent = step if self._recent is None else self._recent + step
         if trainer.global_step % config.train.log_every_steps and trainer.global_step != config.total_steps:
             return
+        metrics = self._measure(trainer, module)
         if trainer.is_global_zero:
-            self._write(trainer, module)
-        self.training_seconds += self._window_seconds
-        self.trained = self.window if self.trained is None else self.trained + self.window
-        self.window = None
-        self.lengths.zero_()
-        self._window_seconds = self._window_tokens = 0
+            self.writer.write("train", trainer.global_step, module.consumed_tokens, metrics)
+            if self.lengths is not None:
+                self._histogram(self.lengths.cpu(), module.consumed_tokens)
+        self.latest = metrics
+        self.trained = self._recent if self.trained is None else self.trained + self._recent
+        self.window = self._recent = self.lengths = None
 
-    def _write(self, trainer: Trainer, module: PretrainModule) -> None:
-        assert self.window is not None
+    def _measure(self, trainer: Trainer, module: PretrainModule) -> dict[str, Any]:
+        """The numbers of one line. Reading them waits for the device, so that the lap behind it is honest."""
+        assert self.window is not None and self._recent is not None
         config = module.config
         ratio = config.model.boundary.target_ratio if config.model.kind == "dlcm" else None
         metrics = metrics_of(self.window, config.data.domains, ratio)
         metrics["gradient_norm"] = module.gradient_norm.item()
         for group in trainer.optimizers[0].param_groups:
             metrics[f"learning_rate_{group['role']}"] = group["lr"]
-        metrics["tokens_per_second"] = self._window_tokens / max(self._window_seconds, 1e-9)
-        tokens = module.consumed_tokens
-        self.writer.write("train", trainer.global_step, tokens, metrics)
-        if self.lengths.sum() > 0:
-            self._histogram(tokens)
-        self.latest = metrics
+        seconds = self.stopwatch.lap()
+        self.training_seconds += seconds
+        metrics["tokens_per_second"] = self._recent.total("tokens").item() / seconds
+        return metrics
 
-    def _histogram(self, tokens: int) -> None:
+    def _histogram(self, lengths: Tensor, tokens: int) -> None:
         """Concept lengths, a bar per whole number of tokens."""
-        counts = self.lengths[1:].double()
-        edges = torch.arange(1, LENGTHS + 1, dtype=torch.float64) + 0.5
+        counts = lengths.double()
         values = torch.arange(1, LENGTHS + 1, dtype=torch.float64)
         self.writer.logger.experiment.add_histogram_raw(
             "train/concept_length", min=1, max=LENGTHS, num=int(counts.sum()), sum=float((counts * values).sum()),
-            sum_squares=float((counts * values.square()).sum()), bucket_limits=edges.tolist(),
+            sum_squares=float((counts * values.square()).sum()), bucket_limits=(values + 0.5).tolist(),
             bucket_counts=counts.tolist(), global_step=tokens,
         )
 
@@ -135,7 +159,7 @@ class Metrics(Callback):
         if self.window is None:
             return {}
         return {"domains": self.window.domains, "scalars": self.window.scalars, "features": self.window.features,
-                "lengths": self.lengths.clone()}
+                "lengths": self.lengths}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:

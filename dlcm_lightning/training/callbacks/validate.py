@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dlcm_lightning.batch import Batch
-from dlcm_lightning.training.callbacks.metrics import MetricsWriter
+from dlcm_lightning.training.callbacks.metrics import MetricsWriter, Stopwatch
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
@@ -21,8 +21,8 @@ from dlcm_lightning.training.validation import validate
 class Validate(Callback):
     """Writes a validation line every `validate_every_steps` optimizer steps; the run's end is validated by the run."""
 
-    def __init__(self, writer: MetricsWriter) -> None:
-        self.writer = writer
+    def __init__(self, writer: MetricsWriter, stopwatch: Stopwatch) -> None:
+        self.writer, self.stopwatch = writer, stopwatch
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -34,7 +34,8 @@ class Validate(Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, PretrainData)
-        tally = validate(module, data.validation_loader(), progress=trainer.is_global_zero)
+        with self.stopwatch.paused():
+            tally = validate(module, data.validation_loader(), progress=trainer.is_global_zero)
         if trainer.is_global_zero:
             ratio = config.model.boundary.target_ratio if config.model.kind == "dlcm" else None
             metrics = metrics_of(tally, config.data.domains, ratio)

@@ -1,0 +1,87 @@
+"""The run's directory: who may write to it, and whether what it holds is this run.
+
+    <train.runs>/<name>/
+        config.yaml      the resolved configuration
+        checkpoints/     see checkpoints.py; each carries the configuration that wrote it
+        metrics.jsonl    one line per logged step and per validation
+        tensorboard/     the same as curves, on an axis of consumed tokens; histograms; boundaries as text
+        report.json      the table at the end
+
+A configuration binds a directory only once there is a checkpoint: a run that failed before its first one may be
+corrected and started again. What may change afterwards is where and how often, not what is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dlcm_lightning.compose import differences
+from dlcm_lightning.config import Config, ConfigError
+from dlcm_lightning.training.checkpoints import Checkpoint, Identity
+
+LOCK = ".lock"
+CHANGES_THE_RUN = ("train.precision", "train.devices", "train.nodes")
+"""Among the fields of `train`. The saved position counts micro-batches, hence devices and nodes."""
+
+
+class RunError(RuntimeError):
+    """A run's directory that cannot be used. Names it and the remedy."""
+
+
+def first_process() -> bool:
+    """Whether this process is the one that writes; known before torch.distributed is."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+@contextlib.contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Makes the directory and holds it against a second job; the kernel lets go when the process ends, however.
+
+    Raises RunError where another process holds it or it cannot be written.
+    """
+    if not first_process():
+        yield
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / LOCK).open("w")
+    except OSError as error:
+        raise RunError(f"{run} cannot be written: {error}; correct the permissions or choose another train.runs=..."
+                       ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{run} is in use by a running job; wait for it, end it, or choose another name=..."
+                           ) from error
+        yield
+
+
+def _may_differ(name: str) -> bool:
+    return name in ("name", "data.root", "data.workers") or (
+        name.startswith("train.") and name not in CHANGES_THE_RUN)
+
+
+def check_same_run(checkpoint: Checkpoint, config: Config, precision: str) -> None:
+    """Raises ConfigError where the checkpoint belongs to a run of another configuration or arithmetic."""
+    fields = [name for name in differences(checkpoint.config, config) if not _may_differ(name)]
+    if fields:
+        raise ConfigError(f"name = {config.name!r}: {checkpoint.folder} belongs to a run that differs in "
+                          f"{', '.join(fields)}; choose another name=..., restore these fields, or move it away")
+    if checkpoint.identity.precision != precision:
+        raise ConfigError(f"train.precision = {config.train.precision!r}: {checkpoint.folder} was trained in "
+                          f"{checkpoint.identity.precision}, here it means {precision}; continue on a machine like "
+                          "the first, or choose another name=... to begin a new run")
+
+
+def check_same_data(checkpoint: Checkpoint, identity: Identity, root: str) -> None:
+    """Raises ConfigError where the rows are not those the checkpoint was trained on."""
+    if checkpoint.identity.data_fingerprint != identity.data_fingerprint:
+        raise ConfigError(f"data.root = {root!r}: its shards or their order are not those that {checkpoint.folder} "
+                          "was trained on, so sample i would be another text; restore them, or choose another "
+                          "name=... to begin a new run")
