@@ -16,10 +16,10 @@ import argparse
 import json
 import platform
 import statistics
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from tqdm import tqdm
 
@@ -94,7 +94,7 @@ def main() -> None:
     config = load_config(CONFIG, arguments.overrides)
     about = {
         "command": "python -m benchmarks.boundaries", "hardware": machine.describe(config.train, machine.device()),
-        "torch": torch.__version__, "lightning": lightning.__version__, "python": platform.python_version(),
+        "torch": torch.__version__, "lightning": version("lightning"), "python": platform.python_version(),
     }
     RESULTS.write_text(json.dumps({"about": about, "runs": results}, indent=1) + "\n")
     text = page(results, about)

@@ -45,13 +45,12 @@ def run(**changes: Any) -> Config:
     (lambda: DataConfig(), "data.sources = []", "at least one source"),
     (lambda: data(sources=ONE_SOURCE * 2), "data.sources = ['a', 'a']", "its own name"),
     (lambda: data(sources=[replace(ONE_SOURCE[0], weight=0.5)]), "data.sources[].weight = [0.5]", "sum to 0.5"),
-    (lambda: data(rows_per_step=6, micro_batch_rows=4), "data.micro_batch_rows = 4", "data.rows_per_step = 6"),
+    (lambda: data(rows_per_step=6, micro_batch_rows=8), "data.micro_batch_rows = 8", "data.rows_per_step = 6"),
     (lambda: OptimConfig(total_tokens=10, warmup_tokens=11), "optim.warmup_tokens = 11", "optim.total_tokens = 10"),
     (lambda: OptimConfig(total_tokens=10, warmup_tokens=9), "optim.decay_fraction = 0.2", "longer than"),
     (lambda: OptimConfig(beta1=1.0), "optim.beta1 = 1.0", "[0, 1)"),
     (lambda: TrainConfig(keep_last=1), "train.keep_last = 1", "at least 2"),
     (lambda: run(name=""), "name = ''", "give the run a name"),
-    (lambda: run(train=TrainConfig(devices=3)), "data.rows_per_step = 512", "ranks x data.micro_batch_rows = 3 x 1"),
     (lambda: run(model=ModelConfig(vocab_size=1024), data=data(corpus="sample")), "model.vocab_size = 1024", "bpe"),
 ])
 def test_refusal_names_field_value_and_remedy(make: Any, named: str, remedy: str) -> None:

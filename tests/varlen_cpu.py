@@ -7,6 +7,7 @@ function, forward and backward; it proves nothing about the CUDA kernels.
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 
 import torch
@@ -40,12 +41,24 @@ def _forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=Fals
 
 
 def _backward(grad, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, *rest):  # type: ignore[no-untyped-def]
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-        again = _attend(*leaves, cu_seq_q, is_causal)
-    return torch.autograd.grad(again, leaves, grad)
+    _check(query, key, cu_seq_q, cu_seq_k, min(max_q, max_k), is_causal)
+    repeats, scale = query.shape[1] // key.shape[1], query.shape[-1] ** -0.5
+    grads: tuple[list[Tensor], ...] = ([], [], [])
+    for begin, end in pairwise(cu_seq_q.tolist()):
+        q, g = (x[begin:end].transpose(0, 1) for x in (query, grad))  # (H, L, d)
+        k, v = (x[begin:end].repeat_interleave(repeats, 1).transpose(0, 1) for x in (key, value))
+        scores = (q @ k.transpose(1, 2) * scale)
+        weights = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
+        inner = g @ v.transpose(1, 2)
+        slope = weights * (inner - (inner * weights).sum(-1, keepdim=True)) * scale
+        for collected, whole in zip(grads, (slope @ k, slope.transpose(1, 2) @ q, weights.transpose(1, 2) @ g),
+                                    strict=True):
+            collected.append(whole.transpose(0, 1))
+    shared = [torch.cat(part).unflatten(1, (-1, repeats)).sum(2) for part in grads[1:]]
+    return torch.cat(grads[0]), *shared
 
 
+@functools.cache
 def register() -> None:
     """Once per process."""
     torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", _forward)

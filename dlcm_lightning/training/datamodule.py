@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, SequentialSampler
 
@@ -58,6 +59,9 @@ class PretrainData(LightningDataModule):
     def __init__(self, config: Config, reader: Reader, pin_memory: bool) -> None:
         super().__init__()
         self.config, self.reader, self.pin_memory = config, reader, pin_memory
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device, non_blocking=True)
 
     def train_dataloader(self) -> TrainLoader:
         total = self.config.total_steps * self.config.micro_batches

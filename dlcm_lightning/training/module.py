@@ -84,9 +84,6 @@ class PretrainModule(LightningModule):
         self.step_tally = total if self.step_tally is None else self.step_tally + total
         return loss * (world_size() * self.config.micro_batches)
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device, non_blocking=True)
-
     def configure_optimizers(self) -> Optimizer:
         return build_optimizer(self.model, self.config.model, self.config.optim)
 
