@@ -27,7 +27,7 @@ class Progress(Callback):
         if trainer.is_global_zero:
             interval = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
             self.bar = tqdm(total=module.config.total_steps, initial=trainer.global_step, desc="pretrain", unit="step",
-                            mininterval=interval, smoothing=0.05, dynamic_ncols=True)
+                            mininterval=interval, maxinterval=max(10.0, interval), smoothing=0.05, dynamic_ncols=True)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if self.bar is None or trainer.global_step == self.bar.n:
