@@ -4,8 +4,8 @@
 
 Training draws b_t from the sharpened p_t with noise that is part of the batch; inference takes b_t = [p_t >= 1/2].
 
-Taken to the letter (f = h, form `paper`) the segmentation is loosely held: neighbouring hidden states share a direction,
-p crowds together, and the rate loss moves all tokens at once, so that F swings most from step to step
+Taken to the letter (f = h, form `paper`) the segmentation is loosely held: neighbouring hidden states share a
+direction, p crowds together, and the rate loss moves all tokens at once, so that F swings most from step to step
 (docs/boundaries.md). Two additions steady it, each an option beside the literal form, both on in form `both`:
 
 *Centred features.* f_t = h_t - mean_t, where mean_t is the causal running mean of the document, begun with a prior of

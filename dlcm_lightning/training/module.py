@@ -56,6 +56,10 @@ class PretrainModule(LightningModule):
         self.concept_lengths: Tensor | None = None
         """(LENGTHS,) int64: concepts of this rank's last micro-batch by the number of tokens they pool."""
 
+    def finishes_step(self, batch_idx: int) -> bool:
+        """Whether micro-batch `batch_idx` of the run is the last of its optimizer step."""
+        return (batch_idx + 1) % self.config.micro_batches == 0
+
     @property
     def consumed_tokens(self) -> int:
         """Tokens of all optimizer steps so far, over all ranks."""

@@ -26,7 +26,7 @@ from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.training import machine
 from dlcm_lightning.training.callbacks.boundaries import ShowBoundaries
-from dlcm_lightning.training.callbacks.checkpoint import WriteCheckpoints
+from dlcm_lightning.training.callbacks.checkpoint import StraightToDisk, WriteCheckpoints
 from dlcm_lightning.training.callbacks.metrics import Metrics, MetricsWriter, Stopwatch
 from dlcm_lightning.training.callbacks.progress import Progress
 from dlcm_lightning.training.callbacks.validate import Validate
@@ -57,6 +57,7 @@ def _trainer(config: Config, where: torch.device, logger: TensorBoardLogger, cal
         precision="32-true",  # leaves everything as it is: the model casts for itself
         logger=logger,
         callbacks=callbacks,
+        plugins=[StraightToDisk()],
         max_steps=config.total_steps,
         max_epochs=-1,
         log_every_n_steps=1,

@@ -17,7 +17,8 @@ from dlcm_lightning.training.objective import Tally
 def validate(module: PretrainModule, batches: Iterable[Batch], progress: bool = False) -> Tally:
     """The tally of `batches` over all ranks. The count of sampled boundaries uses the rows' noise and the same p."""
     whole = module.empty_tally()
-    for batch in tqdm(batches, desc="validate", unit="batch", disable=not (progress and sys.stderr.isatty()), leave=False):
+    shown = progress and sys.stderr.isatty()
+    for batch in tqdm(batches, desc="validate", unit="batch", disable=not shown, leave=False):
         _, local, _ = module.tally(batch.to(module.device), None)
         whole = whole + local
     return whole.all_reduced()

@@ -59,7 +59,7 @@ class ShowBoundaries(Callback):
     ) -> None:
         assert isinstance(module, PretrainModule)
         config, step = module.config, trainer.global_step
-        if (batch_idx + 1) % config.micro_batches or not isinstance(module.model, DLCM):
+        if not module.finishes_step(batch_idx) or not isinstance(module.model, DLCM):
             return
         if (step % config.train.validate_every_steps and step != config.total_steps) or not trainer.is_global_zero:
             return

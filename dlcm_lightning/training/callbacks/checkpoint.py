@@ -5,12 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.training.callbacks.metrics import Stopwatch
 from dlcm_lightning.training.checkpoints import Identity, sweep, unfinished_state, write_checkpoint
 from dlcm_lightning.training.module import PretrainModule
+
+
+class StraightToDisk(TorchCheckpointIO):
+    """Writes where it is told. Lightning's own writes to /tmp first and copies, for an atomicity that we have."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        torch.save(checkpoint, path)
 
 
 class WriteCheckpoints(Callback):
@@ -24,8 +34,8 @@ class WriteCheckpoints(Callback):
     ) -> None:
         assert isinstance(module, PretrainModule)
         config, step = module.config, trainer.global_step
-        whole_step = (batch_idx + 1) % config.micro_batches == 0
-        if not whole_step or (step % config.train.checkpoint_every_steps and step != config.total_steps):
+        due = step % config.train.checkpoint_every_steps == 0 or step == config.total_steps
+        if not (due and module.finishes_step(batch_idx)):
             return
         with self.stopwatch.paused():  # saving the state is collective, the rest is rank 0's
             if trainer.is_global_zero:

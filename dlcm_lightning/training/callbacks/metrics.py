@@ -114,7 +114,7 @@ class Metrics(Callback):
         config = module.config
         if (counts := module.concept_lengths) is not None:
             self.lengths = counts if self.lengths is None else self.lengths.to(counts.device) + counts
-        if (batch_idx + 1) % config.micro_batches:
+        if not module.finishes_step(batch_idx):
             return
         step = module.last_step
         assert step is not None

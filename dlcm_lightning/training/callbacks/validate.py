@@ -29,8 +29,8 @@ class Validate(Callback):
     ) -> None:
         assert isinstance(module, PretrainModule)
         config, step = module.config, trainer.global_step
-        whole_step = (batch_idx + 1) % config.micro_batches == 0
-        if not whole_step or step % config.train.validate_every_steps or step == config.total_steps:
+        due = module.finishes_step(batch_idx) and step % config.train.validate_every_steps == 0
+        if not due or step == config.total_steps:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, PretrainData)
