@@ -68,7 +68,7 @@ def test_tokenize_then_pretrain_from_a_folder_of_texts(run_file: Path, capsys: p
     ("data.sources[0].weight=0.5", "weights sum to 0.5; make them sum to 1"),
     ("model.attention=flash", "model.attention = 'flash'.*CUDA"),
     ("optim.warmup_tokens=2048", "optim.warmup_tokens = 2048: must lie between 0 and optim.total_tokens"),
-    ("data.root=/nowhere", "/nowhere"),
+    ("data.root=/nowhere", "data.root = '/nowhere'.*dlcm tokenize"),
     ("data.row_tokens=100000", "fill no row of 100000"),
     ("model.vocab_size=300", "model.vocab_size = 300; raise it"),
 ])

@@ -65,6 +65,9 @@ class Reader:
         """
         self.config, self.seed = config, seed
         self.folder = corpus_folder(config, vocab_size)
+        if not self.folder.is_dir():
+            raise DataError(f"data.root = {config.root!r}: there is no folder {self.folder}; write shards into it with "
+                            "`dlcm tokenize`, or correct data.root")
         tokenizer = Tokenizer.load(self.folder)
         if tokenizer.vocab_size > vocab_size:
             raise DataError(f"{self.folder / 'tokenizer.json'}: {tokenizer.vocab_size} ids, but model.vocab_size = "

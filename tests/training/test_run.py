@@ -110,6 +110,12 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed: 
     assert lines(other) != lines(undisturbed)
 
 
+def test_loader_processes_change_nothing(run_config: Config, undisturbed: Config) -> None:
+    config = replace(run_config, data=replace(run_config.data, workers=2))
+    pretrain(config, quiet)
+    assert_same_end(config, undisturbed)
+
+
 def test_accumulation_trains_as_one_micro_batch_does_under_the_same_rule_for_F(run_config: Config) -> None:
     losses = []
     for rows in (4, 1):

@@ -41,6 +41,9 @@ class Progress(Callback):
             self.bar.set_postfix(shown, refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
 
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, module, "fit")
+
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if self.bar is not None:
             self.bar.close()
