@@ -14,9 +14,7 @@ Nothing is compressed and nothing is pickled: reading a shard is arithmetic on o
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.durable import write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -99,35 +98,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path}: not a manifest ({error}); build the source again") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that after a crash it is there in full or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def index_name(shard: str) -> str:

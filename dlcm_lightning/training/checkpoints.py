@@ -16,9 +16,7 @@ in it can run code.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,6 +25,7 @@ from typing import Any
 
 from dlcm_lightning.compose import load_config, save_config
 from dlcm_lightning.config import Config
+from dlcm_lightning.durable import flush, sha256_of
 
 FOLDER = "checkpoints"
 PREFIX = "step-"
@@ -71,20 +70,6 @@ class Checkpoint:
         return load_config(self.folder / CONFIG)
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Forces a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def unfinished_state(run: Path, step: int) -> Path:
     """Where the state file of a step is written before it counts."""
     return run / FOLDER / f"{UNFINISHED}{step}" / STATE
@@ -105,16 +90,17 @@ def write_checkpoint(
         save(unfinished / STATE)
         save_config(config, unfinished / CONFIG)
         files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(unfinished.iterdir())
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            for file in sorted(unfinished.iterdir())
         }
         manifest = {"format": FORMAT, "step": step, **asdict(identity), "files": files}
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for file in unfinished.iterdir():
-            _flush(file)
-        _flush(unfinished)
+            flush(file)
+        flush(unfinished)
         shutil.rmtree(final, ignore_errors=True)  # one of the same step that was found damaged
         unfinished.rename(final)
-        _flush(parent)
+        flush(parent)
     except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
         kept = [folder.name for folder in checkpoint_folders(run)]
@@ -151,7 +137,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 raise CheckpointError(f"{file} is missing")
             if file.stat().st_size != expected["bytes"]:
                 raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}")
-            if _sha256(file) != expected["sha256"]:
+            if sha256_of(file) != expected["sha256"]:
                 raise CheckpointError(f"{file} is damaged: its sha256 differs from the manifest's")
         identity = Identity(str(manifest["data_fingerprint"]), str(manifest["precision"]))
         return Checkpoint(folder, int(manifest["step"]), identity)

@@ -9,6 +9,7 @@ from typing import Any
 
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.ngram import Floor
+from dlcm_lightning.durable import write_atomically
 from dlcm_lightning.flops import training_flops_per_token
 from dlcm_lightning.training.callbacks.metrics import Metrics
 
@@ -60,9 +61,7 @@ class Report:
     speed: Speed | None
 
     def save(self, run: Path) -> None:
-        temporary = run / f"{FILE}.part"
-        temporary.write_text(json.dumps(asdict(self), indent=1))
-        temporary.replace(run / FILE)
+        write_atomically(run / FILE, json.dumps(asdict(self), indent=1).encode())
 
     @staticmethod
     def load(run: Path) -> Report | None:

@@ -15,10 +15,10 @@ import pytest
 from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data import extract, prepare, wheels
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.manifest import sha256_of
 from dlcm_lightning.data.prepare import Material, prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.wheels import Wheel, fetch, fetch_all
+from dlcm_lightning.durable import sha256_of
 from tests.synthetic import make_texts
 
 VOCABULARY = 300

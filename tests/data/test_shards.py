@@ -18,11 +18,12 @@ import webdataset
 from dlcm_lightning.config import DataConfig
 from dlcm_lightning.data.documents import tokenize_documents
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.manifest import build_index, read_manifest, sha256_of
+from dlcm_lightning.data.manifest import build_index, read_manifest
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.data.writer import ShardWriter
+from dlcm_lightning.durable import sha256_of
 from tests.synthetic import VOCABULARY, make_texts
 
 

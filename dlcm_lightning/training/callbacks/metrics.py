@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from dlcm_lightning.batch import Batch
+from dlcm_lightning.durable import write_atomically
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import LENGTHS, PretrainModule
 from dlcm_lightning.training.objective import Tally
@@ -47,9 +48,7 @@ class MetricsWriter:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):
                 break
-        temporary = self.file.with_suffix(".part")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(self.file)
+        write_atomically(self.file, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, kind: str, step: int, tokens: int, metrics: dict[str, Any]) -> None:
         """One line; kind is train or validation."""
