@@ -50,12 +50,12 @@ def main() -> None:
         prepare_sample_corpus(config.data, config.model.vocab_size)
     reader = Reader(config.data, config.seed, config.model.vocab_size)
     backend = choose_backend(config.model.attention, device, dtype)
-    module = PretrainModule(config, dtype, backend).to(device)
+    module = PretrainModule(config, dtype, backend, torch.from_numpy(reader.token_bytes)).to(device)
     optimizer = module.configure_optimizers()
     rate_before = machine.matrix_product_rate(dtype, device)
 
     def step(number: int) -> float:
-        batches = [reader.step_batch(number, k).to(device) for k in range(config.micro_batches)]
+        batches = [batch.to(device) for batch in reader.step_batches(number)]
         began = time.perf_counter()
         for k, batch in enumerate(batches):
             (module.training_step(batch, k) / config.micro_batches).backward()

@@ -8,14 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from dlcm_lightning.ops.noise import uniform
 from dlcm_lightning.ops.segments import Segments
 
 NO_TARGET = -100
 """Target of a token that predicts nothing: the last of its document, and every token of a filler row."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A row that could not be read."""
+
+    sample: int
+    """Its index in the global sequence."""
+    source: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -26,13 +38,10 @@ class Batch:
     """(T,) int64."""
     targets: Tensor
     """(T,) int64: the next token of the same document, or NO_TARGET."""
-    target_bytes: Tensor
-    """(T,) int64: UTF-8 bytes the target stands for, 0 where there is none: the denominator of bits per byte."""
     documents: Segments
     """Documents over tokens; a piece of a document in a row counts as one."""
-    noise: Tensor
-    """(T,) float32 in [0, 1): hash(seed, sample index, offset in the row). A token is sampled as a boundary where
-    its noise is below its sharpened probability."""
+    noise_keys: Tensor
+    """(B,) int64: what each row's boundary noise is a function of, a hash of (seed, sample index)."""
     domains: Tensor
     """(B,) int64: index of each row's domain in `DataConfig.domains`."""
     samples: Tensor
@@ -45,6 +54,14 @@ class Batch:
     """Tokens of this rank in the whole optimizer step, filler rows left out."""
     step_documents: int
     """Documents (pieces counted as such) of this rank in the whole optimizer step, filler rows left out."""
+    step_unreadable: tuple[Unreadable, ...] = ()
+    """Rows of this rank in the whole optimizer step that could not be read and are fillers instead."""
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """(T,) float32 in [0, 1), on the batch's device. A token is sampled as a boundary where its noise is below
+        its sharpened probability."""
+        return uniform(self.noise_keys, self.row_tokens).view(-1)
 
     def token_domains(self) -> Tensor:
         """(T,) int64 domain of each token."""
@@ -64,6 +81,6 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         documents = Segments(change(self.documents.starts), self.documents.longest)
         return replace(
-            self, tokens=change(self.tokens), targets=change(self.targets), target_bytes=change(self.target_bytes),
-            documents=documents, noise=change(self.noise), domains=change(self.domains), samples=change(self.samples),
+            self, tokens=change(self.tokens), targets=change(self.targets), documents=documents,
+            noise_keys=change(self.noise_keys), domains=change(self.domains), samples=change(self.samples),
         )

@@ -177,12 +177,31 @@ class SourceConfig:
     """What metrics are grouped by: web-en, web-zh, math, code."""
     weight: float = 0.0
     """Share of the training tokens. The weights of all sources sum to one; 0 leaves a source out."""
+    max_epochs: float = 0.0
+    """Times the source may be read; 0 for no limit. Where it is reached, its weight goes to the others."""
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and "/" not in self.name, "data.sources[].name", self.name,
                  "give every source a name without slashes")
         _require(bool(self.domain), "data.sources[].domain", self.domain, f"name the domain of source {self.name!r}")
         _require(0 <= self.weight <= 1, f"data.sources[{self.name}].weight", self.weight, "a share lies in [0, 1]")
+        _require(self.max_epochs >= 0, f"data.sources[{self.name}].max_epochs", self.max_epochs, "use 0 or more")
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """Other weights from a point of the run on."""
+
+    at_tokens: int = 0
+    """Consumed tokens at which they begin to hold, rounded up to the next block of `block_rows` rows."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of every source by its name; they sum to one, and a source that is not named gets none."""
+
+    def __post_init__(self) -> None:
+        _require(self.at_tokens > 0, "data.weight_changes[].at_tokens", self.at_tokens, "must be positive")
+        total = math.fsum(self.weights.values())
+        _require(abs(total - 1) < 1e-6 and min(self.weights.values(), default=0) >= 0,
+                 "data.weight_changes[].weights", dict(self.weights), "give shares that sum to 1")
 
 
 @dataclass(frozen=True)
@@ -205,17 +224,35 @@ class DataConfig:
     """Rows in one forward pass of one rank."""
     block_rows: int = 4096
     """Rows over which every source gets its exact share; also the range of the shuffle between sources."""
+    shuffle_shards: int = 16
+    """Shards of a source whose rows are shuffled together. Shards come in random order, in groups of so many; a
+    source of fewer is shuffled whole."""
+    weight_changes: list[WeightChange] = field(default_factory=list)
+    """In ascending order of at_tokens. One that still lies ahead may be added or changed when a run continues."""
     validation_rows: int = 64
     """At most so many rows per source are read for one validation."""
     workers: int = 0
     """Loader processes per rank; 0 reads in the training process."""
+    cache_megabytes: int = 1024
+    """Of a remote data.root (s3://...): memory for fetched pieces of shards, per process that reads."""
+    read_ahead_steps: int = 4
+    """Of a remote data.root: optimizer steps whose rows are fetched in advance."""
+    unreadable: Literal["stop", "mask"] = "stop"
+    """What a row that cannot be read does. stop: ends the run with an error that names shard and sample. mask: the
+    row predicts nothing, is counted and logged, and every other row stays where it is."""
+    max_unreadable: float = 0.001
+    """mask: the largest share of such rows among those consumed, or in the first block; above it the run ends."""
 
     def __post_init__(self) -> None:
         _require_member("data.corpus", self.corpus, Literal["sample", "shards"])
         _require_member("data.tokenizer", self.tokenizer, Literal["bpe", "deepseek"])
-        for name in ("row_tokens", "rows_per_step", "micro_batch_rows", "block_rows", "validation_rows"):
+        _require_member("data.unreadable", self.unreadable, Literal["stop", "mask"])
+        for name in ("row_tokens", "rows_per_step", "micro_batch_rows", "block_rows", "validation_rows",
+                     "shuffle_shards", "cache_megabytes"):
             _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
-        _require(self.workers >= 0, "data.workers", self.workers, "use 0 or more")
+        for name in ("workers", "read_ahead_steps"):
+            _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "use 0 or more")
+        _require(0 <= self.max_unreadable <= 1, "data.max_unreadable", self.max_unreadable, "a share lies in [0, 1]")
         _require(self.micro_batch_rows <= self.rows_per_step, "data.micro_batch_rows", self.micro_batch_rows,
                  f"must not exceed data.rows_per_step = {self.rows_per_step}")
         _require(bool(self.sources), "data.sources", self.sources, "name at least one source")
@@ -224,6 +261,12 @@ class DataConfig:
         total = math.fsum(source.weight for source in self.sources)
         _require(abs(total - 1) < 1e-6, "data.sources[].weight", [source.weight for source in self.sources],
                  f"the weights sum to {total:g}; make them sum to 1")
+        points = [change.at_tokens for change in self.weight_changes]
+        _require(points == sorted(set(points)), "data.weight_changes[].at_tokens", points,
+                 "put them in ascending order")
+        for change in self.weight_changes:
+            unknown = [name for name in change.weights if name not in names]
+            _require(not unknown, "data.weight_changes[].weights", unknown, f"data.sources has {', '.join(names)}")
 
     @property
     def tokens_per_step(self) -> int:

@@ -47,13 +47,18 @@ class Histories:
     target: np.ndarray
 
 
+FITTED_TOKENS = 2**25
+"""At most so many tokens of a source are counted, from its beginning: floors of a large corpus are no less useful, and
+counting sorts in memory."""
+
+
 def floors(reader: Reader, fitted_on: Literal["domain", "mixture"] = "domain") -> list[Floor]:
     """One per domain that has a source in use, in the order of `Reader.domains`."""
     vocabulary = len(reader.token_bytes)
     domains = [domain for domain in reader.domains if reader.training_stream(domain)]
 
     def fitted(chosen: list[str]) -> Histories:
-        return _joined([_histories(stream, stream.tokens, vocabulary)
+        return _joined([_histories(stream, min(stream.tokens, FITTED_TOKENS), vocabulary)
                         for domain in chosen for stream in reader.training_stream(domain)])
 
     everything = fitted(domains) if fitted_on == "mixture" else None

@@ -4,74 +4,75 @@ Row r of a source feeds the tokens [r * L, (r + 1) * L), L = row_tokens, and loo
 target. Rows do not overlap, so an epoch feeds every token once (but for the tail that fills no row). Documents are
 cut where a row ends; a piece counts as a document of its own. The last token of a document predicts nothing: its
 successor belongs to another document.
+
+All rows that a rank reads for an optimizer step are one `StepRows`: a few numpy arrays, which cross from a loader
+process as bytes in a pipe. A tensor would take a file of shared memory each, milliseconds of a hand-over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from dlcm_lightning.batch import NO_TARGET, Batch
-from dlcm_lightning.data.mixture import noise
-from dlcm_lightning.data.source import Source
+from dlcm_lightning.batch import NO_TARGET, Batch, Unreadable
 from dlcm_lightning.ops.segments import Segments
 
 
 @dataclass(frozen=True)
-class Row:
-    """One sample, L tokens."""
+class StepRows:
+    """The rows of one rank in one optimizer step: B rows of L tokens, S starts of documents in them."""
 
-    tokens: np.ndarray
-    """(L,) int64."""
-    targets: np.ndarray
-    """(L,) int64, NO_TARGET at the last token of a document."""
-    lengths: np.ndarray
-    """(pieces,) int64, sums to L."""
-    noise: np.ndarray
-    """(L,) float32 in [0, 1)."""
-    domain: int
-    sample: int
-    """-1 for a filler."""
+    stream: np.ndarray
+    """(B, L + 1) int32, the token behind the row included."""
+    starts: np.ndarray
+    """(S,) int64: where documents begin, counted over the B x L tokens laid end to end. Row b contributes those in
+    (b L, (b + 1) L], so that of a document which begins right behind it is among them, and its own first token is
+    not."""
+    begins: np.ndarray
+    """(B + 1,) int64: the starts of row b are starts[begins[b]:begins[b + 1]]."""
+    samples: np.ndarray
+    """(B,) int64; -1 for fillers."""
+    domains: np.ndarray
+    """(B,) int64."""
+    noise_keys: np.ndarray
+    """(B,) int64."""
+    real: int
+    """Rows that are no fillers."""
+    unreadable: tuple[Unreadable, ...]
+    """Rows that could not be read, where the configuration allows for it; fillers stand in their places."""
 
-    @property
-    def target_count(self) -> int:
-        return int((self.targets != NO_TARGET).sum())
-
-
-def cut_row(source: Source, row: int, row_tokens: int, *, domain: int, sample: int, seed: int) -> Row:
-    """Row `row` of a source. seed and sample key the noise."""
-    stream, starts = source.read(row * row_tokens, row_tokens + 1)
-    targets = stream[1:].copy()
-    targets[starts[starts > 0] - 1] = NO_TARGET
-    inner = starts[(starts > 0) & (starts < row_tokens)]
-    lengths = np.diff(np.concatenate([[0], inner, [row_tokens]]))
-    return Row(stream[:-1], targets, lengths, noise(seed, sample, row_tokens), domain, sample)
+    @cached_property
+    def pieces(self) -> int:
+        """Documents, a piece of one counted as one: one begins with every row, others inside."""
+        return self.real + int(np.count_nonzero(self.starts % (self.stream.shape[1] - 1)))
 
 
-def filler_row(row_tokens: int, bos_id: int) -> Row:
-    """A row that predicts nothing and counts in no statistic: one document of BOS."""
-    return Row(np.full(row_tokens, bos_id, dtype=np.int64), np.full(row_tokens, NO_TARGET, dtype=np.int64),
-               np.array([row_tokens]), np.zeros(row_tokens, dtype=np.float32), 0, -1)
-
-
-def pack(rows: Sequence[Row], token_bytes: np.ndarray, step: Sequence[Row]) -> Batch:
-    """Rows laid end to end. token_bytes: (V,) int64 of the tokenizer; step: all rows of this rank's optimizer step."""
-    real = [row for row in step if row.sample >= 0]
-    targets = np.concatenate([row.targets for row in rows])
-    target_bytes = np.where(targets == NO_TARGET, 0, token_bytes[np.maximum(targets, 0)])
+def pack(rows: StepRows, first: int, last: int) -> Batch:
+    """Rows [first, last) of a step laid end to end."""
+    length = rows.stream.shape[1] - 1
+    stream = rows.stream[first:last]
+    starts = rows.starts[rows.begins[first]:rows.begins[last]] - first * length
+    samples = rows.samples[first:last]
+    targets = stream[:, 1:].astype(np.int64)
+    if rows.real < len(rows.samples):
+        targets[samples < 0] = NO_TARGET
+    targets = targets.reshape(-1)
+    targets[starts - 1] = NO_TARGET
+    documents = np.concatenate([np.arange(0, (last - first + 1) * length, length), starts[starts % length != 0]])
+    documents.sort()
     return Batch(
-        tokens=torch.from_numpy(np.concatenate([row.tokens for row in rows])),
+        tokens=torch.from_numpy(stream[:, :-1].astype(np.int64).reshape(-1)),
         targets=torch.from_numpy(targets),
-        target_bytes=torch.from_numpy(target_bytes),
-        documents=Segments.from_lengths(np.concatenate([row.lengths for row in rows]).tolist()),
-        noise=torch.from_numpy(np.concatenate([row.noise for row in rows])),
-        domains=torch.tensor([row.domain for row in rows]),
-        samples=torch.tensor([row.sample for row in rows]),
-        row_tokens=len(rows[0].tokens),
-        step_targets=sum(row.target_count for row in real),
-        step_tokens=sum(len(row.tokens) for row in real),
-        step_documents=sum(len(row.lengths) for row in real),
+        documents=Segments(torch.from_numpy(documents.astype(np.int32)), int((documents[1:] - documents[:-1]).max())),
+        noise_keys=torch.from_numpy(rows.noise_keys[first:last]),
+        domains=torch.from_numpy(rows.domains[first:last]),
+        samples=torch.from_numpy(samples),
+        row_tokens=length,
+        step_targets=rows.real * length - len(rows.starts),
+        step_tokens=rows.real * length,
+        step_documents=rows.pieces,
+        step_unreadable=rows.unreadable,
     )

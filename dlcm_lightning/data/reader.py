@@ -3,41 +3,48 @@
 Global step s consumes the samples [s * B, (s + 1) * B), B = rows_per_step, whatever the number of ranks. Rank r of W
 takes the contiguous part [r * B // W, (r + 1) * B // W) of them and cuts it into micro-batches of m rows; where that
 does not come out even, filler rows complete the last ones, so that every rank runs the same number of forward passes.
-The state of the reader is therefore one integer, the number of micro-batches consumed.
+The state of the reader is therefore one integer, the number of samples consumed, the same on every rank and for every
+number of ranks.
 
     reader = Reader(config.data, config.seed, config.model.vocab_size)
-    batches = TrainingBatches(reader, rank, world, first=consumed, last=total)    # a map-style torch Dataset
+    for batch in TrainingBatches(reader, rank, world, first_step=100, last_step=200): ...
 
-Both datasets are map-style: item i is a `Batch`, the same in whichever loader process it is read. Use them in a
-DataLoader with batch_size=None and no shuffling.
+A row that cannot be read is an error that names shard and sample, or, by configuration, a filler in the same place.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections import OrderedDict
-from collections.abc import Callable
-from functools import cached_property
+import signal
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, get_worker_info
 
-from dlcm_lightning.batch import Batch
+from dlcm_lightning.batch import Batch, Unreadable
 from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import MANIFEST
-from dlcm_lightning.data.mixture import Mixture, key
-from dlcm_lightning.data.packing import Row, cut_row, filler_row, pack
+from dlcm_lightning.data.mixture import Mixture, Part
+from dlcm_lightning.data.order import NOISE, Order, key, keys_of
+from dlcm_lightning.data.packing import StepRows, pack
 from dlcm_lightning.data.source import Source
+from dlcm_lightning.data.store import Chunks, store_at
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.data.verify import verify
 
 VERIFY_BELOW_BYTES = 1024**3
-"""Corpora smaller than this are read in full and compared with their sha256 when opened (about 1 s per GiB)."""
-CACHED_STEPS = 2
+"""Local corpora smaller than this are read in full and compared with their sha256 when opened (about 1 s per GiB)."""
+CHECK_BELOW_SHARDS = 1000
+"""Local corpora of fewer shards have the size of each looked up when opened; larger ones when a shard is touched."""
+HANDED_OVER_TOKENS = 2**18
+"""Loader processes hand over whole steps, and several small ones at once."""
 VALIDATION = "validation"
+_NO_STARTS = np.empty(0, dtype=np.int64)
 
 
 def corpus_folder(config: DataConfig, vocab_size: int) -> Path:
@@ -56,56 +63,63 @@ def micro_batches_per_step(rows_per_step: int, micro_batch_rows: int, world: int
 class Reader:
     """All sources of a run, opened and checked. Can be pickled to loader processes."""
 
-    def __init__(self, config: DataConfig, seed: int, vocab_size: int, *, verify: bool | None = None,
+    def __init__(self, config: DataConfig, seed: int, vocab_size: int, *, verify_all: bool | None = None,
                  report: Callable[[str], None] = print) -> None:
-        """vocab_size: of the model. verify: compare every shard's sha256 now; None: where the corpus is small.
+        """vocab_size: of the model. verify_all: compare every shard's sha256 now; None: where the corpus is small.
 
         DataError: corpus or source missing, made with another tokenizer, damaged, too small, empty domain, ids
         beyond the vocabulary. A missing source of the *sample* corpus is reported and its weight shared out.
         """
         self.config, self.seed = config, seed
-        self.folder = corpus_folder(config, vocab_size)
-        if not self.folder.is_dir():
-            raise DataError(f"data.root = {config.root!r}: there is no folder {self.folder}; write shards into it with "
-                            "`dlcm tokenize`, or correct data.root")
-        tokenizer = Tokenizer.load(self.folder)
+        self._noise_key = key(NOISE, seed)
+        self.chunks = Chunks(config.cache_megabytes * 10**6)
+        place = config.root if config.corpus == "shards" else corpus_folder(config, vocab_size)
+        self.store = store_at(place, self.chunks)
+        if not self.store.remote and not self.store.exists():
+            raise DataError(f"data.root = {config.root!r}: there is no folder {self.store.where()}; write shards into "
+                            "it with `dlcm tokenize`, or correct data.root")
+        tokenizer = Tokenizer.load(self.store)
         if tokenizer.vocab_size > vocab_size:
-            raise DataError(f"{self.folder / 'tokenizer.json'}: {tokenizer.vocab_size} ids, but model.vocab_size = "
-                            f"{vocab_size}; raise it to at least {tokenizer.vocab_size}")
+            raise DataError(f"{self.store.where('tokenizer.json')}: {tokenizer.vocab_size} ids, but "
+                            f"model.vocab_size = {vocab_size}; raise it to at least {tokenizer.vocab_size}")
         self.bos_id = tokenizer.bos_id
         self.token_bytes = tokenizer.token_bytes()
         self.sources = self._present(report)
-        self._train = [Source(self.folder / source.name / "train", tokenizer) for source in self.sources]
-        self._validation = [Source(self.folder / source.name / VALIDATION, tokenizer) for source in self.sources]
-        everything = [*self._train, *self._validation]
-        size = sum(shard.size for source in everything for shard in source.manifest.shards)
-        if verify or (verify is None and size < VERIFY_BELOW_BYTES):
-            for source in everything:
-                source.verify()
+        self._train, self._validation = (
+            [Source(self.store.below(source.name).below(split), tokenizer) for source in self.sources]
+            for split in ("train", VALIDATION))
+        self._check_shards(verify_all)
         self._check_sizes()
-        self.domain_of_source = [config.domains.index(source.domain) for source in self.sources]
+        self._domains = np.array([config.domains.index(source.domain) for source in self.sources])
+        length = config.row_tokens
+        orders = [Order(seed, source.name, stream.first_rows(length), config.shuffle_shards)
+                  for source, stream in zip(self.sources, self._train, strict=True)]
         self.mixture = Mixture(
-            seed, [source.name for source in self.sources],
-            [source.rows(config.row_tokens) for source in self._train],
-            [source.weight for source in self.sources], config.block_rows)
-        self._cache: OrderedDict[tuple[int, ...], list[Row]] = OrderedDict()
+            seed, [Part(source.name, source.weight, order, source.max_epochs)
+                   for source, order in zip(self.sources, orders, strict=True)], config.block_rows,
+            [(math.ceil(change.at_tokens / length), change.weights) for change in config.weight_changes])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict()}
-
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """sha256 of everything the order of samples and their content depend on. Save it with a checkpoint and
-        compare on resuming: another value means that sample i is not what it was."""
-        parts: list[int | str] = [self.seed, self.config.row_tokens, self.config.block_rows]
-        for source, stream, share in zip(self.sources, self._train, self.mixture.shares, strict=True):
-            parts += [source.name, source.domain, int(share), *(shard.sha256 for shard in stream.manifest.shards)]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        """sha256 of the text that the order of samples is drawn from, and of what the order depends on besides the
+        configured weights. Another value on resuming means that sample i is not what it was."""
+        digest = hashlib.sha256(repr([self.seed, self.config.row_tokens, self.config.block_rows,
+                                      self.config.shuffle_shards]).encode())
+        for source, stream in zip(self.sources, self._train, strict=True):
+            shards = stream.manifest.shards
+            digest.update(repr([source.name, source.domain, *shards.texts("sha256"), *shards.texts("skip_sha256")]
+                               ).encode())
+        return digest.hexdigest()
 
     @property
     def domains(self) -> list[str]:
         """Domains as numbered in `Batch.domains`."""
         return self.config.domains
+
+    def check_lasts(self, rows: int) -> None:
+        """DataError: the sources' max_epochs end before so many rows."""
+        if rows:
+            self.mixture.stretch((rows - 1) // self.config.block_rows)
 
     def training_stream(self, domain: str) -> list[Source]:
         """The training splits of a domain's sources."""
@@ -115,20 +129,6 @@ class Reader:
         """The validation splits of a domain's sources, each with the number of rows that are validated on."""
         return [(stream, self._validation_rows(stream))
                 for source, stream in zip(self.sources, self._validation, strict=True) if source.domain == domain]
-
-    def training_rows(self, samples: list[int]) -> list[Row]:
-        """The rows of global samples; -1 stands for a filler."""
-        wanted = np.array(samples, dtype=np.int64)
-        real = wanted[wanted >= 0]
-        drawn = self.mixture.draw(real)
-        cut = iter([
-            cut_row(self._train[source], row, self.config.row_tokens, domain=self.domain_of_source[source],
-                    sample=sample, seed=self.seed)
-            for sample, source, row in zip(real.tolist(), drawn.sources.tolist(), drawn.rows.tolist(), strict=True)])
-        return [next(cut) if sample >= 0 else self.filler() for sample in samples]
-
-    def filler(self) -> Row:
-        return filler_row(self.config.row_tokens, self.bos_id)
 
     def step_samples(self, step: int, rank: int, world: int) -> list[int]:
         """Samples of one rank in a step, completed with -1 to micro_batches_per_step full micro-batches."""
@@ -141,12 +141,39 @@ class Reader:
         size = self.config.micro_batch_rows
         return mine + [-1] * (micro_batches_per_step(rows, size, world) * size - len(mine))
 
-    def step_batch(self, step: int, number: int, rank: int = 0, world: int = 1) -> Batch:
-        """Micro-batch `number` of one rank in a step."""
-        samples = self.step_samples(step, rank, world)
-        rows = self._cached_rows(tuple(samples))
+    def step_rows(self, step: int, rank: int = 0, world: int = 1) -> StepRows:
+        """What one rank reads for a step."""
+        samples = np.array(self.step_samples(step, rank, world), dtype=np.int64)
+        real = samples >= 0
+        drawn = self.mixture.draw(samples[real])
+        sources, rows = np.full((2, len(samples)), -1, dtype=np.int64)
+        sources[real], rows[real] = drawn.sources, drawn.rows
+        return self._read(self._train, samples, sources, rows, self._noise_key)
+
+    def validation_batch(self, samples: list[int]) -> Batch:
+        """Validation rows, indices into validation_rows; -1 gives a filler."""
+        wanted = np.array([self.validation_rows[sample] if sample >= 0 else (-1, -1) for sample in samples])
+        rows = self._read(self._validation, np.array(samples), wanted[:, 0], wanted[:, 1],
+                          key(NOISE, key(self.seed, VALIDATION)))
+        return pack(rows, 0, len(samples))
+
+    def step_batches(self, step: int, rank: int = 0, world: int = 1) -> list[Batch]:
+        """The micro-batches of one rank in a step."""
+        return self.packed(self.step_rows(step, rank, world))
+
+    def packed(self, rows: StepRows) -> list[Batch]:
         size = self.config.micro_batch_rows
-        return pack(rows[number * size:(number + 1) * size], self.token_bytes, rows)
+        return [pack(rows, first, first + size) for first in range(0, len(rows.samples), size)]
+
+    def prefetch(self, step: int, rank: int, world: int) -> None:
+        """Says that a step will be read soon. Returns at once; does nothing for local corpora."""
+        if not self.store.remote:
+            return
+        samples = np.array([sample for sample in self.step_samples(step, rank, world) if sample >= 0], dtype=np.int64)
+        drawn = self.mixture.draw(samples)
+        length = self.config.row_tokens
+        for source, row in zip(drawn.sources.tolist(), drawn.rows.tolist(), strict=True):
+            self.chunks.submit(partial(self._train[source].prefetch, row * length, length + 1))
 
     @cached_property
     def validation_rows(self) -> list[tuple[int, int]]:
@@ -154,57 +181,100 @@ class Reader:
         return [(number, row) for number, stream in enumerate(self._validation)
                 for row in range(self._validation_rows(stream))]
 
-    def cut_validation_row(self, sample: int) -> Row:
-        """Validation row `sample`, an index into validation_rows; -1 gives a filler."""
-        if sample < 0:
-            return self.filler()
-        source, row = self.validation_rows[sample]
-        return cut_row(self._validation[source], row, self.config.row_tokens, sample=sample,
-                       domain=self.domain_of_source[source], seed=key(self.seed, VALIDATION))
-
     def fixed_documents(self, domain: str, count: int = 2, characters: int = 600) -> list[str]:
         """The first validation documents of a domain, spread over its sources, cut at `characters`."""
         streams = [stream for stream, rows in self.validation_stream(domain) if rows]
-        tokenizer = Tokenizer.load(self.folder)
+        tokenizer = Tokenizer.load(self.store)
         texts = []
         for place in range(count):
-            found = streams[place % len(streams)].documents(place // len(streams) + 1)
-            if place // len(streams) < len(found):
-                texts.append(tokenizer.decode(found[-1])[:characters])
+            found = next(streams[place % len(streams)].documents(place // len(streams)), None)
+            if found is not None:
+                texts.append(tokenizer.decode(found)[:characters])
         return texts
+
+    def _read(self, streams: list[Source], samples: np.ndarray, sources: np.ndarray, rows: np.ndarray, noise_key: int
+              ) -> StepRows:
+        """samples, sources, rows: (B,) int64, -1 for fillers."""
+        length = self.config.row_tokens
+        stream = np.zeros((len(samples), length + 1), dtype=np.int32)
+        starts: list[np.ndarray] = []
+        missed: dict[int, DataError] = {}
+        asked = list(zip(sources.tolist(), rows.tolist(), strict=True))
+        for place, (source, row) in enumerate(asked):
+            try:
+                found = streams[source].read_into(stream[place], row * length) if source >= 0 else _NO_STARTS
+                starts.append(found[1:] if len(found) and found[0] == 0 else found)
+            except DataError as error:
+                missed[place] = error
+                starts.append(_NO_STARTS)
+        if stream.view(np.uint32).max() >= len(self.token_bytes):
+            self._find_wrong_ids(streams, asked, stream, missed)
+        fillers = samples < 0
+        if missed or fillers.any():
+            fillers[list(missed)] = True
+            stream[fillers] = self.bos_id
+            starts = [_NO_STARTS if filler else found for filler, found in zip(fillers, starts, strict=True)]
+        unreadable = tuple(self._unreadable(int(samples[place]), *asked[place], error)
+                           for place, error in sorted(missed.items()))
+        counts = [len(found) for found in starts]
+        return StepRows(
+            stream, np.concatenate(starts) + np.repeat(np.arange(len(starts)) * length, counts),
+            np.cumsum([0, *counts]), np.where(fillers, -1, samples), np.where(fillers, 0, self._domains[sources]),
+            keys_of(noise_key, samples).view(np.int64), len(samples) - int(np.count_nonzero(fillers)), unreadable)
+
+    def _find_wrong_ids(self, streams: list[Source], asked: list[tuple[int, int]], stream: np.ndarray,
+                        missed: dict[int, DataError]) -> None:
+        """Notes the rows that hold ids beyond the vocabulary."""
+        for place, (source, row) in enumerate(asked):
+            try:
+                if source >= 0 and place not in missed:
+                    streams[source].check_ids(stream[place], row * self.config.row_tokens)
+            except DataError as error:
+                missed[place] = error
+
+    def _unreadable(self, sample: int, source: int, row: int, error: DataError) -> Unreadable:
+        name = self.sources[source].name
+        if self.config.unreadable == "stop":
+            raise DataError(f"sample {sample} (row {row} of source {name!r}): {error}. data.unreadable=mask would "
+                            "train on without such rows") from error
+        return Unreadable(sample, name, str(error))
 
     def _validation_rows(self, stream: Source) -> int:
         return min(stream.rows(self.config.row_tokens), self.config.validation_rows)
 
-    def _cached_rows(self, samples: tuple[int, ...]) -> list[Row]:
-        """Rows of a whole step: every micro-batch of it needs the step's count of targets."""
-        if samples not in self._cache:
-            self._cache[samples] = self.training_rows(list(samples))
-            while len(self._cache) > CACHED_STEPS:
-                self._cache.popitem(last=False)
-        return self._cache[samples]
-
     def _present(self, report: Callable[[str], None]) -> list[SourceConfig]:
         """The configured sources with a weight; those that a sample corpus lacks are left out and reported."""
-        wanted = [source for source in self.config.sources if source.weight > 0]
+        later = {name for change in self.config.weight_changes for name, weight in change.weights.items() if weight}
+        wanted = [source for source in self.config.sources if source.weight > 0 or source.name in later]
         if self.config.corpus == "shards":
             return wanted
-        present = [source for source in wanted if (self.folder / source.name / "train" / MANIFEST).is_file()]
+        present = [source for source in wanted if self.store.below(source.name).below("train").exists(MANIFEST)]
         missing = [source.name for source in wanted if source not in present]
         if not present:
-            raise DataError(f"{self.folder}: holds none of {', '.join(missing)}; remove the folder and run again "
-                            "with a network, or correct data.sources")
+            raise DataError(f"{self.store.where()}: holds none of {', '.join(missing)}; remove the folder and run "
+                            "again with a network, or correct data.sources")
         if missing:
             report(f"data: the sample corpus lacks {', '.join(missing)}; their weight goes to the other sources "
-                   f"in proportion. Remove {self.folder} and run again to fetch them.")
+                   f"in proportion. Remove {self.store.where()} and run again to fetch them.")
         return present
+
+    def _check_shards(self, verify_all: bool | None) -> None:
+        everything = [*self._train, *self._validation]
+        size = sum(stream.manifest.shards.total("size") for stream in everything)
+        if verify_all or (verify_all is None and size < VERIFY_BELOW_BYTES and not self.store.remote):
+            for stream in everything:
+                verify(stream)
+        elif not self.store.remote and sum(len(stream.manifest.shards) for stream in everything) < CHECK_BELOW_SHARDS:
+            for stream in everything:
+                for number in range(len(stream.manifest.shards)):
+                    stream.check_size(number)
 
     def _check_sizes(self) -> None:
         length = self.config.row_tokens
         for source, stream in zip(self.sources, self._train, strict=True):
             if not stream.rows(length):
                 raise DataError(f"source {source.name!r} (domain {source.domain!r}): {stream.tokens} training tokens "
-                                f"in {stream.folder} fill no row of {length} + 1; lower data.row_tokens, add "
+                                f"in {stream.place} fill no row of {length} + 1; lower data.row_tokens, add "
                                 "documents, or leave the source out")
         for domain in dict.fromkeys(source.domain for source in self.sources):
             if not sum(rows for _, rows in self.validation_stream(domain)):
@@ -213,21 +283,56 @@ class Reader:
                                 "data.row_tokens or add documents to its validation split")
 
 
-class TrainingBatches(torch.utils.data.Dataset[Batch]):
-    """The micro-batches [first, last) of one rank, counted from the start of the run."""
+class _Steps(torch.utils.data.Dataset[list[StepRows]]):
+    """What one rank reads for the steps [first, last), `together` of them an item."""
 
-    def __init__(self, reader: Reader, rank: int, world: int, first: int, last: int) -> None:
-        self.reader, self.rank, self.world, self.first, self.last = reader, rank, world, first, last
-        self.per_step = micro_batches_per_step(reader.config.rows_per_step, reader.config.micro_batch_rows, world)
+    def __init__(self, reader: Reader, rank: int, world: int, first: int, last: int, together: int) -> None:
+        self.reader, self.rank, self.world = reader, rank, world
+        self.first, self.last, self.together = first, last, together
 
     def __len__(self) -> int:
-        return max(0, self.last - self.first)
+        return -(-max(0, self.last - self.first) // self.together)
 
-    def __getitem__(self, index: int) -> Batch:
-        if not 0 <= index < len(self):
-            raise IndexError(f"micro-batch {index} of {len(self)}")
-        step, number = divmod(self.first + index, self.per_step)
-        return self.reader.step_batch(step, number, self.rank, self.world)
+    def __getitem__(self, index: int) -> list[StepRows]:
+        begin = self.first + index * self.together
+        steps = range(begin, min(begin + self.together, self.last))
+        if ahead := self.reader.config.read_ahead_steps:
+            worker = get_worker_info()
+            stride = self.together * (worker.num_workers if worker else 1)
+            for later in range(begin + stride, min(begin + stride + max(ahead, self.together), self.last)):
+                self.reader.prefetch(later, self.rank, self.world)
+        return [self.reader.step_rows(step, self.rank, self.world) for step in steps]
+
+
+class TrainingBatches:
+    """The micro-batches of one rank in the steps [first_step, last_step), in order; iterated anew, from the start."""
+
+    def __init__(self, reader: Reader, rank: int, world: int, first_step: int, last_step: int,
+                 workers: int = 0) -> None:
+        """workers: loader processes; 0 reads in this one."""
+        self.reader, self.workers = reader, workers
+        tokens = max(1, reader.config.tokens_per_step // world)
+        together = max(1, HANDED_OVER_TOKENS // tokens) if workers else 1
+        self.steps = _Steps(reader, rank, world, first_step, last_step, together)
+
+    def __iter__(self) -> Iterator[Batch]:
+        items: Iterator[list[StepRows]] = (self.steps[index] for index in range(len(self.steps)))
+        if self.workers:
+            items = iter(DataLoader(self.steps, batch_size=None, num_workers=self.workers, collate_fn=_as_it_is,
+                                    worker_init_fn=_ignore_signals))
+        for item in items:
+            for rows in item:
+                yield from self.reader.packed(rows)
+
+
+def _as_it_is(item: list[StepRows]) -> list[StepRows]:
+    return item
+
+
+def _ignore_signals(worker: int) -> None:
+    """Loader processes leave when their parent does; signals are for the parent to answer."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class ValidationBatches(torch.utils.data.Dataset[Batch]):
@@ -247,6 +352,4 @@ class ValidationBatches(torch.utils.data.Dataset[Batch]):
         if not 0 <= index < len(self):
             raise IndexError(f"validation batch {index} of {len(self)}")
         size = self.reader.config.micro_batch_rows
-        samples = self.samples[index * size:(index + 1) * size]
-        rows = [self.reader.cut_validation_row(sample) for sample in samples]
-        return pack(rows, self.reader.token_bytes, rows)
+        return self.reader.validation_batch(self.samples[index * size:(index + 1) * size])

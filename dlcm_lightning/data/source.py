@@ -1,17 +1,24 @@
 """Random access to the tokens of one source and split.
 
-A source is one long stream of tokens: its documents end to end, shard after shard. `read` takes any window of it by
-two binary searches (which shard, which block) and a copy out of mapped memory; no tar is parsed and nothing is
-decoded. What a manifest claims is compared with the disk when a shard is first touched (present, size, index) and in
-full by `verify` (sha256, counts, range of the ids).
+A source is one long stream of tokens: its documents end to end, shard after shard, those left out that the manifest
+skips. `read_into` takes any window of it: two bisections (which shard, which block), one read of the tokens at their
+offset; where the documents of a block begin is computed once and kept. No tar is parsed and nothing is decoded. What
+a manifest claims is compared with the store when a shard is first touched (present, size, index) and in full by
+`verify` (sha256, counts, range of the ids).
 
-Open shards are kept mapped, the least recently used let go, so that a source of thousands of shards does not run out
-of file handles. A `Source` can be pickled to a loader process; mappings are not carried along but opened again there.
+A shard is arbitrary bytes until shown otherwise: every number in a sidecar is bounded before it is computed with, and
+numbers are all there is, so that a hostile shard can be wrong but can neither run code nor lead out of its folder.
+
+Open shards are kept, the least recently used let go, so that a source of thousands of shards does not run out of file
+handles. A `Source` can be pickled to a loader process; open files are not carried along but opened again there.
 """
 
 from __future__ import annotations
 
+import threading
+from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,167 +28,296 @@ import numpy as np
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import (
     INDEX_COLUMNS,
+    MANIFEST,
+    SKIP_COLUMNS,
     WIDTHS,
-    ShardEntry,
-    build_index,
-    index_name,
-    read_manifest,
+    Manifest,
+    parse_manifest,
+    sidecar,
 )
+from dlcm_lightning.data.store import Content, Store, store_at
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.durable import sha256_of
 
-MAPPED_SHARDS = 64
+OPEN_SHARDS = 64
+KEPT_BLOCKS = 4096
 REBUILD = "the shard is damaged or was replaced: copy it again or rebuild the source"
 
 
 @dataclass(frozen=True)
-class _Mapped:
-    """An open shard: its bytes, its index and where each block begins, in tokens."""
+class _Shard:
+    """An open shard."""
 
-    content: np.ndarray
-    index: np.ndarray
-    begins: np.ndarray
+    content: Content
+    index: list[list[int]]
+    begins: list[int]
+    """Where each block begins, in tokens of the stream within the shard."""
+    skips: dict[int, np.ndarray]
+    """By block: places, first tokens and tokens of the documents left out, (n, 3)."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The documents of a block that are in the stream."""
+
+    starts: np.ndarray
+    """(n,) int64 first token of each, counted in the stream within the block."""
+    pieces: list[tuple[int, int, int]]
+    """Runs of neighbouring documents: first token in the stream, first token as stored, tokens."""
 
 
 class Source:
     """The token stream of one folder of shards."""
 
-    def __init__(self, folder: str | Path, tokenizer: Tokenizer) -> None:
-        """DataError: no manifest, or made with another tokenizer than `tokenizer`, or its ids do not fit."""
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
+    def __init__(self, place: str | Path | Store, tokenizer: Tokenizer) -> None:
+        """place: a folder, an address or a store. DataError: no manifest, or made with another tokenizer than
+        `tokenizer`, or its ids do not fit."""
+        self.store = store_at(place) if isinstance(place, str | Path) else place
+        self.place = self.store.where()
+        self.manifest = read_manifest(self.store)
         if self.manifest.tokenizer != tokenizer.fingerprint:
-            raise DataError(f"{self.folder}: made with tokenizer {self.manifest.tokenizer[:12]}, but the corpus' "
+            raise DataError(f"{self.place}: made with tokenizer {self.manifest.tokenizer[:12]}, but the corpus' "
                             f"tokenizer.json is {tokenizer.fingerprint[:12]}; tokenise this source again with it")
         if self.manifest.vocab_size != tokenizer.vocab_size:
-            raise DataError(f"{self.folder}: states vocab_size = {self.manifest.vocab_size}, its tokenizer has "
+            raise DataError(f"{self.place}: states vocab_size = {self.manifest.vocab_size}, its tokenizer has "
                             f"{tokenizer.vocab_size} ids; rebuild the source")
         self.tokens = self.manifest.tokens
-        self._type = np.dtype(WIDTHS[self.manifest.dtype][1])
-        counts = np.array([shard.tokens for shard in self.manifest.shards], dtype=np.int64)
-        self._begins = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
-        self._mapped: OrderedDict[int, _Mapped] = OrderedDict()
-        for shard in self.manifest.shards:
-            self._check_size(shard)
+        self._width = self.manifest.width
+        self._type = WIDTHS[self.manifest.dtype][1]
+        self._begins: list[int] = [0, *np.cumsum(self.manifest.shards.of("tokens")).tolist()]
+        self._forget()
+
+    def _forget(self) -> None:
+        self._open_shards: OrderedDict[int, _Shard] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], _Block] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": OrderedDict()}
+        return {name: value for name, value in self.__dict__.items()
+                if name not in ("_open_shards", "_blocks", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def rows(self, row_tokens: int) -> int:
         """Full rows in the stream: each feeds row_tokens tokens and looks one further for its last target."""
         return max(0, (self.tokens - 1) // row_tokens)
 
-    def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [first, first + count): (count,) int64, and the offsets among them where documents start, int64."""
-        if first < 0 or count < 1 or first + count > self.tokens:
-            raise IndexError(f"{self.folder}: tokens [{first}, {first + count}) of {self.tokens}")
-        tokens = np.empty(count, dtype=np.int64)
-        starts = []
-        done = 0
-        while done < count:
-            number = int(np.searchsorted(self._begins, first + done, side="right")) - 1
-            shard = self._open(number)
-            inside = first + done - int(self._begins[number])
-            block = int(np.searchsorted(shard.begins, inside, side="right")) - 1
-            offset = inside - int(shard.begins[block])
-            ids, lengths = self._block(shard, block)
-            taken = min(count - done, len(ids) - offset)
-            tokens[done:done + taken] = ids[offset:offset + taken]
-            begins = np.cumsum(lengths, dtype=np.int64) - lengths
-            low, high = np.searchsorted(begins, [offset, offset + taken])
-            starts.append(begins[low:high] - offset + done)
-            if int(begins[-1] + lengths[-1]) != len(ids) or int(lengths.min()) < 1:
-                raise DataError(f"{self._path(number)}: block {block} holds {len(ids)} tokens, its documents "
-                                f"sum to {int(begins[-1] + lengths[-1])}; {REBUILD}")
-            done += taken
-        if int(tokens.max()) >= self.manifest.vocab_size:
-            raise DataError(f"{self._path(number)}: token id {int(tokens.max())} beyond the vocabulary of "
-                            f"{self.manifest.vocab_size}; {REBUILD}")
-        return tokens, np.concatenate(starts)
+    def first_rows(self, row_tokens: int) -> np.ndarray:
+        """(shards + 1,) int64: the first row that begins in each shard, and the number of rows."""
+        return np.minimum(-(-np.array(self._begins) // row_tokens), self.rows(row_tokens))
 
-    def documents(self, limit: int) -> list[np.ndarray]:
-        """The first documents of the stream, at most `limit`: their ids, int64, with BOS and EOS."""
-        found: list[np.ndarray] = []
-        for number in range(len(self.manifest.shards)):
-            shard = self._open(number)
+    def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [first, first + count): (count,) int64, and the offsets among them where documents start, int64.
+
+        IndexError: beyond the stream. DataError: the shard, named, cannot be read or holds what it must not.
+        """
+        tokens = np.empty(count, dtype=np.int64)
+        starts = self.read_into(tokens, first)
+        self.check_ids(tokens, first)
+        return tokens, starts
+
+    def check_ids(self, tokens: np.ndarray, first: int) -> None:
+        """DataError: ids beyond the vocabulary among `tokens`, which were read from `first` on."""
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.manifest.vocab_size:  # ids beyond 2^31 turn negative in an int32
+            raise DataError(f"{self.where(self._shard_of(first))}: token id {high if low >= 0 else low % 2**32} beyond "
+                            f"the vocabulary of {self.manifest.vocab_size}; {REBUILD}")
+
+    def read_into(self, tokens: np.ndarray, first: int) -> np.ndarray:
+        """`read` into tokens (n,), int32 or int64, without check_ids. Returns the offsets where documents start."""
+        count = len(tokens)
+        if first < 0 or count < 1 or first + count > self.tokens:
+            raise IndexError(f"{self.place}: tokens [{first}, {first + count}) of {self.tokens}")
+        number = self._shard_of(first)
+        try:
+            return self._fill(tokens, number, first - self._begins[number])
+        except OSError as error:
+            raise DataError(f"{self.where(number)}: cannot be read ({error}); copy it there or rebuild the source"
+                            ) from error
+
+    def _shard_of(self, token: int) -> int:
+        return bisect_right(self._begins, token) - 1
+
+    def _fill(self, tokens: np.ndarray, number: int, inside: int) -> np.ndarray:
+        """Fills tokens from a shard on, starting `inside` its part of the stream."""
+        count, done = len(tokens), 0
+        found = []
+        while done < count:
+            shard = self._open_shards.get(number) or self.shard(number)
+            block = bisect_right(shard.begins, inside) - 1
+            while done < count and block < len(shard.index):
+                documents = self._blocks.get((number, block)) or self._block(number, shard, block)
+                at, before = inside - shard.begins[block], done
+                for begin, stored, size in documents.pieces:
+                    passed = max(0, at - begin)
+                    taken = min(size - passed, count - done)
+                    if taken > 0:
+                        low = shard.index[block][0] + (stored + passed) * self._width
+                        raw = shard.content.read(low, low + taken * self._width)
+                        tokens[done:done + taken] = np.frombuffer(raw, self._type)
+                        done += taken
+                first = documents.starts.searchsorted(at)
+                last = documents.starts.searchsorted(at + done - before)
+                found.append(documents.starts[first:last] + (before - at))
+                block += 1
+                inside = shard.begins[block] if block < len(shard.begins) else 0
+            number, inside = number + 1, 0
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def prefetch(self, first: int, count: int) -> None:
+        """Says that these tokens will be read soon. For remote stores, from a fetching thread: it may wait for an
+        index, never for tokens."""
+        number = self._shard_of(first)
+        while count > 0 and number < len(self.manifest.shards):
+            shard = self.shard(number)
+            inside = first - self._begins[number]
+            taken = min(count, self._begins[number + 1] - first)
+            block = bisect_right(shard.begins, inside) - 1
+            while block < len(shard.index) and shard.begins[block] < inside + taken:
+                at, size, lengths_at, documents = shard.index[block]
+                low = max(0, inside - shard.begins[block]) if block not in shard.skips else 0
+                high = min(size, inside + taken - shard.begins[block]) if block not in shard.skips else size
+                shard.content.prefetch(at + low * self._width, at + high * self._width)
+                shard.content.prefetch(lengths_at, lengths_at + 4 * documents)
+                block += 1
+            first, count, number = first + taken, count - taken, number + 1
+
+    def documents(self, first: int = 0) -> Iterator[np.ndarray]:
+        """The documents of the stream from document `first` on: their ids, (n,) int64, with BOS and EOS."""
+        counts = self.manifest.shards.of("documents")
+        for number in range(len(counts)):
+            if first >= counts[number]:
+                first -= int(counts[number])
+                continue
+            shard = self.shard(number)
             for block in range(len(shard.index)):
-                ids, lengths = self._block(shard, block)
-                pieces = np.split(ids.astype(np.int64), np.cumsum(lengths, dtype=np.int64)[:-1])
-                found += pieces[:limit - len(found)]
-                if len(found) >= limit:
-                    return found
+                starts = self._block(number, shard, block).starts
+                if first >= len(starts):
+                    first -= len(starts)
+                    continue
+                ends = [*starts[1:].tolist(), self._sizes(shard)[block]]
+                for start, end in zip(starts[first:].tolist(), ends[first:], strict=True):
+                    yield self.read(self._begins[number] + shard.begins[block] + start, end - start)[0]
+                first = 0
+
+    def _sizes(self, shard: _Shard) -> list[int]:
+        """Tokens of every block in the stream."""
+        return [row[1] - int(shard.skips[block][:, 2].sum()) if block in shard.skips else row[1]
+                for block, row in enumerate(shard.index)]
+
+    def where(self, number: int) -> str:
+        """Path or address of a shard."""
+        return self.store.where(self.manifest.shards.texts("name")[number])
+
+    def shard(self, number: int) -> _Shard:
+        """An open shard. DataError: missing, of another size, or with sidecars that do not fit it."""
+        with self._lock:
+            if number not in self._open_shards:
+                try:
+                    self._open_shards[number] = self._open(number)
+                except FileNotFoundError as error:
+                    raise DataError(f"{self.where(number)}: missing, though the manifest lists it ({error}); copy it "
+                                    "there or rebuild the source") from None
+                except OSError as error:
+                    raise DataError(f"{self.where(number)}: cannot be read ({error}); copy it there or rebuild the "
+                                    "source") from error
+                while len(self._open_shards) > OPEN_SHARDS:
+                    self._open_shards.popitem(last=False)
+            self._open_shards.move_to_end(number)
+            return self._open_shards[number]
+
+    def check_size(self, number: int) -> None:
+        """OSError: a shard is not there. DataError: it has another size than the manifest states."""
+        stated = int(self.manifest.shards.of("size")[number])
+        size = self.store.size(self.manifest.shards.texts("name")[number])
+        if size != stated:
+            raise DataError(f"{self.where(number)}: {size} bytes, the manifest states {stated}; {REBUILD}")
+
+    def _open(self, number: int) -> _Shard:
+        entry = self.manifest.shards[number]
+        self.check_size(number)
+        index = self._sidecar(entry.name, "index", entry.blocks, INDEX_COLUMNS)
+        bounded = (index >= 0).all() and (index <= entry.size).all()
+        if not bounded or not (
+            (index[:, 1] > 0).all() and (index[:, 3] > 0).all()
+            and (index[:, 0] + index[:, 1] * self._width <= entry.size).all()
+            and (index[:, 2] + index[:, 3] * 4 <= entry.size).all()
+            and index[:, 1].sum() == entry.tokens + entry.skipped_tokens
+            and index[:, 3].sum() == entry.documents + entry.skipped_documents
+        ):
+            raise DataError(f"{self.store.where(sidecar(entry.name, 'index'))}: does not fit the shard and its "
+                            f"manifest; {REBUILD}")
+        skips: dict[int, np.ndarray] = {}
+        sizes = index[:, 1].copy()
+        if entry.skipped_documents:
+            skip = self._sidecar(entry.name, "skip", entry.skipped_documents, SKIP_COLUMNS)
+            if (skip < 0).any() or (skip > entry.size).any() or (skip[:, 0] >= entry.blocks).any() or (
+                    skip[:, 3].sum() != entry.skipped_tokens):
+                raise DataError(f"{self.store.where(sidecar(entry.name, 'skip'))}: does not fit the shard and its "
+                                f"manifest; {REBUILD}")
+            skips = {block: skip[skip[:, 0] == block, 1:] for block in np.unique(skip[:, 0]).tolist()}
+            np.subtract.at(sizes, skip[:, 0], skip[:, 3])
+        begins = np.cumsum(sizes) - sizes
+        return _Shard(self.store.open(entry.name, entry.size), index.tolist(), begins.tolist(), skips)
+
+    def _sidecar(self, shard: str, kind: str, rows: int, columns: int) -> np.ndarray:
+        name = sidecar(shard, kind)
+        raw = self.store.whole(name)
+        if len(raw) != rows * columns * 8:
+            raise DataError(f"{self.store.where(name)}: {len(raw)} bytes, {rows} rows need {rows * columns * 8}; "
+                            f"{REBUILD}")
+        return np.frombuffer(raw, dtype="<i8").reshape(-1, columns).astype(np.int64)
+
+    def _block(self, number: int, shard: _Shard, block: int) -> _Block:
+        """Where the documents of a block are; computed once."""
+        found = self._blocks.get((number, block))
+        if found is None:
+            lengths = self.lengths(number, shard, block)
+            starts = np.cumsum(lengths) - lengths
+            pieces = [(0, 0, int(lengths.sum()))]
+            if block in shard.skips:
+                starts, pieces = self._without(number, block, lengths, starts, shard.skips[block])
+            found = self._blocks[number, block] = _Block(starts, pieces)
+            while len(self._blocks) > KEPT_BLOCKS:
+                self._blocks.popitem(last=False)
         return found
 
-    def verify(self) -> None:
-        """Reads every shard in full. DataError names the first whose sha256, counts or ids are not as stated."""
-        for number, shard in enumerate(self.manifest.shards):
-            path = self._path(number)
-            mapped = self._open(number)
-            digest = sha256_of(path)
-            if digest != shard.sha256:
-                raise DataError(f"{path}: sha256 {digest[:12]}..., the manifest states {shard.sha256[:12]}...; "
-                                f"{REBUILD}")
-            if not np.array_equal(build_index(path), mapped.index):
-                raise DataError(f"{path.parent / index_name(shard.name)}: not the index of its shard; {REBUILD}")
-            documents = 0
-            for block in range(len(mapped.index)):
-                ids, lengths = self._block(mapped, block)
-                documents += len(lengths)
-                if int(lengths.min()) < 1 or int(lengths.sum(dtype=np.int64)) != len(ids):
-                    raise DataError(f"{path}: block {block} holds {len(ids)} tokens, its documents sum to "
-                                    f"{int(lengths.sum(dtype=np.int64))}; {REBUILD}")
-                if int(ids.max()) >= self.manifest.vocab_size:
-                    raise DataError(f"{path}: token id {int(ids.max())} beyond the vocabulary of "
-                                    f"{self.manifest.vocab_size}; {REBUILD}")
-            if documents != shard.documents:
-                raise DataError(f"{path}: holds {documents} documents, the manifest states {shard.documents}; "
-                                f"{REBUILD}")
+    def lengths(self, number: int, shard: _Shard, block: int) -> np.ndarray:
+        """(documents,) int64 tokens of every document of a block, as stored. DataError: they do not fit the block."""
+        _, tokens, at, documents = shard.index[block]
+        lengths = np.frombuffer(shard.content.read(at, at + 4 * documents), "<u4").astype(np.int64)
+        if int(lengths.sum()) != tokens or int(lengths.min()) < 1:
+            raise DataError(f"{self.where(number)}: block {block} holds {tokens} tokens, its documents sum to "
+                            f"{int(lengths.sum())}; {REBUILD}")
+        return lengths
 
-    def _path(self, number: int) -> Path:
-        return self.folder / self.manifest.shards[number].name
-
-    def _check_size(self, shard: ShardEntry) -> None:
-        path = self.folder / shard.name
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise DataError(f"{path}: missing, though the manifest lists it; copy it there or rebuild the "
-                            "source") from None
-        if size != shard.size:
-            raise DataError(f"{path}: {size} bytes, the manifest states {shard.size}; {REBUILD}")
-
-    def _open(self, number: int) -> _Mapped:
-        if number in self._mapped:
-            self._mapped.move_to_end(number)
-            return self._mapped[number]
-        shard = self.manifest.shards[number]
-        self._check_size(shard)
-        path = self._path(number)
-        index_path = path.parent / index_name(shard.name)
-        try:
-            raw = index_path.read_bytes()
-            content = np.memmap(path, dtype=np.uint8, mode="r")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error}); copy it there or rebuild the source") from error
-        if len(raw) != shard.blocks * INDEX_COLUMNS * 8:
-            raise DataError(f"{index_path}: {len(raw)} bytes, {shard.blocks} blocks need "
-                            f"{shard.blocks * INDEX_COLUMNS * 8}; {REBUILD}")
-        index = np.frombuffer(raw, dtype="<i8").reshape(-1, INDEX_COLUMNS)
-        ends = np.cumsum(index[:, 1])
-        whole = (index > 0).all() and ends[-1] == shard.tokens and index[:, 3].sum() == shard.documents
-        inside = (index[:, 0] + index[:, 1] * self._type.itemsize <= shard.size).all() and (
-            index[:, 2] + index[:, 3] * 4 <= shard.size).all()
-        if not (whole and inside):
-            raise DataError(f"{index_path}: does not fit the shard and its manifest; {REBUILD}")
-        self._mapped[number] = _Mapped(content, index, ends - index[:, 1])
-        while len(self._mapped) > MAPPED_SHARDS:
-            self._mapped.popitem(last=False)
-        return self._mapped[number]
-
-    def _block(self, shard: _Mapped, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and document lengths of a block, as stored."""
-        at, tokens, lengths_at, documents = shard.index[block].tolist()
-        ids = shard.content[at:at + tokens * self._type.itemsize].view(self._type)
-        return ids, shard.content[lengths_at:lengths_at + documents * 4].view("<u4")
+    def _without(self, number: int, block: int, lengths: np.ndarray, starts: np.ndarray, skip: np.ndarray
+                 ) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+        """Starts in the stream and runs of the documents that stay, given (n, 3) places, first tokens, tokens."""
+        kept = np.ones(len(lengths), dtype=bool)
+        places = skip[:, 0]
+        if (places >= len(lengths)).any() or not (
+                np.array_equal(starts[places], skip[:, 1]) and np.array_equal(lengths[places], skip[:, 2])
+                and (np.diff(places) > 0).all()):
+            raise DataError(f"{self.where(number)}: block {block} is not as its list of skipped documents says; "
+                            f"{REBUILD}")
+        kept[places] = False
+        here = np.cumsum(lengths * kept) - lengths * kept
+        firsts = np.flatnonzero(kept & ~np.concatenate([[False], kept[:-1]]))
+        ends = np.flatnonzero(kept & ~np.concatenate([kept[1:], [False]]))
+        pieces = [(int(here[first]), int(starts[first]), int(starts[last] + lengths[last] - starts[first]))
+                  for first, last in zip(firsts.tolist(), ends.tolist(), strict=True)]
+        return here[kept], pieces
 
 
+def read_manifest(store: Store) -> Manifest:
+    """DataError: missing (an unfinished build), unreadable, or not a manifest."""
+    where = store.where(MANIFEST)
+    try:
+        return parse_manifest(store.whole(MANIFEST), where)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{where}: missing, so the folder holds no finished source; "
+                        "build it (dlcm tokenize) or correct data.root and the source's name") from None
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error}); correct data.root or the permissions") from error

@@ -1,18 +1,17 @@
 """The LightningDataModule: a reader's rows as loaders whose position is one integer.
 
 Lightning is given a loader whose length is that of the whole run and whose iteration begins where the run stands.
-With a length it prefetches nothing, and with `state_dict` it saves the position in every checkpoint; it is the same
-number on every rank.
+With a length it prefetches nothing, and with `state_dict` it saves the position in every checkpoint: the samples that
+all ranks together have consumed, the same number on every rank.
 """
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.config import Config
@@ -20,37 +19,31 @@ from dlcm_lightning.data.reader import Reader, TrainingBatches, ValidationBatche
 from dlcm_lightning.ops.collectives import rank, world_size
 
 
-def ignore_signals(worker: int) -> None:
-    """Loader processes leave when their parent does; signals are for the parent to answer."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
 class TrainLoader:
-    """This rank's micro-batches of the whole run; iterating begins at `consumed`."""
+    """This rank's micro-batches of the whole run; iterating begins at `samples`."""
 
-    def __init__(self, reader: Reader, total: int, workers: int, pin_memory: bool) -> None:
-        self.reader, self.total, self.workers, self.pin_memory = reader, total, workers, pin_memory
+    def __init__(self, reader: Reader, config: Config, pin_memory: bool) -> None:
+        self.reader, self.config, self.pin_memory = reader, config, pin_memory
         self.consumed = 0
+        """Micro-batches of this rank since the beginning of the run."""
 
     def __len__(self) -> int:
-        return self.total
+        return self.config.total_steps * self.config.micro_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = TrainingBatches(self.reader, rank(), world_size(), first=self.consumed, last=self.total)
-        loader = DataLoader(
-            batches, batch_size=None, sampler=SequentialSampler(batches), num_workers=self.workers,
-            pin_memory=self.pin_memory, worker_init_fn=ignore_signals,
-        )
-        for batch in loader:
+        first = self.consumed // self.config.micro_batches
+        batches = TrainingBatches(self.reader, rank(), world_size(), first, self.config.total_steps,
+                                  self.config.data.workers)
+        for batch in batches:
             self.consumed += 1
-            yield batch
+            yield batch.pin_memory() if self.pin_memory else batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"consumed": self.consumed}
+        """The position; checkpoints stand between optimizer steps."""
+        return {"samples": self.consumed // self.config.micro_batches * self.config.data.rows_per_step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.consumed = state["consumed"]
+        self.consumed = state["samples"] // self.config.data.rows_per_step * self.config.micro_batches
 
 
 class PretrainData(LightningDataModule):
@@ -64,8 +57,7 @@ class PretrainData(LightningDataModule):
         return batch.to(device, non_blocking=True)
 
     def train_dataloader(self) -> TrainLoader:
-        total = self.config.total_steps * self.config.micro_batches
-        return TrainLoader(self.reader, total, self.config.data.workers, self.pin_memory)
+        return TrainLoader(self.reader, self.config, self.pin_memory)
 
     def validation_loader(self) -> DataLoader[Batch]:
         """This rank's validation batches. Not Lightning's `val_dataloader`: see callbacks/validate.py."""

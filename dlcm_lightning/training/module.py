@@ -41,12 +41,15 @@ class PretrainModule(LightningModule):
     """Four stages, two losses, one optimizer."""
 
     previous_rate: Tensor
+    token_bytes: Tensor
 
-    def __init__(self, config: Config, compute_dtype: torch.dtype, backend: str) -> None:
+    def __init__(self, config: Config, compute_dtype: torch.dtype, backend: str, token_bytes: Tensor) -> None:
+        """token_bytes: (V,) int64, UTF-8 bytes of every id of the tokenizer: the denominator of bits per byte."""
         super().__init__()
         self.config = config
         self.model = build_model(config.model, compute_dtype, backend, config.seed)
         self.register_buffer("previous_rate", torch.full((), -1.0, dtype=torch.float64))
+        self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.step_tally: Tally | None = None
         """Sum over the micro-batches of the optimizer step under way, over all ranks."""
         self.last_step: Tally | None = None
@@ -71,14 +74,15 @@ class PretrainModule(LightningModule):
         nll_sum, nll = linear_cross_entropy(
             output.hidden, self.model.unembedding.weight, batch.targets, self.model.logit_scale
         )
-        boundary = self.config.model.boundary
-        return nll_sum, measure(output, batch, nll, boundary, len(self.config.data.domains)), output
+        local = measure(output, batch, nll, self.config.model.boundary, len(self.config.data.domains),
+                        self.token_bytes)
+        return nll_sum, local, output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss whose average over ranks and micro-batches has the gradient of the whole step's loss."""
         nll_sum, local, output = self.tally(batch, batch.noise)
         total = local.all_reduced()
-        loss = nll_sum / total.scalar("step_targets").to(nll_sum.dtype)
+        loss = nll_sum / total.scalar("step_targets").clamp(min=1).to(nll_sum.dtype)
         boundary = self.config.model.boundary
         if output.segmentation is not None and boundary.learned and boundary.rate_weight > 0:
             previous = self.previous_rate if self.config.uses_previous_rate else None

@@ -32,8 +32,8 @@ from dlcm_lightning.ops.collectives import all_reduce_sum
 
 COLUMNS = ("tokens", "sampled", "thresholded", "p", "p_squared", "near_half", "nll", "targets", "bytes")
 """What is summed per domain. near_half counts |p - 1/2| < 0.05; nll is in nats."""
-SCALARS = ("step_tokens", "step_targets", "step_documents", "squared_lengths")
-"""What is summed once. The first three describe the whole step and are equal in each of its micro-batches; the last is
+SCALARS = ("step_tokens", "step_targets", "step_documents", "step_unreadable", "squared_lengths")
+"""What is summed once. All but the last describe the whole step and are equal in each of its micro-batches; the last is
 the sum of squared document lengths, which attention's cost follows."""
 NEAR_HALF = 0.05
 
@@ -96,19 +96,22 @@ def _by_document(values: Tensor, batch: Batch) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=offsets, axis=0)
 
 
-def measure(output: Output, batch: Batch, nll: Tensor, config: BoundaryConfig, domains: int) -> Tally:
-    """The tally of one micro-batch of one rank. nll (T,): the terms of the cross-entropy, in nats."""
+def measure(
+    output: Output, batch: Batch, nll: Tensor, config: BoundaryConfig, domains: int, token_bytes: Tensor
+) -> Tally:
+    """The tally of one micro-batch of one rank. nll (T,): the terms of the cross-entropy, in nats; token_bytes (V,):
+    UTF-8 bytes of every id."""
     counted = batch.counted()
     columns = torch.zeros(len(COLUMNS), *batch.tokens.shape, dtype=torch.float64, device=nll.device)  # (C, T)
     columns[COLUMNS.index("tokens")] = 1
     columns[COLUMNS.index("nll")] = nll
     columns[COLUMNS.index("targets")] = batch.targets >= 0
-    columns[COLUMNS.index("bytes")] = batch.target_bytes
-    scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=nll.device)
-    scalars[0], scalars[1], scalars[2] = batch.step_tokens, batch.step_targets, batch.step_documents
+    columns[COLUMNS.index("bytes")] = token_bytes[batch.targets.clamp(min=0)] * (batch.targets >= 0)
+    step = (batch.step_tokens, batch.step_targets, batch.step_documents, len(batch.step_unreadable))
     lengths = batch.documents.lengths()
     real = counted[batch.documents.starts[:-1].long()]  # (N,)
-    scalars[3] = (lengths.double().square() * real).sum()
+    squared = (lengths.double().square() * real).sum()
+    scalars = torch.cat([torch.tensor(step, dtype=torch.float64).to(nll.device), squared[None]])
     features = torch.zeros(0, dtype=torch.float64, device=nll.device)
     if output.segmentation is not None:
         p = output.segmentation.probabilities.detach()

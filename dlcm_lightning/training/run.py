@@ -29,6 +29,7 @@ from dlcm_lightning.training.callbacks.boundaries import ShowBoundaries
 from dlcm_lightning.training.callbacks.checkpoint import StraightToDisk, WriteCheckpoints
 from dlcm_lightning.training.callbacks.metrics import Metrics, MetricsWriter, Stopwatch
 from dlcm_lightning.training.callbacks.progress import Progress
+from dlcm_lightning.training.callbacks.unreadable import WatchUnreadable
 from dlcm_lightning.training.callbacks.validate import Validate
 from dlcm_lightning.training.checkpoints import Identity, newest_checkpoint, sweep
 from dlcm_lightning.training.datamodule import PretrainData
@@ -104,6 +105,7 @@ def _claimed_run(
     if config.data.corpus == "sample":
         prepare_sample_corpus(config.data, config.model.vocab_size, report)
     reader = Reader(config.data, config.seed, config.model.vocab_size, report=report)
+    reader.check_lasts(config.total_steps * config.data.rows_per_step)
     identity = Identity(reader.fingerprint, precision)
     if checkpoint:
         check_same_data(checkpoint, identity, config.data.root)
@@ -112,7 +114,7 @@ def _claimed_run(
     if config.model.kind == "dlcm" and config.model.boundary.learned:
         report(f"rate loss with F of the {'previous' if config.uses_previous_rate else 'current'} step")
 
-    module = PretrainModule(config, dtype, backend)
+    module = PretrainModule(config, dtype, backend, torch.from_numpy(reader.token_bytes))
     data = PretrainData(config, reader, pin_memory=where.type == "cuda")
     rate_before = machine.matrix_product_rate(dtype, where)
     step = checkpoint.step if checkpoint else 0
@@ -125,7 +127,7 @@ def _claimed_run(
     metrics = Metrics(writer, stopwatch)
     trainer = _trainer(config, where, logger, [
         metrics, Progress(metrics), Validate(writer, stopwatch), ShowBoundaries(reader, logger, stopwatch),
-        WriteCheckpoints(run, identity, stopwatch),
+        WatchUnreadable(run, report), WriteCheckpoints(run, identity, stopwatch),
     ])
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint.state if checkpoint else None, weights_only=True)

@@ -1,100 +1,163 @@
-"""Mixture: pure, exact, every row once."""
+"""Mixture: pure, exact, every row once; weights that change, sources that end."""
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.mixture import Mixture, key, noise, permute, shares, splitmix64, splitmix64_of
+from dlcm_lightning.data.mixture import Mixture, Part, shares
+from dlcm_lightning.data.order import Order
 
-NAMES, ROWS, WEIGHTS = ["a", "b", "c"], [37, 1000, 5], [0.25, 0.7, 0.05]
-
-
-def test_splitmix64_is_the_published_function() -> None:
-    # First outputs of the reference implementation from state 0 (Vigna): state advances by the golden ratio.
-    assert [splitmix64_of(state * 0x9E3779B97F4A7C15 % 2**64) for state in range(3)] == [
-        0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    values = np.array([0, 1, 2**63, 2**64 - 1], dtype=np.uint64)
-    assert splitmix64(values).tolist() == [splitmix64_of(int(value)) for value in values]
+ROWS, WEIGHTS = {"a": 37, "b": 1000, "c": 5}, {"a": 0.25, "b": 0.7, "c": 0.05}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1023, 1025])
-def test_a_keyed_permutation_permutes(size: int) -> None:
-    assert sorted(permute(np.arange(size), size, 99).tolist()) == list(range(size))
+def mixture(weights: dict[str, float] = WEIGHTS, block_rows: int = 40, seed: int = 3, shards: int = 1,
+            caps: dict[str, float] | None = None, changes: list[tuple[int, dict[str, float]]] | None = None,
+            rows: dict[str, int] = ROWS) -> Mixture:
+    parts = [Part(name, weight, Order(seed, name, np.arange(shards + 1) * rows[name] // shards, 2),
+                  (caps or {}).get(name, 0)) for name, weight in weights.items()]
+    return Mixture(seed, parts, block_rows, changes or ())
 
 
-def test_permutations_differ_by_key_and_scatter() -> None:
-    first, second = permute(np.arange(1000), 1000, 1), permute(np.arange(1000), 1000, 2)
-    assert (first == second).mean() < 0.02
-    assert abs(np.corrcoef(np.arange(1000), first)[0, 1]) < 0.15
+def counts(mix: Mixture, first: int, last: int) -> list[int]:
+    return np.bincount(mix.draw(np.arange(first, last)).sources, minlength=len(mix.parts)).tolist()
+
+
+def check_rows_once_per_epoch(mix: Mixture, samples: int) -> None:
+    drawn = mix.draw(np.arange(samples))
+    for source, part in enumerate(mix.parts):
+        mine, epochs = drawn.rows[drawn.sources == source], drawn.epochs[drawn.sources == source]
+        for epoch in range(int(epochs.max(initial=-1))):
+            assert sorted(mine[epochs == epoch].tolist()) == list(range(part.order.rows))
+        last = mine[epochs == epochs.max(initial=-1)].tolist()
+        assert len(set(last)) == len(last)
 
 
 def test_every_block_holds_every_source_in_its_exact_share() -> None:
-    mixture = Mixture(3, NAMES, ROWS, WEIGHTS, block_rows=40)
-    assert mixture.shares.tolist() == [10, 28, 2]
+    mix = mixture()
     for block in (0, 1, 12345):
-        drawn = mixture.draw(np.arange(block * 40, (block + 1) * 40))
-        assert np.bincount(drawn.sources).tolist() == [10, 28, 2]
+        assert list(mix.shares(block)) == counts(mix, block * 40, (block + 1) * 40) == [10, 28, 2]
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.3, 0.2), (1 / 3, 1 / 3, 1 / 3), (0.123, 0.456, 0.421), (0.9, 0.1, 0.0)])
+@pytest.mark.parametrize("block_rows", [11, 40, 64, 1000])
+def test_no_share_of_a_block_is_a_row_off(weights: tuple[float, ...], block_rows: int) -> None:
+    mix = mixture(dict(zip("abc", weights, strict=True)), block_rows)
+    exact = np.array(weights) / sum(weights) * block_rows
+    assert sum(mix.shares(7)) == block_rows and (abs(np.array(mix.shares(7)) - exact) < 1).all()
 
 
 def test_shares_follow_the_largest_remainder() -> None:
-    assert shares([0.5, 0.3, 0.2], 7).tolist() == [4, 2, 1]
-    assert shares([1 / 3, 1 / 3, 1 / 3], 8).tolist() == [3, 3, 2]
-    assert shares([1.0], 5).tolist() == [5]
+    assert shares([Fraction(5), Fraction(3), Fraction(2)], 7) == (4, 2, 1)
+    assert shares([Fraction(1), Fraction(1), Fraction(1)], 8) == (3, 3, 2)
+    assert shares([Fraction(1)], 5) == (5,)
 
 
-def test_every_row_of_a_source_comes_exactly_once_per_epoch() -> None:
-    mixture = Mixture(3, NAMES, ROWS, WEIGHTS, block_rows=40)
-    drawn = mixture.draw(np.arange(40 * 40))
-    for source, rows in enumerate(ROWS):
-        mine, epochs = drawn.rows[drawn.sources == source], drawn.epochs[drawn.sources == source]
-        for epoch in range(int(epochs.max())):
-            assert sorted(mine[epochs == epoch].tolist()) == list(range(rows))
-        assert len(set(mine[epochs == epochs.max()].tolist())) == (epochs == epochs.max()).sum()
+@pytest.mark.parametrize("samples", [0, 1, 39, 40, 41, 555, 1600])
+def test_what_was_given_is_what_was_drawn(samples: int) -> None:
+    for mix in (mixture(), mixture({"a": 0.3, "b": 0.33, "c": 0.37}, caps={"c": 3}, changes=[(500, WEIGHTS)])):
+        assert mix.given(samples) == (counts(mix, 0, samples) if samples else [0, 0, 0])
 
 
-def test_every_epoch_has_an_order_of_its_own() -> None:
-    drawn = Mixture(3, ["a"], [37], [1.0], block_rows=1).draw(np.arange(3 * 37))
-    orders = drawn.rows.reshape(3, 37)
-    assert drawn.epochs.tolist() == [epoch for epoch in range(3) for _ in range(37)]
-    assert all(sorted(order) == list(range(37)) for order in orders.tolist())
-    assert len({tuple(order) for order in orders.tolist()}) == 3
+@pytest.mark.parametrize("shards", [1, 5])
+def test_every_row_of_a_source_comes_exactly_once_per_epoch(shards: int) -> None:
+    check_rows_once_per_epoch(mixture(shards=shards), 1600)
+
+
+def test_a_single_source_and_one_far_smaller_than_a_block_work() -> None:
+    alone = mixture({"c": 1.0}, block_rows=64)
+    check_rows_once_per_epoch(alone, 640)
+    assert int(alone.draw(np.arange(64)).epochs.max()) == 12
+    assert set(mixture({"a": 1.0, "b": 0.0}, block_rows=10).draw(np.arange(50)).sources.tolist()) == {0}
 
 
 def test_a_sample_depends_on_nothing_but_seed_sources_and_index() -> None:
-    mixture = Mixture(3, NAMES, ROWS, WEIGHTS, block_rows=40)
-    whole = mixture.draw(np.arange(300))
+    mix = mixture()
+    whole = mix.draw(np.arange(300))
     picked = np.array([299, 0, 40, 41, 7])
-    again = Mixture(3, NAMES, ROWS, WEIGHTS, block_rows=40).draw(picked)
+    again = mixture().draw(picked)
     for name in ("sources", "rows", "epochs"):
         assert getattr(again, name).tolist() == getattr(whole, name)[picked].tolist()
-    other = Mixture(4, NAMES, ROWS, WEIGHTS, block_rows=40).draw(np.arange(300))
-    assert other.rows.tolist() != whole.rows.tolist()
+    assert mixture(seed=4).draw(np.arange(300)).rows.tolist() != whole.rows.tolist()
+
+
+def test_a_sources_order_does_not_depend_on_its_place_in_the_list() -> None:
+    one, other = mixture({"a": 0.5, "b": 0.5}), mixture({"b": 0.5, "a": 0.5})
+    first, second = one.draw(np.arange(200)), other.draw(np.arange(200))
+    assert first.rows[first.sources == 0].tolist() != first.rows[first.sources == 1].tolist()
+    assert sorted(first.rows[first.sources == 0].tolist()) == sorted(second.rows[second.sources == 1].tolist())
 
 
 def test_the_order_of_samples_never_changes_between_versions() -> None:
-    drawn = Mixture(3, NAMES, ROWS, WEIGHTS, block_rows=40).draw(np.arange(6))
+    drawn = mixture().draw(np.arange(6))
     assert (drawn.sources.tolist(), drawn.rows.tolist()) == ([1, 1, 0, 0, 1, 1], [514, 995, 12, 32, 673, 346])
 
 
 def test_the_first_and_the_far_index_cost_the_same_path() -> None:
-    drawn = Mixture(3, NAMES, ROWS, WEIGHTS, block_rows=40).draw(np.array([10**13]))
-    assert 0 <= drawn.rows[0] < ROWS[int(drawn.sources[0])]
+    drawn = mixture().draw(np.array([10**13]))
+    assert 0 <= drawn.rows[0] < list(ROWS.values())[int(drawn.sources[0])]
 
 
-def test_noise_is_uniform_and_keyed_by_seed_sample_and_offset() -> None:
-    drawn = noise(1, 5, 20000)
-    assert drawn.dtype == np.float32 and drawn.min() >= 0 and drawn.max() < 1
-    assert abs(drawn.mean() - 0.5) < 0.01 and abs(drawn.var() - 1 / 12) < 0.003
-    assert noise(1, 5, 100).tolist() == drawn[:100].tolist()
-    assert not (noise(2, 5, 100) == drawn[:100]).any() and not (noise(1, 6, 100) == drawn[:100]).any()
-    assert key(1, 2) != key(2, 1) and key("a") != key("b")
+# Weights that change
+
+
+@pytest.mark.parametrize(("sample", "block"), [(1, 1), (40, 1), (41, 2), (400, 10)])
+def test_weights_change_at_a_block_and_no_row_is_lost_or_repeated(sample: int, block: int) -> None:
+    later = {"a": 0.5, "b": 0.25, "c": 0.25}
+    mix = mixture(changes=[(sample, later)])
+    assert [list(mix.shares(number)) for number in (0, block - 1, block, block + 1)] == [
+        [10, 28, 2], [10, 28, 2], [20, 10, 10], [20, 10, 10]]
+    before, after = mixture(), mix
+    assert after.draw(np.arange(block * 40)).rows.tolist() == before.draw(np.arange(block * 40)).rows.tolist()
+    check_rows_once_per_epoch(mix, 1600)
+
+
+def test_a_source_may_begin_and_end_with_a_change() -> None:
+    mix = mixture({"a": 0.5, "b": 0.5, "c": 0.0}, changes=[(80, {"c": 1.0}), (160, {"a": 0.9, "c": 0.1})])
+    assert [list(mix.shares(block)) for block in (1, 2, 3, 4)] == [[20, 20, 0], [0, 0, 40], [0, 0, 40], [36, 0, 4]]
+    check_rows_once_per_epoch(mix, 800)
+
+
+def test_two_changes_in_one_block_leave_the_last() -> None:
+    mix = mixture(changes=[(41, {"a": 1.0}), (79, {"c": 1.0})])
+    assert [list(mix.shares(block)) for block in (1, 2)] == [[10, 28, 2], [0, 0, 40]]
+
+
+# Sources that end
+
+
+def test_a_source_stops_at_its_epochs_and_the_others_share_its_weight() -> None:
+    mix = mixture({"a": 0.5, "b": 0.25, "c": 0.25}, caps={"a": 2})
+    # 74 rows of a, 20 a block: three blocks.
+    assert [list(mix.shares(block)) for block in (0, 2, 3, 4)] == [[20, 10, 10], [20, 10, 10], [0, 20, 20], [0, 20, 20]]
+    drawn = mix.draw(np.arange(4000))
+    assert int(drawn.epochs[drawn.sources == 0].max()) == 1
+    check_rows_once_per_epoch(mix, 4000)
+
+
+def test_a_cap_may_be_a_fraction_and_holds_through_changes() -> None:
+    mix = mixture({"a": 0.25, "b": 0.75}, caps={"a": 0.5}, changes=[(40, {"a": 0.2, "b": 0.8}), (800, WEIGHTS)])
+    # 18 rows may be read: 10 in block 0, 8 in block 1; none is left for later.
+    assert [mix.shares(block)[0] for block in range(4)] == [10, 8, 0, 0]
+    assert mix.shares(25)[0] == 0
+    assert mix.given(100_000)[0] == 18
+
+
+def test_when_all_sources_have_ended_the_error_says_so() -> None:
+    mix = mixture({"a": 0.5, "c": 0.5}, caps={"a": 2, "c": 10})
+    # c: 50 rows, 20 a block: two blocks. Then a alone, 40 a block: 74 - 40 = 34 rows fill none.
+    assert mix.blocks == 2 and mix.shares(1) == (20, 20)
+    with pytest.raises(DataError, match=r"read max_epochs times after 80 rows; raise data\.sources\[\]\.max_epochs"):
+        mix.draw(np.array([80]))
 
 
 def test_sources_that_cannot_be_drawn_from_are_refused() -> None:
     with pytest.raises(DataError, match="source 'b': no full row"):
-        Mixture(0, ["a", "b"], [3, 0], [0.5, 0.5], 10)
+        mixture({"a": 0.5, "b": 0.5}, rows={"a": 3, "b": 0})
     with pytest.raises(DataError, match=r"source 'b': weight 0\.01 gives no row in a block of 10"):
-        Mixture(0, ["a", "b"], [3, 3], [0.99, 0.01], 10)
-    assert set(Mixture(0, ["a", "b"], [3, 3], [1.0, 0.0], 10).draw(np.arange(50)).sources.tolist()) == {0}
+        mixture({"a": 0.99, "b": 0.01}, 10)
+    with pytest.raises(DataError, match=r"source 'c': weight 0\.01 gives no row in a block of 40"):
+        mixture(changes=[(100, {"a": 0.99, "c": 0.01})])

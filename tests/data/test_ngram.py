@@ -14,8 +14,7 @@ from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data.ngram import Histories, floors, log2_probabilities
 from dlcm_lightning.data.reader import Reader, ValidationBatches
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.data.writer import ShardWriter
-from tests.synthetic import VOCABULARY
+from tests.synthetic import VOCABULARY, write_split
 
 
 def histories(*documents: list[int], vocabulary: int) -> Histories:
@@ -57,7 +56,7 @@ def test_floors_score_the_targets_the_model_is_scored_on(reader: Reader) -> None
         assert floor.domain == reader.domains[number]
         assert floor.targets == sum(int((batch.targets[kept] != NO_TARGET).sum())
                                     for batch, kept in zip(batches, mine, strict=True))
-        assert floor.target_bytes == sum(int(batch.target_bytes[kept].sum())
+        assert floor.target_bytes == sum(int(reader.token_bytes[batch.targets[kept & (batch.targets >= 0)]].sum())
                                          for batch, kept in zip(batches, mine, strict=True))
         assert 0 < floor.trigram < floor.unigram
 
@@ -75,10 +74,9 @@ def test_a_uniform_source_has_the_entropy_it_was_drawn_with(tokenizer: Tokenizer
     random = np.random.default_rng(0)
     letters = [ids[1] for ids in tokenizer.encode_documents(["x", "y"])]
     for split, count in (("train", 40), ("validation", 10)):
-        with ShardWriter(tmp_path / "coin" / split, source="coin", domain="c", split=split, vocab_size=VOCABULARY,
-                         tokenizer=tokenizer.fingerprint) as writer:
-            for _ in range(count):
-                writer.write(np.array([0, *random.choice(letters, 5000), 1]), 5000)
+        documents = [(np.array([0, *random.choice(letters, 5000), 1]), 5000) for _ in range(count)]
+        write_split(tmp_path / "coin" / split, documents, source="coin", domain="c", split=split,
+                    tokenizer=tokenizer.fingerprint)
     config = DataConfig(root=str(tmp_path), row_tokens=100, validation_rows=400,
                         sources=[SourceConfig("coin", "c", 1.0)])
     (floor,) = floors(Reader(config, 0, VOCABULARY))

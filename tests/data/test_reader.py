@@ -13,13 +13,19 @@ import torch
 
 from dlcm_lightning.batch import NO_TARGET, Batch
 from dlcm_lightning.config import DataConfig, SourceConfig
-from dlcm_lightning.data.mixture import noise
+from dlcm_lightning.data.order import NOISE, key
 from dlcm_lightning.data.reader import Reader, TrainingBatches, ValidationBatches
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.ops.noise import uniform
 from tests.synthetic import VOCABULARY
 
 STEPS = 12
+
+
+def noise(seed: int, sample: int) -> list[float]:
+    keys = np.array([key(NOISE, seed, sample)], dtype=np.uint64).view(np.int64)
+    return uniform(torch.from_numpy(keys), 64)[0].tolist()
 
 
 def by_sample(batches: list[Batch]) -> dict[int, tuple[list[int], list[int], list[float]]]:
@@ -35,9 +41,9 @@ def by_sample(batches: list[Batch]) -> dict[int, tuple[list[int], list[int], lis
 
 
 def test_rows_are_full_and_targets_are_the_next_tokens_of_the_same_document(reader: Reader) -> None:
-    for batch in (TrainingBatches(reader, 0, 1, 0, 4 * STEPS)[index] for index in range(4 * STEPS)):
+    for batch in TrainingBatches(reader, 0, 1, 0, STEPS):
         assert batch.tokens.shape == batch.targets.shape == batch.noise.shape == (128,)
-        assert batch.tokens.dtype == batch.targets.dtype == batch.target_bytes.dtype == torch.int64
+        assert batch.tokens.dtype == batch.targets.dtype == torch.int64
         starts = batch.documents.starts.tolist()
         assert starts[0] == 0 and starts[-1] == 128 and 64 in starts
         assert batch.documents.longest == max(np.diff(starts))
@@ -51,12 +57,28 @@ def test_rows_are_full_and_targets_are_the_next_tokens_of_the_same_document(read
         assert not (batch.targets == reader.bos_id).any()
 
 
-def test_target_bytes_are_those_of_the_targets(reader: Reader) -> None:
-    batch = reader.step_batch(0, 0)
-    sizes = torch.from_numpy(reader.token_bytes)
-    kept = batch.targets != NO_TARGET
-    assert batch.target_bytes[kept].tolist() == sizes[batch.targets[kept]].tolist()
-    assert not batch.target_bytes[~kept].any()
+def test_rows_are_windows_of_their_source_and_batches_know_their_documents(config: DataConfig, tokenizer: Tokenizer,
+                                                                           reader: Reader) -> None:
+    """Every batch against the plain stream: tokens, next tokens, documents, counts of the whole step."""
+    streams = [Source(Path(config.root) / name / "train", tokenizer) for name in "ab"]
+    whole = [stream.read(0, stream.tokens) for stream in streams]
+    for step in range(STEPS):
+        batches = reader.step_batches(step)
+        drawn = reader.mixture.draw(np.arange(8 * step, 8 * step + 8))
+        targets = documents = 0
+        for place, (source, row) in enumerate(zip(drawn.sources.tolist(), drawn.rows.tolist(), strict=True)):
+            tokens, starts = whole[source][0][row * 64:row * 64 + 65], whole[source][1] - row * 64
+            batch, inside = batches[place // 2], slice(64 * (place % 2), 64 * (place % 2) + 64)
+            assert batch.tokens[inside].tolist() == tokens[:-1].tolist()
+            ends = set((starts[(starts > 0) & (starts <= 64)] - 1).tolist())
+            assert batch.targets[inside].tolist() == [
+                NO_TARGET if offset in ends else token for offset, token in enumerate(tokens[1:].tolist())]
+            begins = {0, *starts[(starts > 0) & (starts < 64)].tolist()}
+            found = batch.documents.starts[:-1].numpy() - inside.start
+            assert set(found[(found >= 0) & (found < 64)].tolist()) == begins
+            targets, documents = targets + 64 - len(ends), documents + len(begins)
+        assert {(batch.step_targets, batch.step_documents, batch.step_tokens) for batch in batches} == {
+            (targets, documents, 512)}
 
 
 def test_an_epoch_feeds_every_token_once_and_predicts_every_target_once(config: DataConfig,
@@ -66,7 +88,7 @@ def test_an_epoch_feeds_every_token_once_and_predicts_every_target_once(config: 
     reader = Reader(alone, 1, VOCABULARY)
     stream, starts = (source := Source(Path(config.root) / "a" / "train", tokenizer)).read(0, source.tokens)
     rows = source.rows(64)
-    batches = [reader.step_batch(step, 0) for step in range(rows)]
+    batches = [reader.step_batches(step)[0] for step in range(rows)]
     assert sum(batch.documents.starts[-1] for batch in batches) == rows * 64
     fed = np.concatenate([batch.tokens.numpy() for batch in batches])
     assert np.bincount(fed).tolist() == np.bincount(stream[:rows * 64]).tolist()
@@ -77,14 +99,13 @@ def test_an_epoch_feeds_every_token_once_and_predicts_every_target_once(config: 
 @pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 8), (2, 2), (3, 1), (3, 2), (4, 1), (8, 1), (5, 4), (16, 1)])
 def test_any_split_over_ranks_gives_the_same_global_sequence(config: DataConfig, reader: Reader, world: int,
                                                              micro: int) -> None:
-    whole = by_sample([reader.step_batch(step, number) for step in range(3) for number in range(4)])
+    whole = by_sample([batch for step in range(3) for batch in reader.step_batches(step)])
     split = Reader(replace(config, rows_per_step=8, micro_batch_rows=1 if 8 % micro else micro), 7, VOCABULARY)
-    datasets = [TrainingBatches(split, rank, world, 0, 10**6) for rank in range(world)]
-    per_step = datasets[0].per_step
-    assert by_sample([data[index] for data in datasets for index in range(3 * per_step)]) == whole
-    for step in range(3):
-        for data in datasets:
-            batches = [data[step * per_step + number] for number in range(per_step)]
+    ranks = [[split.step_batches(step, rank, world) for step in range(3)] for rank in range(world)]
+    assert by_sample([batch for steps in ranks for batches in steps for batch in batches]) == whole
+    assert len({len(batches) for steps in ranks for batches in steps}) == 1
+    for steps in ranks:
+        for batches in steps:
             targets = sum(int((batch.targets != NO_TARGET).sum()) for batch in batches)
             tokens = sum(int(batch.counted().sum()) for batch in batches)
             assert {(batch.step_targets, batch.step_tokens) for batch in batches} == {(targets, tokens)}
@@ -92,61 +113,61 @@ def test_any_split_over_ranks_gives_the_same_global_sequence(config: DataConfig,
 
 def test_filler_rows_predict_nothing_and_count_nowhere(config: DataConfig) -> None:
     reader = Reader(replace(config, micro_batch_rows=2), 7, VOCABULARY)
-    batches = [TrainingBatches(reader, 1, 3, 0, 2)[index] for index in range(2)]  # 3 of 8 rows, and one filler
+    batches = reader.step_batches(0, 1, 3)  # 3 of 8 rows, and one filler
     assert [batch.samples.tolist() for batch in batches] == [[2, 3], [4, -1]]
     filler = batches[1]
     assert (filler.targets[64:] == NO_TARGET).all() and (filler.tokens[64:] == reader.bos_id).all()
     assert not filler.counted()[64:].any() and filler.step_tokens == 3 * 64
 
 
-def test_a_dataset_that_starts_in_the_middle_continues_the_sequence(reader: Reader) -> None:
-    whole, rest = TrainingBatches(reader, 0, 1, 0, 20), TrainingBatches(reader, 0, 1, 13, 20)
-    assert (len(whole), len(rest)) == (20, 7)
-    for index in range(7):
-        assert rest[index].tokens.tolist() == whole[13 + index].tokens.tolist()
-        assert rest[index].samples.tolist() == whole[13 + index].samples.tolist()
-    with pytest.raises(IndexError):
-        rest[7]
+def test_batches_that_start_in_the_middle_continue_the_sequence(reader: Reader) -> None:
+    whole, rest = list(TrainingBatches(reader, 0, 1, 0, 5)), list(TrainingBatches(reader, 0, 1, 3, 5))
+    assert (len(whole), len(rest)) == (20, 8)
+    assert by_sample(rest) == by_sample(whole[12:])
+    assert not list(TrainingBatches(reader, 0, 1, 5, 5))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12's word on threads and fork
-def test_loader_workers_change_nothing(reader: Reader) -> None:
-    data = TrainingBatches(reader, 0, 1, 5, 17)
-    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2, shuffle=False)
-    for index, batch in enumerate(loader):
-        here = data[index]
-        assert batch.samples.tolist() == here.samples.tolist() and batch.tokens.tolist() == here.tokens.tolist()
-        assert (batch.step_targets, batch.step_tokens) == (here.step_targets, here.step_tokens)
-    assert index == len(data) - 1
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more than the machine has cores
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_loader_workers_change_nothing(reader: Reader, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    monkeypatch.setattr("dlcm_lightning.data.reader.HANDED_OVER_TOKENS", 3 * reader.config.tokens_per_step)
+    loaded = list(TrainingBatches(reader, 0, 1, 2, 13, workers=workers))
+    alone = list(TrainingBatches(reader, 0, 1, 2, 13))
+    assert len(loaded) == len(alone) == 44
+    for there, here in zip(loaded, alone, strict=True):
+        assert there.samples.tolist() == here.samples.tolist() and there.tokens.tolist() == here.tokens.tolist()
+        assert (there.step_targets, there.step_tokens) == (here.step_targets, here.step_tokens)
 
 
 def test_a_reader_travels_to_another_process(reader: Reader) -> None:
-    before = reader.step_batch(1, 1)
+    before = reader.step_batches(1)[1]
     travelled = pickle.dumps(reader)
     assert len(travelled) < 100_000
-    assert pickle.loads(travelled).step_batch(1, 1).tokens.tolist() == before.tokens.tolist()
+    assert pickle.loads(travelled).step_batches(1)[1].tokens.tolist() == before.tokens.tolist()
 
 
 def test_noise_belongs_to_the_sample_alone(reader: Reader) -> None:
-    batch = reader.step_batch(2, 1)
+    batch = reader.step_batches(2)[1]
     for place, sample in enumerate(batch.samples.tolist()):
-        assert batch.noise[place * 64:(place + 1) * 64].tolist() == noise(7, sample, 64).tolist()
+        assert batch.noise[place * 64:(place + 1) * 64].tolist() == noise(7, sample)
 
 
 def test_domains_are_numbered_as_in_the_config(config: DataConfig) -> None:
     left_out = replace(config, sources=[SourceConfig("never", "other", 0.0), *config.sources])
     reader = Reader(left_out, 7, VOCABULARY)
     drawn = reader.mixture.draw(np.arange(8))
-    found = torch.cat([reader.step_batch(0, number).domains for number in range(4)])
+    found = torch.cat([batch.domains for batch in reader.step_batches(0)])
     assert found.tolist() == [1 + source for source in drawn.sources.tolist()]
 
 
 def test_the_fingerprint_names_the_order_of_samples(config: DataConfig, reader: Reader) -> None:
     assert reader.fingerprint == Reader(config, 7, VOCABULARY).fingerprint
     others = [Reader(config, 8, VOCABULARY), Reader(replace(config, row_tokens=32), 7, VOCABULARY),
-              Reader(replace(config, sources=[SourceConfig("a", "en", 0.5), SourceConfig("b", "zh", 0.5)]), 7,
-                     VOCABULARY)]
-    assert len({reader.fingerprint, *(other.fingerprint for other in others)}) == 4
+              Reader(replace(config, block_rows=10), 7, VOCABULARY),
+              Reader(replace(config, shuffle_shards=1), 7, VOCABULARY),
+              Reader(replace(config, sources=[SourceConfig("a", "en", 1.0)]), 7, VOCABULARY)]
+    assert len({reader.fingerprint, *(other.fingerprint for other in others)}) == 6
     assert reader.fingerprint == Reader(replace(config, micro_batch_rows=1, workers=3), 7, VOCABULARY).fingerprint
 
 
@@ -159,13 +180,13 @@ def test_validation_reads_the_same_rows_on_any_number_of_ranks(reader: Reader, w
     assert [source for source, _ in reader.validation_rows].count(0) == 6
     stream, _ = Source(Path(reader.config.root) / "a" / "validation", Tokenizer.load(reader.config.root)).read(0, 128)
     assert rows[0][0] + rows[1][0] == stream.tolist()
-    assert rows[0][2] != noise(7, 0, 64).tolist()
+    assert rows[0][2] != noise(7, 0)
 
 
 def test_fixed_documents_are_the_first_of_the_validation_split(config: DataConfig, reader: Reader,
                                                                tokenizer: Tokenizer) -> None:
     texts = reader.fixed_documents("zh", count=2, characters=30)
-    documents = Source(Path(config.root) / "b" / "validation", tokenizer).documents(2)
+    documents = itertools.islice(Source(Path(config.root) / "b" / "validation", tokenizer).documents(), 2)
     assert texts == [tokenizer.decode(ids)[:30] for ids in documents]
 
 
@@ -177,5 +198,6 @@ def test_a_sample_corpus_shares_out_the_weight_of_a_missing_source(config: DataC
     sample = replace(config, corpus="sample", tokenizer="bpe", root=str(root), sources=sources)
     said: list[str] = []
     reader = Reader(sample, 7, VOCABULARY, report=said.append)
-    assert reader.mixture.shares.tolist() == [10, 10] and reader.domain_of_source == [0, 2]
+    assert reader.mixture.shares(0) == (10, 10)
+    assert sorted({int(domain) for batch in reader.step_batches(0) for domain in batch.domains}) == [0, 2]
     assert len(said) == 1 and "lacks gone" in said[0]

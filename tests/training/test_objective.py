@@ -16,12 +16,15 @@ from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.objective import measure, rate_loss, rate_slope
 from tests import reference as oracle
+from tests.synthetic import VOCABULARY
 
 Gradients = dict[str, torch.Tensor]
+TOKEN_BYTES = torch.arange(VOCABULARY) % 7
+"""Not the tokenizer's, so that a count of bytes that ignores the table cannot come out right."""
 
 
 def module_for(config: Config) -> PretrainModule:
-    module = PretrainModule(config, torch.float64, "sdpa")
+    module = PretrainModule(config, torch.float64, "sdpa", TOKEN_BYTES)
     module.model.load_state_dict(oracle.random_state(config.model, seed=2))
     return module
 
@@ -38,7 +41,7 @@ def step_gradients(config: Config, micro_batch_rows: int, previous_rate: float |
         module.previous_rate.fill_(previous_rate)
     reader = Reader(config.data, config.seed, config.model.vocab_size)
     for number in range(config.micro_batches):
-        loss = module.training_step(reader.step_batch(0, number), number)
+        loss = module.training_step(reader.step_batches(0)[number], number)
         (loss / config.micro_batches).backward()
     return {name: parameter.grad.clone() for name, parameter in module.model.named_parameters()
             if parameter.grad is not None}
@@ -47,7 +50,7 @@ def step_gradients(config: Config, micro_batch_rows: int, previous_rate: float |
 def oracle_gradients(config: Config, previous_rate: float | None = None) -> Gradients:
     """The same from the loops, over all documents of the step at once."""
     whole = replace(config.data, micro_batch_rows=config.data.rows_per_step)
-    batch = Reader(whole, config.seed, config.model.vocab_size).step_batch(0, 0)
+    batch = Reader(whole, config.seed, config.model.vocab_size).step_batches(0)[0]
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in oracle.random_state(config.model, 2).items()}
     lengths = batch.documents.lengths().tolist()
     pieces = [tensor.split(lengths) for tensor in (batch.tokens, batch.noise, batch.targets)]
@@ -101,13 +104,13 @@ def test_the_rate_loss_is_zero_at_the_target_a_saddle_and_can_be_negative() -> N
 
 
 def one_batch(config: Config) -> Batch:
-    return Reader(config.data, config.seed, config.model.vocab_size).step_batch(0, 0)
+    return Reader(config.data, config.seed, config.model.vocab_size).step_batches(0)[0]
 
 
 def test_a_tally_counts_by_domain_and_leaves_fillers_out(run_config: Config) -> None:
     config = replace(run_config, data=replace(run_config.data, rows_per_step=5, micro_batch_rows=3))
     module = module_for(config)
-    batch = Reader(config.data, config.seed, config.model.vocab_size).step_batch(0, 1)
+    batch = Reader(config.data, config.seed, config.model.vocab_size).step_batches(0)[1]
     assert batch.samples.tolist() == [3, 4, -1]
     _, tally, output = module.tally(batch, batch.noise)
     real = batch.counted()
@@ -116,7 +119,7 @@ def test_a_tally_counts_by_domain_and_leaves_fillers_out(run_config: Config) -> 
     assert tally.total("targets") == (batch.targets >= 0).sum() < tally.scalar("step_targets")
     states = output.segmentation.features[real]
     torch.testing.assert_close(tally.features, states.sum(0))
-    assert tally.total("bytes") == batch.target_bytes.sum()
+    assert tally.total("bytes") == sum(int(TOKEN_BYTES[target]) for target in batch.targets if target >= 0)
     assert tally.total("sampled") == output.segmentation.boundaries[real].sum()
     assert tally.total("thresholded") == (output.segmentation.probabilities[real] >= 0.5).sum()
     for number in range(len(config.data.domains)):
@@ -130,14 +133,14 @@ def test_a_tally_counts_by_domain_and_leaves_fillers_out(run_config: Config) -> 
 
 def test_a_dense_model_has_a_tally_without_concepts(run_config: Config) -> None:
     config = replace(run_config, model=replace(run_config.model, kind="dense"))
-    module = PretrainModule(config, torch.float64, "sdpa")
+    module = PretrainModule(config, torch.float64, "sdpa", TOKEN_BYTES)
     batch = one_batch(config)
     loss = module.training_step(batch, 0)
     loss.backward()
     _, tally, output = module.tally(batch, None)
     assert output.segmentation is None
     assert "R_sampled" not in metrics_of(tally, config.data.domains, None)
-    measured = measure(output, batch, torch.zeros(256, dtype=torch.float64), config.model.boundary, 2)
+    measured = measure(output, batch, torch.zeros(256, dtype=torch.float64), config.model.boundary, 2, TOKEN_BYTES)
     assert measured.total("tokens") == 256
 
 

@@ -47,7 +47,7 @@ class ShowBoundaries(Callback):
 
     def __init__(self, reader: Reader, logger: TensorBoardLogger, stopwatch: Stopwatch) -> None:
         self.stopwatch = stopwatch
-        self.tokenizer = Tokenizer.load(reader.folder)
+        self.tokenizer = Tokenizer.load(reader.store)
         self.documents: dict[str, Sequence[str]] = {
             domain: reader.fixed_documents(domain) for domain in dict.fromkeys(s.domain for s in reader.sources)
         }

@@ -1,0 +1,67 @@
+"""Keeps account of rows that could not be read (`data.unreadable: mask`) and ends the run when they are too many.
+
+Every rank appends the rows it missed to `unreadable-<rank>.jsonl` in the run's directory: sample, source, reason. The
+count that decides is the one all ranks know, summed with the statistics of the step and saved with every checkpoint, so
+that all of them stop at the same step and nobody waits for the others. On resuming, lines behind the checkpoint are
+dropped: their samples are read again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dlcm_lightning.batch import Batch
+from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.durable import write_atomically
+from dlcm_lightning.training.module import PretrainModule
+
+
+class WatchUnreadable(Callback):
+    """Counts, records, and stops the run above `data.max_unreadable`."""
+
+    def __init__(self, run: Path, report: Callable[[str], None]) -> None:
+        self.run, self.report = run, report
+        self.rows = 0
+        """Rows of all ranks that were not read, since the beginning of the run."""
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, PretrainModule)
+        if not trainer.is_global_zero:
+            return  # the others write only after a step, which needs this rank
+        consumed = trainer.global_step * module.config.data.rows_per_step
+        for file in self.run.glob("unreadable-*.jsonl"):
+            kept = [line for line in file.read_text().splitlines() if line.endswith("}")
+                    and json.loads(line)["sample"] < consumed]
+            write_atomically(file, "".join(f"{line}\n" for line in kept).encode())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        assert isinstance(module, PretrainModule)
+        data = module.config.data
+        if data.unreadable == "stop" or not module.finishes_step(batch_idx):
+            return
+        if batch.step_unreadable:
+            with (self.run / f"unreadable-{trainer.global_rank:05d}.jsonl").open("a") as file:
+                for row in batch.step_unreadable:
+                    file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+                    self.report(f"unreadable: sample {row.sample} of {row.source!r}: {row.reason}")
+        assert module.last_step is not None
+        self.rows += round(module.last_step.scalar("step_unreadable").item() / module.config.micro_batches)
+        consumed = trainer.global_step * data.rows_per_step
+        if self.rows > data.max_unreadable * max(consumed, data.block_rows):
+            raise DataError(f"data.max_unreadable = {data.max_unreadable}: {self.rows} of {consumed} rows could not be "
+                            f"read, see unreadable-*.jsonl in {self.run}; repair the shards (dlcm data verify), or "
+                            "raise the bound, and start the run again: it continues from the newest checkpoint")
+
+    def state_dict(self) -> dict[str, int]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.rows = state_dict["rows"]
