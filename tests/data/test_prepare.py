@@ -110,7 +110,7 @@ def test_another_vocabulary_gets_a_folder_of_its_own_and_an_older_recipe_is_repl
     assert (folder.parent / "bpe-290" / "recipe.json").is_file()
     before = contents(folder)
     (folder / "recipe.json").write_text('{"recipe": 0}')
-    (folder / "wiki" / "train" / "00000.tar").write_bytes(b"old")
+    (folder / "wiki" / "train" / "000000-00000.tar").write_bytes(b"old")
     assert contents(run(sample)) == before
 
 

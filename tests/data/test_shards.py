@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,15 +13,13 @@ import pytest
 import webdataset
 
 from dlcm_lightning.config import DataConfig
-from dlcm_lightning.data.documents import tokenize_documents
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import build_index, read_manifest
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.data.writer import ShardWriter
 from dlcm_lightning.durable import sha256_of
-from tests.synthetic import VOCABULARY, make_texts
+from tests.synthetic import VOCABULARY, make_texts, write_split
 
 
 def train_texts(config: DataConfig, tokenizer: Tokenizer) -> list[str]:
@@ -90,16 +85,6 @@ def test_the_manifest_counts_what_is_there(config: DataConfig, tokenizer: Tokeni
         assert sha256_of(Path(config.root) / "a" / "train" / shard.name) == shard.sha256
 
 
-def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "x", source="x", domain="d", split="train", tokenizer="f",
-                     vocab_size=100_000) as writer:
-        writer.write(np.array([0, 99_999, 1]), 5)
-    assert read_manifest(tmp_path / "x").dtype == "uint32"
-    with tarfile.open(tmp_path / "x" / "00000.tar") as tar:
-        assert tar.getnames() == ["00000000.lengths.u32", "00000000.tokens.u32"]
-        assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "dlcm")}
-
-
 def test_nothing_pickled_is_ever_loaded(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("something was unpickled")
@@ -107,51 +92,6 @@ def test_nothing_pickled_is_ever_loaded(config: DataConfig, monkeypatch: pytest.
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
     Reader(config, 0, VOCABULARY).step_batch(0, 0)
-
-
-def test_the_writer_refuses_ids_outside_the_vocabulary_and_folders_in_use(tmp_path: Path) -> None:
-    def writer() -> ShardWriter:
-        return ShardWriter(tmp_path, source="x", domain="d", split="train", tokenizer="f", vocab_size=300)
-
-    first = writer()
-    for ids in (np.array([0, 300]), np.array([-1, 5]), np.array([], dtype=np.int64)):
-        with pytest.raises(DataError, match=r"outside \[0, 300\)"):
-            first.write(ids, 1)
-    first.write(np.array([0, 5, 1]), 1)
-    first.close()
-    with pytest.raises(DataError, match="not empty"):
-        writer()
-
-
-def test_a_build_that_was_killed_is_never_taken_for_a_whole_one(config: DataConfig, tokenizer: Tokenizer,
-                                                                tmp_path: Path) -> None:
-    """A process is killed by SIGKILL after it has finished a shard and begun another."""
-    script = f"""
-import os, signal
-from dlcm_lightning.data.documents import tokenize_documents
-from dlcm_lightning.data.tokenizer import Tokenizer
-def texts():
-    for number in range(10**6):
-        yield f"{{number}} " + "the cat " * 3000
-        if number == 100: os.kill(os.getpid(), signal.SIGKILL)
-tokenize_documents(texts(), Tokenizer.load({config.root!r}), {str(tmp_path / 'a')!r}, source="a", domain="en",
-                   shard_bytes=8000, block_tokens=500)
-"""
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
-    assert list(tmp_path.rglob("00000.tar")), "the kill came too early to prove anything"
-    assert not (tmp_path / "a").exists() and not list(tmp_path.rglob("manifest.json"))
-    with pytest.raises(DataError, match=r"manifest\.json: missing, so the folder holds no finished source"):
-        Source(tmp_path / "a" / "train", tokenizer)
-    tokenize_documents(make_texts("english", 60), tokenizer, tmp_path / "a", source="a", domain="en")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_a_failed_write_leaves_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "x", source="x", domain="d", split="train",
-                                                  tokenizer="f", vocab_size=300, block_tokens=2) as writer:
-        writer.write(np.array([0, 5, 1]), 1)
-        raise RuntimeError
-    assert not (tmp_path / "x" / "manifest.json").exists()
 
 
 @pytest.fixture
@@ -249,9 +189,8 @@ def rewrite(damaged: Path, ids: list[int]) -> None:
     """Replaces a shard by one with other ids, sizes and sha256 made to agree: only the content is wrong."""
     shutil.rmtree(damaged)
     manifest = read_manifest(damaged.parent / "validation")
-    with ShardWriter(damaged, source="a", domain="en", split="train", tokenizer=manifest.tokenizer,
-                     vocab_size=60_000) as writer:
-        writer.write(np.array(ids), 5)
+    write_split(damaged, [(np.array(ids), 5)], source="a", domain="en", tokenizer=manifest.tokenizer,
+                vocab_size=60_000)
     change_manifest(damaged, lambda found: found.update(vocab_size=VOCABULARY))
 
 
@@ -279,8 +218,7 @@ def test_a_source_or_domain_without_a_row_is_refused(config: DataConfig, damaged
     validation = damaged.parent / "validation"
     manifest = read_manifest(validation)
     shutil.rmtree(validation)
-    ShardWriter(validation, source="a", domain="en", split="validation", tokenizer=manifest.tokenizer,
-                vocab_size=VOCABULARY).close()
+    write_split(validation, [], source="a", domain="en", split="validation", tokenizer=manifest.tokenizer)
     with pytest.raises(DataError, match="domain 'en': 0 validation tokens fill no row"):
         opening(config, damaged)
 

@@ -1,0 +1,158 @@
+"""Texts into a source of shards: `dlcm tokenize`, and the same for texts in memory.
+
+    inputs -> plan (plan.py) -> tasks (tasks.py), by a crew of processes (crew.py) -> merge (merge.py)
+
+Everything happens in `out/.SOURCE.unfinished`, which is renamed to `out/SOURCE` last: a build that was killed at any
+moment is never taken for a whole one, and the same command continues it. The result depends on the inputs and the
+options alone, byte for byte: not on the number of processes, nor on which of several machines did which tasks, nor on
+how often it was interrupted.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from dlcm_lightning.data.crew import Job, Progress, cores, do_tasks, not_written
+from dlcm_lightning.data.documents import VALIDATION_SHARE
+from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.data.locks import exclusive
+from dlcm_lightning.data.merge import Built, done_tasks, is_merged, merge_build, read_built, unfinished
+from dlcm_lightning.data.plan import PLAN, TASK_BYTES, Input, Plan, list_inputs
+from dlcm_lightning.data.recipe import Recipe
+from dlcm_lightning.data.tasks import Task
+from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.data.writer import BLOCK_TOKENS, SHARD_BYTES
+from dlcm_lightning.durable import sha256_of
+
+BLOCKS_PER_SHARD = 16
+"""At the least, where shards are small."""
+
+
+def tokenize(inputs: Sequence[str | Path], out: str | Path, recipe: Recipe, *,
+             tokenizer_folder: str | Path | None = None, workers: int | None = None,
+             array: tuple[int, int] | None = None, validation_share: float = VALIDATION_SHARE,
+             shard_bytes: int = SHARD_BYTES, task_bytes: int = TASK_BYTES,
+             report: Callable[[str], None] = print) -> Built | None:
+    """`dlcm tokenize`: files or folders (formats.py) into out/NAME/{train,validation}.
+
+    out becomes a `data.root`: it also receives the tokenizer, and refuses a second one. workers: processes; None: one a
+    core. array: (i, n) does the tasks t with t % n = i and does not merge; returns None. A source that is finished and
+    was made of the same is returned at once.
+
+    DataError: nothing to read, a file that cannot be read (named with its line or row), another tokenizer than out
+    holds, the source built or begun from other inputs or options, a disk that cannot be written.
+    """
+    out = Path(out)
+    if workers is not None and workers < 1:
+        raise DataError(f"workers = {workers}: must be at least 1")
+    if array is not None and not 0 <= array[0] < array[1]:
+        raise DataError(f"array = {array[0]}/{array[1]}: i/n needs 0 <= i < n")
+    tokenizer = _tokenizer(out, tokenizer_folder)
+    files = list_inputs(inputs, recipe.glob)
+    plan = Plan(source=recipe.name, domain=recipe.domain, tokenizer=tokenizer.fingerprint,
+                vocab_size=tokenizer.vocab_size, text_field=recipe.text_field, validation_share=validation_share,
+                shard_bytes=shard_bytes, block_tokens=min(BLOCK_TOKENS, max(1, shard_bytes // BLOCKS_PER_SHARD)),
+                task_bytes=task_bytes, about=recipe.about, names=tuple(file.name for file in files),
+                sizes=tuple(file.size for file in files))
+    folder = out / plan.source
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with exclusive(out / ".lock"):
+            if not (out / "tokenizer.json").is_file():
+                tokenizer.save(out)
+            finished = _begin(plan, folder)
+        if finished:
+            report(f"data: {folder} is finished, nothing to do")
+            return read_built(folder)
+        if not is_merged(unfinished(folder)):
+            _work(plan, unfinished(folder), files, out, workers or cores(), array, report)
+        if array is not None:
+            report(f"data: the tasks of {array[0]}/{array[1]} are done; once all are, dlcm data merge {out} --source "
+                   f"{plan.source}")
+            return None
+        return merge_build(folder)
+    except OSError as error:
+        raise DataError(not_written(out, error)) from error
+
+
+def tokenize_documents(
+    texts: Iterable[str], tokenizer: Tokenizer, folder: str | Path, *, source: str, domain: str,
+    validation_share: float = VALIDATION_SHARE, shard_bytes: int = SHARD_BYTES, block_tokens: int = BLOCK_TOKENS,
+    total_bytes: int = 0, about: dict[str, str] | None = None,
+) -> Built:
+    """Builds a source from texts in memory, in this process and from the beginning.
+
+    total_bytes: length of the texts in UTF-8, for the progress bar. DataError: the folder exists; no document at all.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise DataError(f"{folder}: exists already; remove it to build the source again")
+    plan = Plan(source=source, domain=domain, tokenizer=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
+                text_field="", validation_share=validation_share, shard_bytes=shard_bytes, block_tokens=block_tokens,
+                about=about or {})
+    working = unfinished(folder)
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    plan.save(working)
+    progress = Progress(source, total_bytes)
+    try:
+        Task(plan, working, 0).write(texts, tokenizer, progress, threads=cores())
+    finally:
+        progress.close()
+    return merge_build(folder)
+
+
+def _tokenizer(out: Path, folder: str | Path | None) -> Tokenizer:
+    """The tokenizer to use. DataError: none is named nor held, or the two are not the same."""
+    held = out / "tokenizer.json"
+    if folder is None and not held.is_file():
+        raise DataError(f"{held}: missing; name the folder of a tokenizer for the first source of {out}")
+    tokenizer = Tokenizer.load(out if folder is None else folder)
+    if held.is_file() and sha256_of(held) != tokenizer.fingerprint:
+        raise DataError(f"{held}: another tokenizer than {folder}; all sources of a corpus share one, write elsewhere "
+                        "or use that one")
+    return tokenizer
+
+
+def _begin(plan: Plan, folder: Path) -> bool:
+    """Makes the working folder, or sees that the one there is of the same plan. True: the source is finished.
+
+    DataError: built or begun from something else. The caller holds the lock of the corpus.
+    """
+    working = unfinished(folder)
+    if working.is_dir() and (working / PLAN).is_file():
+        begun = Plan.load(working)
+        against = plan.differences(begun, done_tasks(working))
+        if against:
+            raise DataError(f"{working}: begun with something else: {'; '.join(against)}. Give what was given then, or "
+                            "remove that folder to begin anew")
+        if plan != begun:
+            plan.save(working)
+        return False
+    if folder.exists():
+        against = plan.differences(Plan.load(folder))
+        if against:
+            raise DataError(f"{folder}: exists already and was built from something else: {'; '.join(against)}. Remove "
+                            "it to build the source again, or choose another --source")
+        return True
+    working.mkdir(exist_ok=True)
+    plan.save(working)
+    return False
+
+
+def _work(plan: Plan, working: Path, files: list[Input], out: Path, workers: int, array: tuple[int, int] | None,
+          report: Callable[[str], None]) -> None:
+    """Does the unfinished tasks, or those of them that are this job's."""
+    number, jobs = array or (0, 1)
+    mine = [(task, places) for task, places in enumerate(plan.tasks()) if task % jobs == number]
+    done = done_tasks(working)
+    sizes = {task: sum(plan.sizes[place] for place in places) for task, places in mine}
+    todo = [(task, [files[place].path for place in places]) for task, places in mine if task not in done]
+    if todo:
+        progress = Progress(plan.source, sum(sizes.values()), sum(sizes[task] for task, _ in mine if task in done))
+        try:
+            do_tasks(Job(plan, working, out), todo, workers, progress, report)
+        finally:
+            progress.close()
