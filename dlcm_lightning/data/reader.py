@@ -35,7 +35,7 @@ from dlcm_lightning.data.packing import StepRows, pack
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.store import Chunks, store_at
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.data.verify import verify
+from dlcm_lightning.data.verify import verify_shard
 
 VERIFY_BELOW_BYTES = 1024**3
 """Local corpora smaller than this are read in full and compared with their sha256 when opened (about 1 s per GiB)."""
@@ -88,7 +88,7 @@ class Reader:
         self._train, self._validation = (
             [Source(self.store.below(source.name).below(split), tokenizer) for source in self.sources]
             for split in ("train", VALIDATION))
-        self._check_shards(verify_all)
+        self._check_shards(verify_all, report)
         self._check_sizes()
         self._domains = np.array([config.domains.index(source.domain) for source in self.sources])
         length = config.row_tokens
@@ -258,16 +258,25 @@ class Reader:
                    f"in proportion. Remove {self.store.where()} and run again to fetch them.")
         return present
 
-    def _check_shards(self, verify_all: bool | None) -> None:
+    def _check_shards(self, verify_all: bool | None, report: Callable[[str], None]) -> None:
+        """DataError, or a report where rows may be masked: a shard is not as its manifest states."""
         everything = [*self._train, *self._validation]
         size = sum(stream.manifest.shards.total("size") for stream in everything)
+        shards = sum(len(stream.manifest.shards) for stream in everything)
         if verify_all or (verify_all is None and size < VERIFY_BELOW_BYTES and not self.store.remote):
-            for stream in everything:
-                verify(stream)
-        elif not self.store.remote and sum(len(stream.manifest.shards) for stream in everything) < CHECK_BELOW_SHARDS:
-            for stream in everything:
-                for number in range(len(stream.manifest.shards)):
-                    stream.check_size(number)
+            check = verify_shard
+        elif shards < CHECK_BELOW_SHARDS and not self.store.remote:
+            check = Source.check_size
+        else:
+            return
+        for stream in everything:
+            for number in range(len(stream.manifest.shards)):
+                try:
+                    check(stream, number)
+                except DataError as error:
+                    if self.config.unreadable == "stop":
+                        raise
+                    report(f"data: {error}; rows that need it will be masked")
 
     def _check_sizes(self) -> None:
         length = self.config.row_tokens

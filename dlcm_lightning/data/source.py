@@ -216,9 +216,6 @@ class Source:
             if number not in self._open_shards:
                 try:
                     self._open_shards[number] = self._open(number)
-                except FileNotFoundError as error:
-                    raise DataError(f"{self.where(number)}: missing, though the manifest lists it ({error}); copy it "
-                                    "there or rebuild the source") from None
                 except OSError as error:
                     raise DataError(f"{self.where(number)}: cannot be read ({error}); copy it there or rebuild the "
                                     "source") from error
@@ -228,9 +225,16 @@ class Source:
             return self._open_shards[number]
 
     def check_size(self, number: int) -> None:
-        """OSError: a shard is not there. DataError: it has another size than the manifest states."""
+        """DataError: a shard is not there, or has another size than the manifest states."""
         stated = int(self.manifest.shards.of("size")[number])
-        size = self.store.size(self.manifest.shards.texts("name")[number])
+        try:
+            size = self.store.size(self.manifest.shards.texts("name")[number])
+        except FileNotFoundError:
+            raise DataError(f"{self.where(number)}: missing, though the manifest lists it; copy it there or rebuild "
+                            "the source") from None
+        except OSError as error:
+            raise DataError(f"{self.where(number)}: cannot be read ({error}); copy it there or rebuild the source"
+                            ) from error
         if size != stated:
             raise DataError(f"{self.where(number)}: {size} bytes, the manifest states {stated}; {REBUILD}")
 
