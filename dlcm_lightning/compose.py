@@ -65,7 +65,7 @@ def differences(a: Config, b: Config) -> list[str]:
 
 
 def _differences(a: Any, b: Any, name: str) -> Iterator[str]:
-    if isinstance(a, dict):
+    if isinstance(a, dict) and a.keys() == b.keys():
         for key in a:
             yield from _differences(a[key], b[key], _join(name, key))
     elif isinstance(a, list) and len(a) == len(b):

@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dlcm_lightning.compose import differences
@@ -24,6 +25,9 @@ from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.training.checkpoints import Checkpoint, Identity
 
 LOCK = ".lock"
+MAY_DIFFER = ("name", "data.root", "data.workers", "data.cache_megabytes", "data.read_ahead_steps", "data.unreadable",
+              "data.max_unreadable")
+"""Beside most of `train`. Which rows can be read may change, which rows there are may not."""
 CHANGES_THE_RUN = ("train.precision", "train.devices", "train.nodes")
 """Among the fields of `train`. The saved position counts micro-batches, hence devices and nodes."""
 
@@ -63,13 +67,21 @@ def claimed(run: Path) -> Iterator[None]:
 
 
 def _may_differ(name: str) -> bool:
-    return name in ("name", "data.root", "data.workers") or (
-        name.startswith("train.") and name not in CHANGES_THE_RUN)
+    return name in MAY_DIFFER or (name.startswith("train.") and name not in CHANGES_THE_RUN)
+
+
+def _decided(config: Config, consumed: int) -> Config:
+    """Without the changes of weights that still lie ahead: they begin to hold at a block behind their token count."""
+    changes = [change for change in config.data.weight_changes if change.at_tokens <= consumed]
+    return replace(config, data=replace(config.data, weight_changes=changes))
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, precision: str) -> None:
     """Raises ConfigError where the checkpoint belongs to a run of another configuration or arithmetic."""
-    fields = [name for name in differences(checkpoint.config, config) if not _may_differ(name)]
+    before = checkpoint.config
+    consumed = checkpoint.step * before.data.tokens_per_step
+    fields = [name for name in differences(_decided(before, consumed), _decided(config, consumed))
+              if not _may_differ(name)]
     if fields:
         raise ConfigError(f"name = {config.name!r}: {checkpoint.folder} belongs to a run that differs in "
                           f"{', '.join(fields)}; choose another name=..., restore these fields, or move it away")

@@ -114,13 +114,19 @@ class PretrainModule(LightningModule):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Closes the step: F for the next one, the rate bias, the prior mean."""
+        """Closes the step: F for the next one, the rate bias, the prior mean. All stay as they are after a step none
+        of whose rows could be read."""
         assert self.step_tally is not None
         step, self.step_tally = self.step_tally, None
         self.last_step = step
         if isinstance(self.model, DLCM):
+            tokens = step.total("tokens")
+            buffers = [self.previous_rate, *self.model.boundary.buffers()]
+            before = [buffer.clone() for buffer in buffers]
             self.previous_rate.copy_(step.rate)
-            self.model.boundary.after_step(step.rate, step.features / step.total("tokens"))
+            self.model.boundary.after_step(step.rate, step.features / tokens.clamp(min=1))
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(torch.where(tokens > 0, buffer, old))  # decided on the device
 
     def empty_tally(self) -> Tally:
         """A tally of nothing, on this module's device."""

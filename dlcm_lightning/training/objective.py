@@ -70,13 +70,13 @@ class Tally:
 
     @property
     def rate(self) -> Tensor:
-        """F: share of sampled boundaries among tokens."""
-        return self.total("sampled") / self.total("tokens")
+        """F: share of sampled boundaries among tokens; 0 where there are none."""
+        return self.total("sampled") / self.total("tokens").clamp(min=1)
 
     @property
     def mean_probability(self) -> Tensor:
         """G."""
-        return self.total("p") / self.total("tokens")
+        return self.total("p") / self.total("tokens").clamp(min=1)
 
 
 def rate_loss(rate: Tensor, mean_probability: Tensor, ratio: float) -> Tensor:
@@ -142,10 +142,10 @@ def probability_sum(
         lengths = batch.documents.lengths()
         decisions = output.segmentation.boundaries.to(p.dtype)
         slopes = rate_slope(_by_document(decisions, batch) / lengths, config.target_ratio)  # (N,)
-        weight = slopes / lengths / total.scalar("step_documents").to(p.dtype)
+        weight = slopes / lengths / total.scalar("step_documents").clamp(min=1).to(p.dtype)
         return (p * weight[batch.documents.ids(p.shape[0])]).sum()
     if previous_rate is None:
         slope = rate_slope(total.rate, config.target_ratio)
     else:
         slope = torch.where(previous_rate >= 0, rate_slope(previous_rate, config.target_ratio), 0.0)
-    return p.sum() * (slope / total.scalar("step_tokens")).to(p.dtype)
+    return p.sum() * (slope / total.scalar("step_tokens").clamp(min=1)).to(p.dtype)

@@ -81,8 +81,9 @@ class Report:
         header = f"{'validation':<12}{'bits/byte':>10}{'unigram':>10}{'trigram':>10}"
         lines = [header + (f"{'R sampled':>12}{'R thresh.':>11}" if segmented else "")]
         for domain, metrics in self.validation["domains"].items():
-            floor = floors[domain]
-            line = f"{domain:<12}{metrics['bits_per_byte']:>10.3f}{floor.unigram:>10.3f}{floor.trigram:>10.3f}"
+            counted = floors.get(domain)
+            figures = f"{counted.unigram:>10.3f}{counted.trigram:>10.3f}" if counted else f"{'-':>10}{'-':>10}"
+            line = f"{domain:<12}{metrics['bits_per_byte']:>10.3f}{figures}"
             if segmented:
                 line += f"{metrics['R_sampled']:>12.2f}{metrics['R_thresholded']:>11.2f}"
             lines.append(line)

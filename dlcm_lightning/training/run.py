@@ -20,7 +20,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config
-from dlcm_lightning.data.ngram import floors
+from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.data.ngram import Floor, floors
 from dlcm_lightning.data.prepare import prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.ops.attention import choose_backend
@@ -139,6 +140,15 @@ def _claimed_run(
     return _conclude(config, run, module, data, metrics, writer, rate_before, report)
 
 
+def _floors(reader: Reader, report: Callable[[str], None]) -> list[Floor]:
+    """None where shards that the floors count are damaged: the model is trained all the same."""
+    try:
+        return floors(reader)
+    except DataError as error:
+        report(f"unigram and trigram are left out: {error}")
+        return []
+
+
 def _conclude(
     config: Config, run: Path, module: PretrainModule, data: PretrainData, metrics: Metrics, writer: MetricsWriter,
     rate_before: float, report: Callable[[str], None],
@@ -155,7 +165,7 @@ def _conclude(
         steps=config.total_steps, tokens=tokens, hardware=machine.describe(config.train, where),
         precision=str(dtype).removeprefix("torch."), attention=module.model.backend,
         parameters=sum(parameter.numel() for parameter in module.model.parameters()), validation=validation,
-        floors=floors(data.reader), speed=speed(config, metrics, rate),
+        floors=_floors(data.reader, report), speed=speed(config, metrics, rate),
     )
     if first_process():
         writer.write("validation", config.total_steps, tokens, validation)

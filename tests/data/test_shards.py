@@ -14,22 +14,28 @@ import webdataset
 
 from dlcm_lightning.config import DataConfig
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.manifest import build_index, read_manifest
+from dlcm_lightning.data.manifest import LARGEST, Manifest, build_index
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.source import Source
+from dlcm_lightning.data.source import read_manifest as manifest_of
+from dlcm_lightning.data.store import LocalStore
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.durable import sha256_of
 from tests.synthetic import VOCABULARY, make_texts, write_split
 
 
+def read_manifest(folder: Path) -> Manifest:
+    return manifest_of(LocalStore(folder))
+
+
 def train_texts(config: DataConfig, tokenizer: Tokenizer) -> list[str]:
     source = Source(Path(config.root) / "a" / "train", tokenizer)
-    return [tokenizer.decode(ids) for ids in source.documents(10**6)]
+    return [tokenizer.decode(ids) for ids in source.documents()]
 
 
 def test_text_survives_shards(config: DataConfig, tokenizer: Tokenizer) -> None:
     written = make_texts("english", 300, seed=1)
-    validation = Source(Path(config.root) / "a" / "validation", tokenizer).documents(10**6)
+    validation = Source(Path(config.root) / "a" / "validation", tokenizer).documents()
     kept = train_texts(config, tokenizer) + [tokenizer.decode(ids) for ids in validation]
     assert sorted(kept) == sorted(written)
     assert [text for text in written if text in set(kept)] == written
@@ -38,7 +44,7 @@ def test_text_survives_shards(config: DataConfig, tokenizer: Tokenizer) -> None:
 def test_any_window_equals_the_documents_end_to_end(config: DataConfig, tokenizer: Tokenizer) -> None:
     source = Source(Path(config.root) / "a" / "train", tokenizer)
     assert len(source.manifest.shards) > 1 and any(shard.blocks > 1 for shard in source.manifest.shards)
-    documents = source.documents(10**6)
+    documents = list(source.documents())
     stream = np.concatenate(documents)
     begins = np.cumsum([0, *map(len, documents)])[:-1]
     random = np.random.default_rng(0)
@@ -91,7 +97,7 @@ def test_nothing_pickled_is_ever_loaded(config: DataConfig, monkeypatch: pytest.
 
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
-    Reader(config, 0, VOCABULARY).step_batch(0, 0)
+    Reader(config, 0, VOCABULARY).step_batches(0)
 
 
 @pytest.fixture
@@ -112,51 +118,57 @@ def change_manifest(folder: Path, change: Callable[[dict], None]) -> None:
     (folder / "manifest.json").write_text(json.dumps(found))
 
 
+def put(found: dict, column: str, value: object) -> None:
+    """Changes what a manifest says of its first shard."""
+    found["shards"][column][0] = value
+
+
 def test_the_copy_is_sound_before_damage(config: DataConfig, damaged: Path) -> None:
-    assert opening(config, damaged).step_batch(0, 0).tokens.shape == (128,)
+    assert opening(config, damaged).step_batches(0)[0].tokens.shape == (128,)
 
 
 def test_a_flipped_bit_names_its_shard(config: DataConfig, damaged: Path) -> None:
-    content = bytearray((damaged / "00001.tar").read_bytes())
+    content = bytearray((damaged / "000000-00001.tar").read_bytes())
     content[700] ^= 1
-    (damaged / "00001.tar").write_bytes(content)
-    with pytest.raises(DataError, match=r"a/train/00001\.tar: sha256 .* the manifest states .* rebuild"):
+    (damaged / "000000-00001.tar").write_bytes(content)
+    with pytest.raises(DataError, match=r"a/train/000000-00001\.tar: sha256 .* the manifest states .* rebuild"):
         opening(config, damaged)
 
 
 def test_a_truncated_shard_names_itself_and_both_sizes(config: DataConfig, damaged: Path) -> None:
-    content = (damaged / "00000.tar").read_bytes()
-    (damaged / "00000.tar").write_bytes(content[:3000])
-    with pytest.raises(DataError, match=rf"a/train/00000\.tar: 3000 bytes, the manifest states {len(content)}"):
+    content = (damaged / "000000-00000.tar").read_bytes()
+    (damaged / "000000-00000.tar").write_bytes(content[:3000])
+    with pytest.raises(DataError, match=rf"a/train/000000-00000\.tar: 3000 bytes, the manifest states {len(content)}"):
         opening(config, damaged)
 
 
 def test_a_missing_shard_or_index_is_named(config: DataConfig, damaged: Path) -> None:
-    (damaged / "00001.index").rename(damaged / "kept")
-    with pytest.raises(DataError, match=r"00001\.tar: cannot be read .*00001\.index"):
+    (damaged / "000000-00001.index").rename(damaged / "kept")
+    with pytest.raises(DataError, match=r"000000-00001\.tar: cannot be read .*000000-00001\.index"):
         opening(config, damaged)
-    (damaged / "kept").rename(damaged / "00001.index")
-    (damaged / "00001.tar").unlink()
-    with pytest.raises(DataError, match=r"00001\.tar: missing, though the manifest lists it"):
+    (damaged / "kept").rename(damaged / "000000-00001.index")
+    (damaged / "000000-00001.tar").unlink()
+    with pytest.raises(DataError, match=r"000000-00001\.tar: missing, though the manifest lists it"):
         opening(config, damaged)
 
 
 def test_a_wrong_index_is_refused_before_it_is_used(config: DataConfig, damaged: Path) -> None:
-    path = damaged / "00000.index"
-    index = build_index(damaged / "00000.tar")
+    path = damaged / "000000-00000.index"
+    index = build_index(damaged / "000000-00000.tar")
     assert path.read_bytes() == index.tobytes()
-    for place, value in (((0, 0), 10**12), ((0, 1), 3), ((0, 2), -5), ((0, 3), 10**9)):
+    for place, value in (((0, 0), 10**12), ((0, 1), 3), ((0, 2), -5), ((0, 3), 10**9), ((0, 0), 2**63 - 8),
+                         ((0, 1), 2**62), ((0, 1), -2**63), ((0, 3), 2**62)):
         wrong = index.copy()
         wrong[place] = value
         path.write_bytes(wrong.tobytes())
-        with pytest.raises(DataError, match=r"00000\.index: does not fit"):
+        with pytest.raises(DataError, match=r"000000-00000\.index: does not fit"):
             opening(config, damaged)
     index[0, 0] += 2
     path.write_bytes(index.tobytes())
-    with pytest.raises(DataError, match=r"00000\.index: not the index of its shard"):
+    with pytest.raises(DataError, match=r"000000-00000\.index: not the index of its shard"):
         opening(config, damaged)
     path.write_bytes(index.tobytes()[:-8])
-    with pytest.raises(DataError, match=r"00000\.index: .* blocks need"):
+    with pytest.raises(DataError, match=r"000000-00000\.index: .* rows need"):
         opening(config, damaged)
 
 
@@ -164,14 +176,28 @@ def test_a_manifest_that_disagrees_with_its_shards_is_refused(config: DataConfig
     original = (damaged / "manifest.json").read_text()
     changes: list[tuple[Callable[[dict], None], str]] = [
         (lambda found: found.update(tokens=found["tokens"] + 1), r"states tokens = \d+, its shards sum to"),
-        (lambda found: found["shards"].pop(), "its shards sum to"),
-        (lambda found: (found["shards"][0].update(documents=found["shards"][0]["documents"] + 1),
+        (lambda found: [column.pop() for column in found["shards"].values()], "its shards sum to"),
+        (lambda found: (put(found, "documents", found["shards"]["documents"][0] + 1),
                         found.update(documents=found["documents"] + 1)), "does not fit the shard"),
-        (lambda found: found["shards"][0].update(sha256="0" * 64), "sha256"),
-        (lambda found: found["shards"][0].update(name="../../evil.tar"), "must be a plain name"),
+        (lambda found: put(found, "sha256", "0" * 64), "sha256"),
+        (lambda found: put(found, "name", "../../evil.tar"), "must be a plain name"),
+        (lambda found: put(found, "name", "/etc/evil.tar"), "must be a plain name"),
+        (lambda found: put(found, "name", "..\\evil.tar"), "must be a plain name"),
+        (lambda found: put(found, "name", ".evil.tar"), "must be a plain name"),
+        (lambda found: put(found, "name", found["shards"]["name"][1]), "two shards have the same name"),
+        (lambda found: put(found, "name", 5), "name holds what is no text"),
+        (lambda found: put(found, "tokens", -5), "tokens holds what is no count"),
+        (lambda found: put(found, "tokens", 1.5), "tokens holds what is no count"),
+        (lambda found: put(found, "tokens", "5"), "tokens holds what is no count"),
+        (lambda found: put(found, "blocks", LARGEST + 1), "blocks holds what is no count"),
+        (lambda found: put(found, "size", 2**70), "not a manifest"),
+        (lambda found: found["shards"]["size"].pop(), "of unequal lengths"),
+        (lambda found: found["shards"].pop("size"), "shards have the columns"),
+        (lambda found: found.update(shards=[]), "not a manifest"),
+        (lambda found: found.update(more=1), "not a manifest"),
         (lambda found: found.update(dtype="object"), "dtype = 'object'"),
         (lambda found: found.update(dtype="uint32"), "does not fit|beyond the vocabulary"),
-        (lambda found: found.update(format=99), "format 99; this version reads 1"),
+        (lambda found: found.update(format=99), "format 99; this version reads 2"),
         (lambda found: found.pop("tokenizer"), "not a manifest"),
         (lambda found: found.update(vocab_size=10), "states vocab_size = 10"),
     ]
@@ -180,9 +206,10 @@ def test_a_manifest_that_disagrees_with_its_shards_is_refused(config: DataConfig
         change_manifest(damaged, change)
         with pytest.raises(DataError, match=message):
             opening(config, damaged)
-    (damaged / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match=r"manifest\.json: not a manifest"):
-        opening(config, damaged)
+    for content in (b"{", b"[]", b"\xff\xfe", b"[" * 100_000):
+        (damaged / "manifest.json").write_bytes(content)
+        with pytest.raises(DataError, match=r"manifest\.json: not a manifest"):
+            opening(config, damaged)
 
 
 def rewrite(damaged: Path, ids: list[int]) -> None:
@@ -196,7 +223,7 @@ def rewrite(damaged: Path, ids: list[int]) -> None:
 
 def test_a_token_id_beyond_the_vocabulary_is_refused(config: DataConfig, damaged: Path, tokenizer: Tokenizer) -> None:
     rewrite(damaged, [0, *[5] * 500, 50_000, 1])
-    with pytest.raises(DataError, match=r"00000\.tar: token id 50000 beyond the vocabulary of 360"):
+    with pytest.raises(DataError, match=r"000000-00000\.tar: token id 50000 beyond the vocabulary of 360"):
         opening(config, damaged)
     with pytest.raises(DataError, match="token id 50000"):  # also where a corpus is too large to be verified
         Source(damaged, tokenizer).read(450, 53)
