@@ -264,7 +264,7 @@ class Reader:
         size = sum(stream.manifest.shards.total("size") for stream in everything)
         shards = sum(len(stream.manifest.shards) for stream in everything)
         if verify_all or (verify_all is None and size < VERIFY_BELOW_BYTES and not self.store.remote):
-            check = verify_shard
+            check: Callable[[Source, int], None] = verify_shard
         elif shards < CHECK_BELOW_SHARDS and not self.store.remote:
             check = Source.check_size
         else:

@@ -17,13 +17,14 @@ from dlcm_lightning.batch import Batch
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.reader import Reader, TrainingBatches, ValidationBatches
 from dlcm_lightning.ops.collectives import rank, world_size
+from dlcm_lightning.training.stopwatch import Stopwatch
 
 
 class TrainLoader:
     """This rank's micro-batches of the whole run; iterating begins at `samples`."""
 
-    def __init__(self, reader: Reader, config: Config, pin_memory: bool) -> None:
-        self.reader, self.config, self.pin_memory = reader, config, pin_memory
+    def __init__(self, reader: Reader, config: Config, pin_memory: bool, stopwatch: Stopwatch) -> None:
+        self.reader, self.config, self.pin_memory, self.stopwatch = reader, config, pin_memory, stopwatch
         self.consumed = 0
         """Micro-batches of this rank since the beginning of the run."""
 
@@ -34,9 +35,15 @@ class TrainLoader:
         first = self.consumed // self.config.micro_batches
         batches = TrainingBatches(self.reader, rank(), world_size(), first, self.config.total_steps,
                                   self.config.data.workers)
-        for batch in batches:
+        coming = iter(batches)
+        while True:
+            with self.stopwatch.waiting():
+                batch = next(coming, None)
+                if batch is None:
+                    return
+                batch = batch.pin_memory() if self.pin_memory else batch
             self.consumed += 1
-            yield batch.pin_memory() if self.pin_memory else batch
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """The position; checkpoints stand between optimizer steps."""
@@ -49,15 +56,15 @@ class TrainLoader:
 class PretrainData(LightningDataModule):
     """Training and validation rows of a run."""
 
-    def __init__(self, config: Config, reader: Reader, pin_memory: bool) -> None:
+    def __init__(self, config: Config, reader: Reader, pin_memory: bool, stopwatch: Stopwatch) -> None:
         super().__init__()
-        self.config, self.reader, self.pin_memory = config, reader, pin_memory
+        self.config, self.reader, self.pin_memory, self.stopwatch = config, reader, pin_memory, stopwatch
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device, non_blocking=True)
 
     def train_dataloader(self) -> TrainLoader:
-        return TrainLoader(self.reader, self.config, self.pin_memory)
+        return TrainLoader(self.reader, self.config, self.pin_memory, self.stopwatch)
 
     def validation_loader(self) -> DataLoader[Batch]:
         """This rank's validation batches. Not Lightning's `val_dataloader`: see callbacks/validate.py."""

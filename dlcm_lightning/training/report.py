@@ -26,6 +26,8 @@ class Speed:
     """Forward and backward, of the concepts and documents that really came."""
     matrix_product_rate: float
     """FLOP/s of large products on this machine, mean of before and after."""
+    data_wait: float
+    """Share of the steps' time in which the model waited for data."""
 
     @property
     def share(self) -> float:
@@ -36,13 +38,13 @@ class Speed:
 def speed(config: Config, metrics: Metrics, matrix_product_rate: float) -> Speed | None:
     """None where this process made no step."""
     trained = metrics.trained
-    if trained is None or metrics.training_seconds == 0:
+    if trained is None or metrics.training_seconds == 0 or not (tokens := trained.total("tokens").item()):
         return None
-    tokens = trained.total("tokens").item()
     concepts = trained.rate.item() if config.model.kind == "dlcm" else None
     document = trained.scalar("squared_lengths").item() / tokens
     flops = training_flops_per_token(config.model, document, concepts)
-    return Speed(tokens / metrics.training_seconds, flops, matrix_product_rate)
+    return Speed(tokens / metrics.training_seconds, flops, matrix_product_rate,
+                 metrics.waiting_seconds / metrics.training_seconds)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def summary(config: Config, report: Report) -> str:
         pace = report.speed
         parts.append(f"{pace.tokens_per_second:,.0f} tokens/s x {pace.flops_per_token / 1e6:.1f} MFLOP/token = "
                      f"{100 * pace.share:.0f} % of this machine's matrix-product rate "
-                     f"({pace.matrix_product_rate / 1e9:,.0f} GFLOP/s)")
+                     f"({pace.matrix_product_rate / 1e9:,.0f} GFLOP/s); waiting for data {100 * pace.data_wait:.2f} %")
     parts += [
         f"run directory   {run}",
         "resume          the same command again; a finished run is left as it is",

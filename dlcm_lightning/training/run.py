@@ -28,7 +28,7 @@ from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.training import machine
 from dlcm_lightning.training.callbacks.boundaries import ShowBoundaries
 from dlcm_lightning.training.callbacks.checkpoint import StraightToDisk, WriteCheckpoints
-from dlcm_lightning.training.callbacks.metrics import Metrics, MetricsWriter, Stopwatch
+from dlcm_lightning.training.callbacks.metrics import Metrics, MetricsWriter
 from dlcm_lightning.training.callbacks.progress import Progress
 from dlcm_lightning.training.callbacks.unreadable import WatchUnreadable
 from dlcm_lightning.training.callbacks.validate import Validate
@@ -38,6 +38,7 @@ from dlcm_lightning.training.directory import RunError, check_same_data, check_s
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.report import Report, speed, summary
+from dlcm_lightning.training.stopwatch import Stopwatch
 from dlcm_lightning.training.validation import validate
 
 CONFIG_FILE = "config.yaml"
@@ -116,11 +117,12 @@ def _claimed_run(
         report(f"rate loss with F of the {'previous' if config.uses_previous_rate else 'current'} step")
 
     module = PretrainModule(config, dtype, backend, torch.from_numpy(reader.token_bytes))
-    data = PretrainData(config, reader, pin_memory=where.type == "cuda")
+    stopwatch = Stopwatch()
+    data = PretrainData(config, reader, where.type == "cuda", stopwatch)
     rate_before = machine.matrix_product_rate(dtype, where)
     step = checkpoint.step if checkpoint else 0
     logger = TensorBoardLogger(run, name="", version=TENSORBOARD, purge_step=step * config.data.tokens_per_step + 1)
-    writer, stopwatch = MetricsWriter(run, logger), Stopwatch()
+    writer = MetricsWriter(run, logger)
     if first_process():
         sweep(run, config.train.keep_last)
         save_config(config, run / CONFIG_FILE)

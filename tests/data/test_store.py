@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import numpy as np
@@ -28,10 +29,10 @@ class Faulty(MemoryFileSystem):
 
     protocol = "faulty"
     cachable = False
-    failures: dict[str, int] = {}
+    failures: ClassVar[dict[str, int]] = {}
     """Ends of names -> how often asking for them fails before it works."""
     seconds = 0.0
-    asked: list[tuple[str, int | None, int | None]] = []
+    asked: ClassVar[list[tuple[str, int | None, int | None]]] = []
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:

@@ -29,7 +29,7 @@ from dlcm_lightning.training.report import Report
 from dlcm_lightning.training.run import pretrain
 
 KILLS = 4
-TIMED = ("tokens_per_second",)
+TIMED = ("tokens_per_second", "data_wait")
 
 
 def quiet(message: str) -> None:

@@ -19,6 +19,8 @@ from dlcm_lightning.training.checkpoints import checkpoint_folders
 from dlcm_lightning.training.run import pretrain
 from tests.synthetic import VOCABULARY
 
+TIMED = ("tokens_per_second", "data_wait")
+
 
 def quiet(message: str) -> None:
     del message
@@ -27,7 +29,7 @@ def quiet(message: str) -> None:
 def lines(config: Config, kind: str = "train") -> list[dict[str, Any]]:
     text = (Path(config.train.runs) / config.name / "metrics.jsonl").read_text()
     found = [json.loads(line) for line in text.splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in found
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in found
             if line["kind"] == kind]
 
 
@@ -102,7 +104,7 @@ def test_other_rows_stay_where_they_are(masking: Config, run_config: Config) -> 
 def test_too_many_masked_rows_end_the_run(masking: Config) -> None:
     missing = missing_samples(masking)
     bound = (len(missing) - 0.5) / (masking.total_steps * masking.data.rows_per_step)
-    with pytest.raises(DataError, match=rf"data\.max_unreadable = .*: \d+ of \d+ rows could not be read"):
+    with pytest.raises(DataError, match=r"data\.max_unreadable = .*: \d+ of \d+ rows could not be read"):
         pretrain(replace(masking, data=replace(masking.data, max_unreadable=bound)), quiet)
 
 
@@ -137,9 +139,9 @@ def test_a_change_of_weights_that_lies_ahead_may_be_made_when_a_run_continues(ru
     pretrain(with_changes(config, change), quiet)
     assert lines(config) == lines(whole)
     stopped_after(with_changes(config, change), 9)
-    with pytest.raises(ConfigError, match="differs in data.weight_changes"):
+    with pytest.raises(ConfigError, match=r"differs in data\.weight_changes"):
         pretrain(config, quiet)
-    with pytest.raises(ConfigError, match="differs in data.weight_changes"):
+    with pytest.raises(ConfigError, match=r"differs in data\.weight_changes"):
         pretrain(with_changes(config, replace(change, weights={"a": 0.2, "b": 0.8})), quiet)
 
 

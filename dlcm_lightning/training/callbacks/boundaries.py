@@ -18,8 +18,8 @@ from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.model.dlcm import DLCM
 from dlcm_lightning.ops.segments import Segments
-from dlcm_lightning.training.callbacks.metrics import Stopwatch
 from dlcm_lightning.training.module import PretrainModule
+from dlcm_lightning.training.stopwatch import Stopwatch
 
 BAR = "\N{BOX DRAWINGS LIGHT VERTICAL}"
 

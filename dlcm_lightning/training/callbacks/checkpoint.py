@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dlcm_lightning.batch import Batch
-from dlcm_lightning.training.callbacks.metrics import Stopwatch
 from dlcm_lightning.training.checkpoints import Identity, sweep, unfinished_state, write_checkpoint
 from dlcm_lightning.training.module import PretrainModule
+from dlcm_lightning.training.stopwatch import Stopwatch
 
 
 class StraightToDisk(TorchCheckpointIO):

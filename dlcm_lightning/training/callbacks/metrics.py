@@ -7,10 +7,7 @@ TensorBoard is told to purge what lies behind it. Times and rates are the only n
 
 from __future__ import annotations
 
-import contextlib
 import json
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from dlcm_lightning.durable import write_atomically
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import LENGTHS, PretrainModule
 from dlcm_lightning.training.objective import Tally
+from dlcm_lightning.training.stopwatch import Stopwatch
 
 
 class MetricsWriter:
@@ -63,28 +61,6 @@ class MetricsWriter:
                 self.logger.experiment.add_scalar(f"{kind}/{name}", value, tokens)
 
 
-class Stopwatch:
-    """Time of training from the end of one step to the end of the next, waiting for data included.
-
-    What is not training (validation, checkpoints) runs inside `paused`.
-    """
-
-    def __init__(self) -> None:
-        self._mark = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap, pauses left out."""
-        now = time.perf_counter()
-        elapsed, self._mark = now - self._mark, now
-        return elapsed
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._mark += time.perf_counter() - began
-
-
 class Metrics(Callback):
     """Sums tallies over `log_every_steps` steps and writes a line."""
 
@@ -100,6 +76,8 @@ class Metrics(Callback):
         """Sum of the steps that this process made, up to the last line."""
         self.training_seconds = 0.0
         """Time that these steps took, without validation and checkpoints."""
+        self.waiting_seconds = 0.0
+        """Of these, spent waiting for data."""
         self._recent: Tally | None = None
         """Steps of this process since the last line; a window that was resumed holds steps of another."""
 
@@ -141,8 +119,10 @@ class Metrics(Callback):
         metrics["gradient_norm"] = module.gradient_norm.item()
         for group in trainer.optimizers[0].param_groups:
             metrics[f"learning_rate_{group['role']}"] = group["lr"]
-        seconds = self.stopwatch.lap()
+        seconds, waited = self.stopwatch.lap()
         self.training_seconds += seconds
+        self.waiting_seconds += waited
+        metrics["data_wait"] = waited / seconds
         metrics["tokens_per_second"] = self._recent.total("tokens").item() / seconds
         return metrics
 

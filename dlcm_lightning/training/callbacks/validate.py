@@ -11,10 +11,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dlcm_lightning.batch import Batch
-from dlcm_lightning.training.callbacks.metrics import MetricsWriter, Stopwatch
+from dlcm_lightning.training.callbacks.metrics import MetricsWriter
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
+from dlcm_lightning.training.stopwatch import Stopwatch
 from dlcm_lightning.training.validation import validate
 
 
