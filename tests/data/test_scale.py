@@ -52,8 +52,8 @@ sys.setprofile(trace)
 reader.mixture.draw(np.arange(6000, 6512))
 reader.step_samples(11, 3, 512)
 sys.setprofile(None)
-print(json.dumps({"opened": opened, "parsed": parsed, "memory": resident() - before, "near": near, "far": far, "calls": seen[0],
-                  "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before}))
+print(json.dumps({"opened": opened, "parsed": parsed, "memory": resident() - before, "near": near, "far": far,
+                  "calls": seen[0], "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before}))
 """
 
 
@@ -103,7 +103,8 @@ def test_a_step_makes_the_same_calls_whatever_the_number_of_shards(measured: dic
 
 
 def test_shards_as_columns_say_what_the_entries_said() -> None:
-    entries = [ShardEntry(f"{number}.tar", 2, 30 + number, 1, 5, 100, "f" * 64, number, number, "") for number in (0, 1)]
+    entries = [ShardEntry(f"{number}.tar", 2, 30 + number, 1, 5, 100, "f" * 64, number, number)
+               for number in (0, 1)]
     table = Shards.from_entries(entries)
     assert list(table) == entries and table[1] == entries[1] and len(table) == 2
     assert table.of("tokens").dtype == np.int64 and table.total("tokens") == 61
