@@ -26,7 +26,7 @@ class StepRows:
     """The rows of one rank in one optimizer step: B rows of L tokens, S starts of documents in them."""
 
     stream: np.ndarray
-    """(B, L + 1) int32, the token behind the row included."""
+    """(B, L + 1) uint16 or uint32 as stored, the token behind the row included."""
     starts: np.ndarray
     """(S,) int64: where documents begin, counted over the B x L tokens laid end to end. Row b contributes those in
     (b L, (b + 1) L], so that of a document which begins right behind it is among them, and its own first token is

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from dlcm_lightning.batch import Batch, Unreadable
 from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.manifest import MANIFEST
+from dlcm_lightning.data.manifest import MANIFEST, WIDTHS
 from dlcm_lightning.data.mixture import Mixture, Part
 from dlcm_lightning.data.order import NOISE, Order, key, keys_of
 from dlcm_lightning.data.packing import StepRows, pack
@@ -88,6 +88,7 @@ class Reader:
         self._train, self._validation = (
             [Source(self.store.below(source.name).below(split), tokenizer) for source in self.sources]
             for split in ("train", VALIDATION))
+        self._type = np.result_type(*(WIDTHS[stream.manifest.dtype][1] for stream in (*self._train, *self._validation)))
         self._check_shards(verify_all, report)
         self._check_sizes()
         self._domains = np.array([config.domains.index(source.domain) for source in self.sources])
@@ -196,7 +197,7 @@ class Reader:
               ) -> StepRows:
         """samples, sources, rows: (B,) int64, -1 for fillers."""
         length = self.config.row_tokens
-        stream = np.zeros((len(samples), length + 1), dtype=np.int32)
+        stream = np.zeros((len(samples), length + 1), dtype=self._type)
         starts: list[np.ndarray] = []
         missed: dict[int, DataError] = {}
         asked = list(zip(sources.tolist(), rows.tolist(), strict=True))
@@ -207,7 +208,7 @@ class Reader:
             except DataError as error:
                 missed[place] = error
                 starts.append(_NO_STARTS)
-        if stream.view(np.uint32).max() >= len(self.token_bytes):
+        if stream.max() >= len(self.token_bytes):
             self._find_wrong_ids(streams, asked, stream, missed)
         fillers = samples < 0
         if missed or fillers.any():

@@ -119,13 +119,13 @@ class Source:
 
     def check_ids(self, tokens: np.ndarray, first: int) -> None:
         """DataError: ids beyond the vocabulary among `tokens`, which were read from `first` on."""
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.manifest.vocab_size:  # ids beyond 2^31 turn negative in an int32
-            raise DataError(f"{self.where(self._shard_of(first))}: token id {high if low >= 0 else low % 2**32} beyond "
-                            f"the vocabulary of {self.manifest.vocab_size}; {REBUILD}")
+        largest = int(tokens.max())
+        if largest >= self.manifest.vocab_size:
+            raise DataError(f"{self.where(self._shard_of(first))}: token id {largest} beyond the vocabulary of "
+                            f"{self.manifest.vocab_size}; {REBUILD}")
 
     def read_into(self, tokens: np.ndarray, first: int) -> np.ndarray:
-        """`read` into tokens (n,), int32 or int64, without check_ids. Returns the offsets where documents start."""
+        """`read` into tokens (n,) of a type that holds what is stored, without check_ids. Returns the offsets where documents start."""
         count = len(tokens)
         if first < 0 or count < 1 or first + count > self.tokens:
             raise IndexError(f"{self.place}: tokens [{first}, {first + count}) of {self.tokens}")
