@@ -13,6 +13,7 @@ import pytest
 import webdataset
 
 from dlcm_lightning.config import DataConfig
+from dlcm_lightning.data.build import tokenize_documents
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import LARGEST, Manifest, build_index
 from dlcm_lightning.data.reader import Reader
@@ -20,6 +21,7 @@ from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.source import read_manifest as manifest_of
 from dlcm_lightning.data.store import LocalStore
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.data.verify import verify
 from dlcm_lightning.durable import sha256_of
 from tests.synthetic import VOCABULARY, make_texts, write_split
 
@@ -254,3 +256,69 @@ def test_a_source_that_is_not_there_is_refused(config: DataConfig, damaged: Path
     shutil.rmtree(damaged.parent)
     with pytest.raises(DataError, match=r"a/train/manifest\.json: missing"):
         opening(config, damaged)
+
+
+# Documents that are skipped
+
+
+def with_duplicates(texts: list[str]) -> list[str]:
+    """Repeats single texts, runs of them, and whole blocks; the first of each stays where it was."""
+    repeated = []
+    for place, text in enumerate(texts):
+        repeated.append(text)
+        if place % 7 == 3:
+            repeated.append(texts[place - 3])
+        if place in (60, 61, 200):
+            repeated += texts[:50]
+    return [*repeated, *texts[-3:]]
+
+
+@pytest.fixture(scope="module")
+def thinned(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Source]:
+    """A source without duplicates, and one where they lie in the shards and are skipped."""
+    texts = make_texts("english", 300, seed=4)
+    sources = []
+    for name, documents in (("plain", texts), ("skipping", with_duplicates(texts))):
+        folder = tmp_path_factory.mktemp("thinned") / name
+        tokenize_documents(documents, tokenizer, folder, source=name, domain="d", shard_bytes=8000, block_tokens=500)
+        sources.append(Source(folder / "train", tokenizer))
+    plain, skipping = sources
+    assert skipping.manifest.shards.total("skipped_documents") > 100
+    return plain, skipping
+
+
+def test_what_is_skipped_is_not_in_the_stream(thinned: tuple[Source, Source]) -> None:
+    plain, skipping = thinned
+    assert skipping.tokens == plain.tokens and skipping.manifest.text_bytes == plain.manifest.text_bytes
+    wanted, starts = plain.read(0, plain.tokens)
+    random = np.random.default_rng(1)
+    windows = [(first, 1) for first in starts[:200].tolist()]
+    windows += [(int(first), int(random.integers(1, 2000))) for first in random.integers(0, plain.tokens - 1, 300)]
+    for first, count in [(0, plain.tokens), *windows]:
+        count = min(count, plain.tokens - first)
+        tokens, found = skipping.read(first, count)
+        assert tokens.tolist() == wanted[first:first + count].tolist()
+        assert found.tolist() == [start - first for start in starts if first <= start < first + count]
+    for number in (0, 1, 57, 250):
+        mine, theirs = next(skipping.documents(number)), next(plain.documents(number))
+        assert mine.tolist() == theirs.tolist()
+    verify(skipping)
+
+
+def test_a_list_of_skipped_documents_that_does_not_fit_is_refused(thinned: tuple[Source, Source], tokenizer: Tokenizer,
+                                                                  tmp_path: Path) -> None:
+    folder = thinned[1].store.where()
+    number = int(np.flatnonzero(thinned[1].manifest.shards.of("skipped_documents"))[0])
+    name = thinned[1].manifest.shards[number].name.replace(".tar", ".skip")
+    sound = np.frombuffer((Path(folder) / name).read_bytes(), "<i8").reshape(-1, 4)
+    for place, value in (((0, 0), 10**6), ((0, 1), sound[0, 1] + 1), ((0, 2), sound[0, 2] + 1), ((0, 3), 1),
+                         ((0, 3), 2**62), ((0, 0), -1)):
+        shutil.copytree(folder, tmp_path / "copy", dirs_exist_ok=True)
+        wrong = sound.copy()
+        wrong[place] = value
+        (tmp_path / "copy" / name).write_bytes(wrong.tobytes())
+        source = Source(tmp_path / "copy", tokenizer)
+        with pytest.raises(DataError, match=r"\.skip|skipped documents"):
+            source.read(0, source.tokens)
+        with pytest.raises(DataError, match=r"\.skip|skipped documents"):
+            verify(source)
