@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from dlcm_lightning.cli import main
 from dlcm_lightning.data import build, crew
 from dlcm_lightning.data.build import tokenize, tokenize_documents
 from dlcm_lightning.data.documents import SPLITS
@@ -422,6 +423,27 @@ def test_a_worker_that_is_killed_is_an_error_with_a_remedy(inputs: Path, tmp_pat
     os.kill(workers[0], signal.SIGKILL)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 2 and "a worker ended with exit code -9" in error and "fewer --workers" in error
+
+
+def test_the_command_takes_a_recipe_and_its_flags_stand_over_it(inputs: Path, tmp_path: Path, home: str,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text('name: r\ndomain: d\nglob: "*.jsonl"\nlicence: mine\nhome_page: https://x')
+    out = ["--out", str(tmp_path / "out"), "--recipe", str(tmp_path / "r.yaml"), "--tokenizer", home, "--workers", "1"]
+    assert main(["tokenize", str(inputs), *out]) == 0
+    assert "holds 500 documents" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "r" / "train" / "manifest.json").read_text())
+    assert found["about"] == {"licence": "mine", "home_page": "https://x"} and found["domain"] == "d"
+    changed = ["--source", "t", "--glob", "code/*.py", "--domain", "code", "--validation-share", "0"]
+    for part in ("1/2", "0/2"):
+        assert main(["tokenize", str(inputs), *out, *changed, "--array", part]) == 0
+    assert "dlcm data merge" in capsys.readouterr().out
+    assert main(["data", "merge", str(tmp_path / "out"), "--source", "t"]) == 0
+    assert "holds 50 documents" in (said := capsys.readouterr().out) and "10 copies are left out" in said
+    assert main(["tokenize", str(inputs), "--out", str(tmp_path / "out"), "--source", "u"]) == 2
+    assert "--source and --domain name what is built" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["tokenize", str(inputs), *out, "--array", "2/2"])
+    assert "'2/2': write i/n with 0 <= i < n" in capsys.readouterr().err
 
 
 def test_tasks_follow_from_the_sizes_alone() -> None:
