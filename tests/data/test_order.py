@@ -63,6 +63,9 @@ def test_rows_come_from_one_group_of_shards_at_a_time() -> None:
         assert [len(group) for group in groups] == [4] * 5
         assert sorted(itertools.chain(*groups)) == list(range(20))
         every.append(groups)
+        inside = [order.draw(epoch, np.arange(begin, begin + 200)) for begin in (0, 200)]
+        places = [np.searchsorted(np.sort(rows), rows) for rows in inside]
+        assert places[0].tolist() != places[1].tolist(), "no two groups are shuffled alike"
         for begin in range(0, 1000, 200):  # and their rows well mixed: no long run of one shard
             inside = shards[begin:begin + 200]
             assert max(len(list(run)) for _, run in itertools.groupby(inside.tolist())) < 12

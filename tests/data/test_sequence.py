@@ -80,7 +80,7 @@ def corpora(draw: st.DrawFn) -> DataConfig:
     if capped is not None:
         cap = draw(st.sampled_from([0.5, 1.0, 2.0]))
         sources[capped] = replace(sources[capped], max_epochs=cap)
-    row_tokens = draw(st.sampled_from([16, 33, 64, 100]))
+    row_tokens = draw(st.sampled_from([3, 16, 33, 64, 100]))
     rows = draw(st.sampled_from([1, 3, 8, 12]))
     changes = []
     if draw(st.booleans()):
@@ -119,6 +119,8 @@ def check_life(reader: Reader, world: int, workers: int, first: int, last: int, 
             assert sample not in seen and sample not in masked, "a sample came twice"
             seen[sample] = [*tokens, targets[-1]]
         for batch in batches:
+            assert (batch.documents.lengths() > 0).all() and batch.documents.starts[-1] == len(batch.tokens)
+            assert batch.documents.longest == batch.documents.lengths().max()
             for missed in batch.step_unreadable:
                 assert missed.sample not in seen
                 masked[missed.sample] = missed.source

@@ -305,6 +305,17 @@ def test_what_is_skipped_is_not_in_the_stream(thinned: tuple[Source, Source]) ->
     verify(skipping)
 
 
+def test_another_list_of_skipped_documents_is_found_by_its_sum(thinned: tuple[Source, Source], tokenizer: Tokenizer,
+                                                               tmp_path: Path) -> None:
+    shutil.copytree(thinned[1].store.where(), tmp_path / "copy")
+    found = json.loads((tmp_path / "copy" / "manifest.json").read_text())
+    number = next(number for number, digest in enumerate(found["shards"]["skip_sha256"]) if digest)
+    found["shards"]["skip_sha256"][number] = "0" * 64
+    (tmp_path / "copy" / "manifest.json").write_text(json.dumps(found))
+    with pytest.raises(DataError, match=r"\.skip: sha256 .*, the manifest states 000000000000"):
+        verify(Source(tmp_path / "copy", tokenizer))
+
+
 def test_a_list_of_skipped_documents_that_does_not_fit_is_refused(thinned: tuple[Source, Source], tokenizer: Tokenizer,
                                                                   tmp_path: Path) -> None:
     folder = thinned[1].store.where()

@@ -85,9 +85,12 @@ def test_a_remote_corpus_gives_the_rows_of_a_local_one(config: DataConfig, addre
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_loader_processes_read_a_remote_corpus_too(config: DataConfig, address: str) -> None:
+def test_loader_processes_read_a_remote_corpus_too(config: DataConfig, address: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "PATIENCE_SECONDS", 10.0)
     far = remote(config, address)
     tokens_of(far, range(2))  # threads of this process are running when the others are forked
+    far.chunks._held.clear()
     there = [batch.tokens.tolist() for batch in TrainingBatches(far, 0, 1, 0, 6, workers=2)]
     assert there == tokens_of(Reader(config, 7, VOCABULARY), range(6))
 

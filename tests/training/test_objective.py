@@ -131,6 +131,17 @@ def test_a_tally_counts_by_domain_and_leaves_fillers_out(run_config: Config) -> 
     assert doubled["bits_per_byte"] == pytest.approx(metrics["bits_per_byte"])
 
 
+def test_a_step_without_a_token_leaves_the_boundary_as_it_is(run_config: Config) -> None:
+    module = module_for(run_config)
+    module.training_step(one_batch(run_config), 0)
+    module.after_step()
+    state = [module.previous_rate, *module.model.boundary.buffers()]
+    before = [buffer.clone() for buffer in state]
+    module.step_tally = replace(module.empty_tally(), features=torch.zeros(run_config.model.d_token))
+    module.after_step()
+    assert all(torch.equal(buffer, old) for buffer, old in zip(state, before, strict=True))
+
+
 def test_a_dense_model_has_a_tally_without_concepts(run_config: Config) -> None:
     config = replace(run_config, model=replace(run_config.model, kind="dense"))
     module = PretrainModule(config, torch.float64, "sdpa", TOKEN_BYTES)

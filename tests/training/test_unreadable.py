@@ -108,6 +108,16 @@ def test_too_many_masked_rows_end_the_run(masking: Config) -> None:
         pretrain(replace(masking, data=replace(masking.data, max_unreadable=bound)), quiet)
 
 
+def test_rows_missed_before_a_stop_count_towards_the_bound_after_it(masking: Config) -> None:
+    missing = missing_samples(masking)
+    before = sum(sample < 6 * masking.data.rows_per_step for sample in missing)
+    assert before >= len(missing) - before > 0, "neither life alone may reach the bound"
+    stopped_after(masking, 6)
+    bound = (before + 0.5) / (masking.total_steps * masking.data.rows_per_step)
+    with pytest.raises(DataError, match=rf"data\.max_unreadable = .*: {before + 1} of"):
+        pretrain(replace(masking, data=replace(masking.data, max_unreadable=bound)), quiet)
+
+
 def test_a_step_without_any_readable_row_changes_nothing_but_the_schedule(masking: Config) -> None:
     data = replace(masking.data, rows_per_step=1, micro_batch_rows=1)
     config = replace(masking, data=data, optim=replace(masking.optim, total_tokens=64 * 12, warmup_tokens=64),
