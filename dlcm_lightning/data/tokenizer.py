@@ -76,8 +76,8 @@ class Tokenizer:
         where, settings = store.where(TOKENIZER), store.where(SETTINGS)
         try:
             definition = store.whole(TOKENIZER).decode()
-            vocabulary = set(json.loads(definition)["model"]["vocab"])
-            vocabulary |= {token["content"] for token in json.loads(definition).get("added_tokens", [])}
+            found = json.loads(definition)
+            vocabulary = {*found["model"]["vocab"], *(token["content"] for token in found.get("added_tokens", []))}
             frame = next((frame for frame in KNOWN_FRAMES if vocabulary.issuperset(frame)), None)
             if store.exists(SETTINGS):
                 frame = _frame(store.whole(SETTINGS), settings) or frame

