@@ -408,21 +408,43 @@ def test_a_disk_that_refuses_is_named_and_the_same_command_continues(inputs: Pat
     assert sums(out) == sums(tmp_path / "whole")
 
 
-def test_a_worker_that_is_killed_is_an_error_with_a_remedy(inputs: Path, tmp_path: Path, home: str) -> None:
+def stuck(inputs: Path, tmp_path: Path, home: str) -> tuple[subprocess.Popen[str], int]:
+    """A build whose one worker is in the middle of a task and stays there; returns it and the worker's number."""
     out = begin(inputs, tmp_path, home)
-    os.mkfifo(unfinished(out / "s") / "train" / ".000001-00000.tar")  # the worker waits here for a reader
+    os.mkfifo(unfinished(out / "s") / "train" / ".000001-00000.tar")  # to open it is to wait for a reader
     process = subprocess.Popen(command(inputs, out, home, "--workers", "1"), stderr=subprocess.PIPE, text=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         workers = [int(child) for child in children.read_text().split()
                    if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
         if workers and (unfinished(out / "s") / "tasks" / "000001.lock").exists():
-            break
+            return process, workers[0]
         time.sleep(0.05)
-    os.kill(workers[0], signal.SIGKILL)
+    raise AssertionError("the worker never began")
+
+
+def test_a_worker_that_is_killed_is_an_error_with_a_remedy(inputs: Path, tmp_path: Path, home: str) -> None:
+    process, worker = stuck(inputs, tmp_path, home)
+    os.kill(worker, signal.SIGKILL)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 2 and "a worker ended with exit code -9" in error and "fewer --workers" in error
+
+
+def test_a_worker_ends_with_its_parent_in_the_middle_of_a_task(inputs: Path, tmp_path: Path, home: str) -> None:
+    process, worker = stuck(inputs, tmp_path, home)
+    process.kill()
+    process.communicate(timeout=20)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return  # it ended, and nobody has asked how
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker outlives its parent")
 
 
 def test_the_command_takes_a_recipe_and_its_flags_stand_over_it(inputs: Path, tmp_path: Path, home: str,
