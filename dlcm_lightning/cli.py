@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dlcm_lightning import __version__
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import ConfigError
+from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.data.table import harmless
 
 QUICKSTART = "configs/run/quickstart.yaml"
 MENDABLE = ("ConfigError", "DataError", "CheckpointError", "RunError")
@@ -64,6 +68,68 @@ def _say_built(built: Any) -> None:
           f"training and {validation.tokens:,d} validation tokens; {built.duplicates:,d} copies are left out")
 
 
+def verify(arguments: argparse.Namespace) -> None:
+    place, workers = arguments.config, arguments.workers or min(8, os.cpu_count() or 1)
+    if "://" in place or Path(place).is_dir():
+        if arguments.overrides:
+            raise ConfigError(f"{arguments.overrides[0]}: overrides go with a run file, and {place} is a folder")
+        found = _load("data.inventory", "verify_folder")(place, workers, _say)
+    else:
+        found = _load("data.inventory", "verify_run")(load_config(place, arguments.overrides), workers, _say)
+    what = f"{found.shards:,d} shards of {found.sources:,d} sources, {found.bytes:,d} bytes"
+    if found.damaged:
+        damages = f"{found.damaged:,d} damage{'s' * (found.damaged != 1)}"
+        raise DataError(f"{damages} in {what}; each is named above with its remedy")
+    _say(f"all whole: {what}")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    reader = _load("data.overview", "open_run")(config, _say)
+    _say_all(_load("data.overview", "overview")(config, reader))
+    _say_all(_load("data.overview", "documents")(reader, arguments.documents, arguments.characters))
+    reader.check_lasts(config.total_steps * config.data.rows_per_step)
+
+
+def audit(arguments: argparse.Namespace) -> None:
+    opened = _load("data.audit", "open_audit")(arguments.run_folder, arguments.overrides, arguments.at_step, _say)
+    identity, places = None, []
+    if arguments.document:
+        content = sys.stdin.buffer.read() if arguments.document == "-" else _content(arguments.document)
+        identity, places = _load("data.account", "find_text")(opened, content)
+    elif arguments.md5:
+        identity = _load("data.account", "parse_md5")(arguments.md5)
+        places = _load("data.account", "find_md5")(opened, identity)
+    elif arguments.number:
+        places = [_load("data.account", "find_number")(opened, arguments.number)]
+    else:
+        _say_all(_load("data.account", "account")(opened))
+        return
+    _say_all(_load("data.account", "story")(opened, identity, places))
+
+
+def _content(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--document {file}: cannot be read ({error})") from error
+
+
+def _say_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        _say(line)
+
+
+def _say(line: str) -> None:
+    """A line to standard output, whatever its encoding lacks spelled out."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:  # what the lines are piped to, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
 def prepare(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     _load("data.prepare", "prepare_sample_corpus")(config.data, config.model.vocab_size)
@@ -76,8 +142,7 @@ def parser() -> argparse.ArgumentParser:
 
     def configured(name: str, run: Any, text: str) -> None:
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", nargs="?", default=QUICKSTART, help=f"run file (default {QUICKSTART})")
-        command.add_argument("overrides", nargs="*", metavar="field=value", help="such as optim.total_tokens=1000000")
+        _add_run_file(command)
         command.set_defaults(run=run)
 
     configured("pretrain", pretrain, "train, or continue an unfinished run")
@@ -94,7 +159,49 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("out", help="the --out of `dlcm tokenize`")
     command.add_argument("--source", required=True, help="name of the source")
     command.set_defaults(run=merge)
+    _add_looking(actions)
     return top
+
+
+def _add_run_file(command: argparse.ArgumentParser, text: str = "run file") -> None:
+    command.add_argument("config", nargs="?", default=QUICKSTART, help=f"{text} (default {QUICKSTART})")
+    command.add_argument("overrides", nargs="*", metavar="field=value", help="such as optim.total_tokens=1000000")
+
+
+def _add_looking(actions: Any) -> None:
+    """The sub-commands of `dlcm data` that change nothing."""
+    command = actions.add_parser(
+        "verify", help="compare every byte of shards with their manifests",
+        description="Read all shards of both splits of every source; name each that is damaged, and its remedy.")
+    _add_run_file(command, "run file, or a folder or address of sources")
+    command.add_argument("--workers", type=int, help="threads (one a core, at most 8)")
+    command.set_defaults(run=verify)
+    command = actions.add_parser(
+        "inspect", help="what a run would read: the mixture, epochs, documents",
+        description="Show the mixture of a run, how often each source is read in its budget, and some documents.")
+    _add_run_file(command)
+    command.add_argument("--documents", type=_count, default=2, help="shown of every source (2)")
+    command.add_argument("--characters", type=_count, default=400, help="shown of every document (400)")
+    command.set_defaults(run=inspect)
+    command = actions.add_parser(
+        "audit", help="what a run has consumed; when it met a document",
+        description="What a run has consumed up to its newest checkpoint, by source; or where a document lies and at "
+                    "which samples and steps it was, or will be, read.")
+    command.add_argument("run_folder", metavar="RUN", help="directory of a run, such as runs/quickstart")
+    command.add_argument("overrides", nargs="*", metavar="field=value", help="such as data.root=... if it has moved")
+    command.add_argument("--at-step", type=int, metavar="N", help="look at another position than the newest checkpoint")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--document", metavar="FILE", help="find this text; - reads it from standard input")
+    which.add_argument("--md5", metavar="HEX", help="find the document with this md5")
+    which.add_argument("--number", metavar="SOURCE:N", help="find document N of a source, from 0; validation: "
+                                                            "SOURCE/validation:N")
+    command.set_defaults(run=audit)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number from 0")
+    return int(text)
 
 
 def _add_tokenize(command: argparse.ArgumentParser) -> None:
@@ -125,7 +232,11 @@ def _part(text: str) -> tuple[int, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 something the user can mend, 130 interrupted."""
-    arguments = parser().parse_args(argv)
+    arguments, rest = parser().parse_known_args(argv)
+    if rest and not ("overrides" in arguments and all("=" in one and not one.startswith("-") for one in rest)):
+        parser().parse_args(argv)  # says which arguments nobody knows
+    elif rest:
+        arguments.overrides += rest  # field=value behind an option
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
@@ -134,6 +245,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not isinstance(error, ConfigError) and type(error).__name__ not in MENDABLE:
             raise
-        print(f"dlcm: {error}", file=sys.stderr)
+        print(f"dlcm: {harmless(str(error))}", file=sys.stderr)
         return 2
     return 0
