@@ -165,7 +165,7 @@ def open_audit(run: str | Path, overrides: Sequence[str] = (), at_step: int | No
     before = reader
     if (written.data.sources, written.data.weight_changes) != (config.data.sources, config.data.weight_changes):
         before = Reader(written.data, written.seed, written.model.vocab_size, verify_all=False, report=report)
-    if written.data.rows_per_step != config.data.rows_per_step or (
+    if (
             _stretches(before.mixture, reached) != _stretches(reader.mixture, reached)):
         raise DataError(f"{run / CONFIG}: gives other rows before step {step} than {folder / CONFIG}, by which they "
                         "were read; restore it, and leave out overrides that change the past")

@@ -27,7 +27,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -194,10 +194,16 @@ def sidecar(shard: str, kind: str) -> str:
 
 
 def build_index(shard: Path) -> np.ndarray:
-    """(blocks, 4) little-endian int64, read from the tar's headers. DataError: not a shard of this format."""
+    """index_of a file."""
+    with shard.open("rb") as file:
+        return index_of(file, str(shard))
+
+
+def index_of(file: BinaryIO, where: str) -> np.ndarray:
+    """(blocks, 4) little-endian int64, read from a tar's headers. DataError: not a shard of this format."""
     rows: dict[str, list[int]] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 block, _, kind = member.name.partition(".")
                 row = rows.setdefault(block, [-1, 0, -1, 0])
@@ -206,8 +212,8 @@ def build_index(shard: Path) -> np.ndarray:
                 elif kind in ("tokens.u16", "tokens.u32"):
                     row[:2] = [member.offset_data, member.size // (2 if kind.endswith("16") else 4)]
     except tarfile.TarError as error:
-        raise DataError(f"{shard}: not a readable tar ({error})") from error
+        raise DataError(f"{where}: not a readable tar ({error})") from error
     index = np.array(list(rows.values()), dtype="<i8").reshape(-1, INDEX_COLUMNS)
     if (index < 0).any():
-        raise DataError(f"{shard}: a block lacks its tokens or its lengths; build the shard again")
+        raise DataError(f"{where}: a block lacks its tokens or its lengths; build the shard again")
     return index

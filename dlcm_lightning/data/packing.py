@@ -5,14 +5,13 @@ target. Rows do not overlap, so an epoch feeds every token once (but for the tai
 cut where a row ends; a piece counts as a document of its own. The last token of a document predicts nothing: its
 successor belongs to another document.
 
-All rows that a rank reads for an optimizer step are one `StepRows`: a few numpy arrays, which cross from a loader
-process as bytes in a pipe. A tensor would take a file of shared memory each, milliseconds of a hand-over.
+The rows that a rank reads for some optimizer steps are one `Rows`: a few numpy arrays, which cross from a loader process
+as bytes in a pipe. A tensor would take a file of shared memory each, milliseconds of a hand-over.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from dlcm_lightning.ops.segments import Segments
 
 
 @dataclass(frozen=True)
-class StepRows:
-    """The rows of one rank in one optimizer step: B rows of L tokens, S starts of documents in them."""
+class Rows:
+    """The rows of one rank in consecutive optimizer steps: B rows of L tokens, S starts of documents in them."""
 
     stream: np.ndarray
     """(B, L + 1) uint16 or uint32 as stored, the token behind the row included."""
@@ -39,25 +38,41 @@ class StepRows:
     """(B,) int64."""
     noise_keys: np.ndarray
     """(B,) int64."""
-    real: int
-    """Rows that are no fillers."""
-    unreadable: tuple[Unreadable, ...]
-    """Rows that could not be read, where the configuration allows for it; fillers stand in their places."""
-
-    @cached_property
-    def pieces(self) -> int:
-        """Documents, a piece of one counted as one: one begins with every row, others inside."""
-        return self.real + int(np.count_nonzero(self.starts % (self.stream.shape[1] - 1)))
+    fillers: bool
+    """Whether there are any."""
+    unreadable: tuple[tuple[int, Unreadable], ...]
+    """Rows that could not be read, by their place, where the configuration allows for it: fillers stand there."""
 
 
-def pack(rows: StepRows, first: int, last: int) -> Batch:
-    """Rows [first, last) of a step laid end to end."""
+@dataclass(frozen=True)
+class StepCounts:
+    """What every batch says of its whole step; the fields of `Batch`."""
+
+    step_targets: int
+    step_tokens: int
+    step_documents: int
+    step_unreadable: tuple[Unreadable, ...]
+
+
+def count(rows: Rows, first: int, last: int) -> StepCounts:
+    """Of the step whose rows are [first, last)."""
+    length = rows.stream.shape[1] - 1
+    real = int(np.count_nonzero(rows.samples[first:last] >= 0)) if rows.fillers else last - first
+    starts = rows.starts[rows.begins[first]:rows.begins[last]]
+    unreadable = tuple(missed for place, missed in rows.unreadable if first <= place < last)
+    # A document, or a piece of one, begins with every row, and others inside.
+    return StepCounts(real * length - len(starts), real * length, real + int(np.count_nonzero(starts % length)),
+                      unreadable)
+
+
+def pack(rows: Rows, first: int, last: int, step: StepCounts) -> Batch:
+    """Rows [first, last) laid end to end. step: of the optimizer step they belong to."""
     length = rows.stream.shape[1] - 1
     stream = rows.stream[first:last]
     starts = rows.starts[rows.begins[first]:rows.begins[last]] - first * length
     samples = rows.samples[first:last]
     targets = stream[:, 1:].astype(np.int64)
-    if rows.real < len(rows.samples):
+    if rows.fillers:
         targets[samples < 0] = NO_TARGET
     targets = targets.reshape(-1)
     targets[starts - 1] = NO_TARGET
@@ -71,8 +86,6 @@ def pack(rows: StepRows, first: int, last: int) -> Batch:
         domains=torch.from_numpy(rows.domains[first:last]),
         samples=torch.from_numpy(samples),
         row_tokens=length,
-        step_targets=rows.real * length - len(rows.starts),
-        step_tokens=rows.real * length,
-        step_documents=rows.pieces,
-        step_unreadable=rows.unreadable,
+        step_targets=step.step_targets, step_tokens=step.step_tokens, step_documents=step.step_documents,
+        step_unreadable=step.step_unreadable,
     )

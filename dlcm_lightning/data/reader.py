@@ -18,8 +18,10 @@ import hashlib
 import math
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import MANIFEST, WIDTHS
 from dlcm_lightning.data.mixture import Mixture, Part
 from dlcm_lightning.data.order import NOISE, Order, key, keys_of
-from dlcm_lightning.data.packing import StepRows, pack
+from dlcm_lightning.data.packing import Rows, count, pack
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.store import Chunks, store_at
 from dlcm_lightning.data.tokenizer import Tokenizer
@@ -41,8 +43,8 @@ VERIFY_BELOW_BYTES = 1024**3
 """Local corpora smaller than this are read in full and compared with their sha256 when opened (about 1 s per GiB)."""
 CHECK_BELOW_SHARDS = 1000
 """Local corpora of fewer shards have the size of each looked up when opened; larger ones when a shard is touched."""
-HANDED_OVER_TOKENS = 2**18
-"""Loader processes hand over whole steps, and several small ones at once."""
+READ_TOKENS = 2**18
+"""Small steps are read, and handed over by loader processes, so many tokens at once."""
 VALIDATION = "validation"
 _NO_STARTS = np.empty(0, dtype=np.int64)
 
@@ -131,23 +133,20 @@ class Reader:
         return [(stream, self._validation_rows(stream))
                 for source, stream in zip(self.sources, self._validation, strict=True) if source.domain == domain]
 
-    def step_samples(self, step: int, rank: int, world: int) -> list[int]:
-        """Samples of one rank in a step, completed with -1 to micro_batches_per_step full micro-batches."""
-        rows = self.config.rows_per_step
-        return [step * rows + place if place >= 0 else -1 for place in self.places(rows, rank, world)]
-
     def places(self, rows: int, rank: int, world: int) -> list[int]:
         """The part of `rows` consecutive rows that a rank reads, completed with -1."""
         mine = list(range(rank * rows // world, (rank + 1) * rows // world))
         size = self.config.micro_batch_rows
         return mine + [-1] * (micro_batches_per_step(rows, size, world) * size - len(mine))
 
-    def step_rows(self, step: int, rank: int = 0, world: int = 1) -> StepRows:
-        """What one rank reads for a step."""
-        samples = np.array(self.step_samples(step, rank, world), dtype=np.int64)
+    def read_steps(self, first: int, last: int, rank: int = 0, world: int = 1) -> Rows:
+        """What one rank reads for the steps [first, last), as many rows for each."""
+        places = np.array(self.places(self.config.rows_per_step, rank, world))
+        steps = np.arange(first, last)[:, None]
+        samples = np.where(places >= 0, steps * self.config.rows_per_step + places, -1).reshape(-1)
+        sources, rows = np.full((2, len(samples)), -1, dtype=np.int64)
         real = samples >= 0
         drawn = self.mixture.draw(samples[real])
-        sources, rows = np.full((2, len(samples)), -1, dtype=np.int64)
         sources[real], rows[real] = drawn.sources, drawn.rows
         return self._read(self._train, samples, sources, rows, self._noise_key)
 
@@ -156,21 +155,26 @@ class Reader:
         wanted = np.array([self.validation_rows[sample] if sample >= 0 else (-1, -1) for sample in samples])
         rows = self._read(self._validation, np.array(samples), wanted[:, 0], wanted[:, 1],
                           key(NOISE, key(self.seed, VALIDATION)))
-        return pack(rows, 0, len(samples))
+        return pack(rows, 0, len(samples), count(rows, 0, len(samples)))
 
     def step_batches(self, step: int, rank: int = 0, world: int = 1) -> list[Batch]:
         """The micro-batches of one rank in a step."""
-        return self.packed(self.step_rows(step, rank, world))
+        return list(self.packed(self.read_steps(step, step + 1, rank, world), 1))
 
-    def packed(self, rows: StepRows) -> list[Batch]:
-        size = self.config.micro_batch_rows
-        return [pack(rows, first, first + size) for first in range(0, len(rows.samples), size)]
+    def packed(self, rows: Rows, steps: int) -> Iterator[Batch]:
+        """The micro-batches of so many steps."""
+        size, per_step = self.config.micro_batch_rows, len(rows.samples) // steps
+        for begin in range(0, len(rows.samples), per_step):
+            counts = count(rows, begin, begin + per_step)
+            for first in range(begin, begin + per_step, size):
+                yield pack(rows, first, first + size, counts)
 
     def prefetch(self, step: int, rank: int, world: int) -> None:
         """Says that a step will be read soon. Returns at once; does nothing for local corpora."""
         if not self.store.remote:
             return
-        samples = np.array([sample for sample in self.step_samples(step, rank, world) if sample >= 0], dtype=np.int64)
+        places = [place for place in self.places(self.config.rows_per_step, rank, world) if place >= 0]
+        samples = step * self.config.rows_per_step + np.array(places, dtype=np.int64)
         drawn = self.mixture.draw(samples)
         length = self.config.row_tokens
         for source, row in zip(drawn.sources.tolist(), drawn.rows.tolist(), strict=True):
@@ -194,7 +198,7 @@ class Reader:
         return texts
 
     def _read(self, streams: list[Source], samples: np.ndarray, sources: np.ndarray, rows: np.ndarray, noise_key: int
-              ) -> StepRows:
+              ) -> Rows:
         """samples, sources, rows: (B,) int64, -1 for fillers."""
         length = self.config.row_tokens
         stream = np.zeros((len(samples), length + 1), dtype=self._type)
@@ -215,13 +219,13 @@ class Reader:
             fillers[list(missed)] = True
             stream[fillers] = self.bos_id
             starts = [_NO_STARTS if filler else found for filler, found in zip(fillers, starts, strict=True)]
-        unreadable = tuple(self._unreadable(int(samples[place]), *asked[place], error)
+        unreadable = tuple((place, self._unreadable(int(samples[place]), *asked[place], error))
                            for place, error in sorted(missed.items()))
         counts = [len(found) for found in starts]
-        return StepRows(
+        return Rows(
             stream, np.concatenate(starts) + np.repeat(np.arange(len(starts)) * length, counts),
             np.cumsum([0, *counts]), np.where(fillers, -1, samples), np.where(fillers, 0, self._domains[sources]),
-            keys_of(noise_key, samples).view(np.int64), len(samples) - int(np.count_nonzero(fillers)), unreadable)
+            keys_of(noise_key, samples).view(np.int64), bool(fillers.any()), unreadable)
 
     def _find_wrong_ids(self, streams: list[Source], asked: list[tuple[int, int]], stream: np.ndarray,
                         missed: dict[int, DataError]) -> None:
@@ -293,7 +297,17 @@ class Reader:
                                 "data.row_tokens or add documents to its validation split")
 
 
-class _Steps(torch.utils.data.Dataset[list[StepRows]]):
+@dataclass(frozen=True)
+class _Item:
+    """What is read at once, and handed over at once by a loader process."""
+
+    rows: Rows | None
+    steps: int
+    error: DataError | None = None
+    """Of the step behind these."""
+
+
+class _Items(torch.utils.data.Dataset[_Item]):
     """What one rank reads for the steps [first, last), `together` of them an item."""
 
     def __init__(self, reader: Reader, rank: int, world: int, first: int, last: int, together: int) -> None:
@@ -303,15 +317,31 @@ class _Steps(torch.utils.data.Dataset[list[StepRows]]):
     def __len__(self) -> int:
         return -(-max(0, self.last - self.first) // self.together)
 
-    def __getitem__(self, index: int) -> list[StepRows]:
+    def __getitem__(self, index: int) -> _Item:
         begin = self.first + index * self.together
-        steps = range(begin, min(begin + self.together, self.last))
+        end = min(begin + self.together, self.last)
         if ahead := self.reader.config.read_ahead_steps:
             worker = get_worker_info()
-            stride = self.together * (worker.num_workers if worker else 1)
-            for later in range(begin + stride, min(begin + stride + max(ahead, self.together), self.last)):
+            next_item = begin + self.together * (worker.num_workers if worker else 1)
+            for later in range(next_item, min(next_item + max(ahead, self.together), self.last)):
                 self.reader.prefetch(later, self.rank, self.world)
-        return [self.reader.step_rows(step, self.rank, self.world) for step in steps]
+        try:
+            return _Item(self.reader.read_steps(begin, end, self.rank, self.world), end - begin)
+        except DataError as error:
+            return self._up_to_the_error(begin, end, error)
+
+    def _up_to_the_error(self, begin: int, end: int, error: DataError) -> _Item:
+        """The steps before the one that cannot be read: nothing is lost to reading several at once."""
+        good = begin
+        for step in range(begin, end):
+            try:
+                self.reader.read_steps(step, step + 1, self.rank, self.world)
+                good = step + 1
+            except DataError as first:
+                error = first
+                break
+        rows = self.reader.read_steps(begin, good, self.rank, self.world) if good > begin else None
+        return _Item(rows, good - begin, error)
 
 
 class TrainingBatches:
@@ -321,21 +351,23 @@ class TrainingBatches:
                  workers: int = 0) -> None:
         """workers: loader processes; 0 reads in this one."""
         self.reader, self.workers = reader, workers
-        tokens = max(1, reader.config.tokens_per_step // world)
-        together = max(1, HANDED_OVER_TOKENS // tokens) if workers else 1
-        self.steps = _Steps(reader, rank, world, first_step, last_step, together)
+        together = max(1, READ_TOKENS * world // reader.config.tokens_per_step)
+        self.items = _Items(reader, rank, world, first_step, last_step, together)
 
     def __iter__(self) -> Iterator[Batch]:
-        items: Iterator[list[StepRows]] = (self.steps[index] for index in range(len(self.steps)))
+        """DataError: a row of the step that comes next cannot be read."""
+        items: Iterator[_Item] = (self.items[index] for index in range(len(self.items)))
         if self.workers:
-            items = iter(DataLoader(self.steps, batch_size=None, num_workers=self.workers, collate_fn=_as_it_is,
+            items = iter(DataLoader(self.items, batch_size=None, num_workers=self.workers, collate_fn=_as_it_is,
                                     worker_init_fn=_ignore_signals))
         for item in items:
-            for rows in item:
-                yield from self.reader.packed(rows)
+            if item.rows is not None:
+                yield from self.reader.packed(item.rows, item.steps)
+            if item.error is not None:
+                raise item.error
 
 
-def _as_it_is(item: list[StepRows]) -> list[StepRows]:
+def _as_it_is(item: Any) -> Any:
     return item
 
 

@@ -212,7 +212,7 @@ def test_unreadable_rows_count_once_and_only_before_the_position(root: Path, tmp
     content[600:-1] = b"\xff" * len(content[600:-1])
     damaged.write_bytes(content)
     broken = Reader(replace(config.data, root=str(copy)), config.seed, VOCABULARY, verify_all=False)
-    missed: list[Unreadable] = [row for step in range(90) for row in broken.step_rows(step).unreadable]
+    missed: list[Unreadable] = [row for _, row in broken.read_steps(0, 90).unreadable]
     assert len(missed) > 10 and any(row.sample >= 60 * ROWS for row in missed)
     lines = [json.dumps(asdict(row)) for row in missed]
     (run / "unreadable-00000.jsonl").write_text("\n".join([*lines[::2], *lines[:4:2]]) + "\n")

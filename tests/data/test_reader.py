@@ -131,7 +131,7 @@ def test_batches_that_start_in_the_middle_continue_the_sequence(reader: Reader) 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more than the machine has cores
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_loader_workers_change_nothing(reader: Reader, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr("dlcm_lightning.data.reader.HANDED_OVER_TOKENS", 3 * reader.config.tokens_per_step)
+    monkeypatch.setattr("dlcm_lightning.data.reader.READ_TOKENS", 3 * reader.config.tokens_per_step)
     loaded = list(TrainingBatches(reader, 0, 1, 2, 13, workers=workers))
     alone = list(TrainingBatches(reader, 0, 1, 2, 13))
     assert len(loaded) == len(alone) == 44

@@ -50,7 +50,7 @@ def trace(frame, event, argument):
     seen[0] += event == "call"
 sys.setprofile(trace)
 reader.mixture.draw(np.arange(6000, 6512))
-reader.step_samples(11, 3, 512)
+reader.places(512, 3, 512)
 sys.setprofile(None)
 print(json.dumps({"opened": opened, "parsed": parsed, "memory": resident() - before, "near": near, "far": far,
                   "calls": seen[0], "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before}))

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from dlcm_lightning.batch import NO_TARGET, Batch
 from dlcm_lightning.config import DataConfig, SourceConfig, WeightChange
+from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.reader import Reader, TrainingBatches
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
@@ -196,3 +197,21 @@ def test_masked_are_exactly_the_rows_that_touch_what_is_broken(config: DataConfi
     expected = {sample for sample, (source, row) in enumerate(zip(drawn.sources, drawn.rows, strict=True))
                 if touches_broken("ab"[source], int(row) * 64, int(row) * 64 + 65, truth)}
     assert set(masked) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_step_before_one_that_cannot_be_read_still_comes(config: DataConfig, damaged_root: Path,
+                                                               workers: int) -> None:
+    run = replace(config, root=str(damaged_root), unreadable="mask", rows_per_step=2)
+    masking = Reader(run, 3, VOCABULARY, verify_all=False, report=lambda _: None)
+    reader = Reader(run, 3, VOCABULARY, verify_all=False, report=lambda _: None)
+    reader.config = replace(run, unreadable="stop")  # only now: opening would name the damage at once
+    for first in (0, 5):
+        missed = masking.read_steps(first, first + 500).unreadable[0][1]
+        steps = missed.sample // run.rows_per_step - first
+        came = []
+        with pytest.raises(DataError, match=rf"sample {missed.sample} \(row \d+ of source '{missed.source}'\): "):
+            for batch in TrainingBatches(reader, 0, 1, first, first + 500, workers):
+                came += batch.samples.tolist()
+        assert came == list(range(first * run.rows_per_step, (first + steps) * run.rows_per_step))

@@ -149,7 +149,7 @@ def test_rows_of_steps_to_come_are_fetched_before_they_are_read(config: DataConf
     time.sleep(0.2)
     Faulty.asked.clear()
     for step in (1, 2):
-        reader.step_rows(step)
+        reader.read_steps(step, step + 1)
     assert not Faulty.asked
 
 
@@ -191,7 +191,7 @@ def test_a_store_that_does_not_answer_is_an_error_in_time(config: DataConfig, ad
     Faulty.seconds = 2.0
     began = time.monotonic()
     with pytest.raises(DataError, match=r"cannot be read \(no answer within 0\.2 s\)"):
-        reader.step_rows(5)
+        reader.read_steps(5, 6)
     assert time.monotonic() - began < 60
 
 
