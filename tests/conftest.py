@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dlcm_lightning.config import DataConfig, SourceConfig
-from dlcm_lightning.data.build import tokenize_documents
+from dlcm_lightning.data.building.build import tokenize_documents
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer, train_bpe
 from tests.synthetic import VOCABULARY, make_texts

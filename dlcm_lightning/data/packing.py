@@ -5,8 +5,8 @@ target. Rows do not overlap, so an epoch feeds every token once (but for the tai
 cut where a row ends; a piece counts as a document of its own. The last token of a document predicts nothing: its
 successor belongs to another document.
 
-The rows that a rank reads for some optimizer steps are one `Rows`: a few numpy arrays, which cross from a loader process
-as bytes in a pipe. A tensor would take a file of shared memory each, milliseconds of a hand-over.
+The rows that a rank reads for some optimizer steps are one `Rows`: a few numpy arrays, which cross from a loader
+process as bytes in a pipe. A tensor would take a file of shared memory each, milliseconds of a hand-over.
 """
 
 from __future__ import annotations

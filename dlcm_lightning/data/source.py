@@ -125,7 +125,8 @@ class Source:
                             f"{self.manifest.vocab_size}; {REBUILD}")
 
     def read_into(self, tokens: np.ndarray, first: int) -> np.ndarray:
-        """`read` into tokens (n,) of a type that holds what is stored, without check_ids. Returns the offsets where documents start."""
+        """`read` into tokens (n,) of a type that holds what is stored, without check_ids. Returns the offsets where
+        documents start."""
         count = len(tokens)
         if first < 0 or count < 1 or first + count > self.tokens:
             raise IndexError(f"{self.place}: tokens [{first}, {first + count}) of {self.tokens}")

@@ -20,9 +20,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config
+from dlcm_lightning.data.building.prepare import prepare_sample_corpus
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.ngram import Floor, floors
-from dlcm_lightning.data.prepare import prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.training import machine

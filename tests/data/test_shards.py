@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 from dlcm_lightning.config import DataConfig
-from dlcm_lightning.data.build import tokenize_documents
+from dlcm_lightning.data.building.build import tokenize_documents
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import LARGEST, Manifest, build_index
 from dlcm_lightning.data.reader import Reader

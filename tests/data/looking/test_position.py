@@ -8,9 +8,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from dlcm_lightning.data.looking.position import place_of, planned, samples_of, unpermute
 from dlcm_lightning.data.mixture import Mixture, Part
 from dlcm_lightning.data.order import Order, key, permute
-from dlcm_lightning.data.position import place_of, planned, samples_of, unpermute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1000, 4096])

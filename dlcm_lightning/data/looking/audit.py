@@ -28,11 +28,11 @@ import numpy as np
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.lookup import Place, streams_of
+from dlcm_lightning.data.looking.lookup import Place, streams_of
+from dlcm_lightning.data.looking.position import samples_of
+from dlcm_lightning.data.looking.weights import promised
 from dlcm_lightning.data.mixture import Mixture, Stretch
-from dlcm_lightning.data.position import samples_of
 from dlcm_lightning.data.reader import Reader
-from dlcm_lightning.data.weights import promised
 
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
 
@@ -165,7 +165,7 @@ def open_audit(run: str | Path, overrides: Sequence[str] = (), at_step: int | No
     before = reader
     if (written.data.sources, written.data.weight_changes) != (config.data.sources, config.data.weight_changes):
         before = Reader(written.data, written.seed, written.model.vocab_size, verify_all=False, report=report)
-    if (
+    if written.data.rows_per_step != config.data.rows_per_step or (
             _stretches(before.mixture, reached) != _stretches(reader.mixture, reached)):
         raise DataError(f"{run / CONFIG}: gives other rows before step {step} than {folder / CONFIG}, by which they "
                         "were read; restore it, and leave out overrides that change the past")

@@ -14,16 +14,16 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from dlcm_lightning.data.crew import Job, Progress, cores, do_tasks, not_written
-from dlcm_lightning.data.documents import VALIDATION_SHARE
+from dlcm_lightning.data.building.crew import Job, Progress, cores, do_tasks, not_written
+from dlcm_lightning.data.building.documents import VALIDATION_SHARE
+from dlcm_lightning.data.building.locks import exclusive
+from dlcm_lightning.data.building.merge import Built, done_tasks, is_merged, merge_build, read_built, unfinished
+from dlcm_lightning.data.building.plan import PLAN, TASK_BYTES, Input, Plan, list_inputs
+from dlcm_lightning.data.building.recipe import Recipe
+from dlcm_lightning.data.building.tasks import Task
+from dlcm_lightning.data.building.writer import BLOCK_TOKENS, SHARD_BYTES
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.locks import exclusive
-from dlcm_lightning.data.merge import Built, done_tasks, is_merged, merge_build, read_built, unfinished
-from dlcm_lightning.data.plan import PLAN, TASK_BYTES, Input, Plan, list_inputs
-from dlcm_lightning.data.recipe import Recipe
-from dlcm_lightning.data.tasks import Task
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.data.writer import BLOCK_TOKENS, SHARD_BYTES
 from dlcm_lightning.durable import sha256_of
 
 BLOCKS_PER_SHARD = 16

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dlcm_lightning.data.building.writer import ShardWriter, finished_shards
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import build_index, parse_manifest
-from dlcm_lightning.data.writer import ShardWriter, finished_shards
 from dlcm_lightning.durable import sha256_of
 from tests.synthetic import write_split
 

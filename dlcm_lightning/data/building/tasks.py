@@ -11,13 +11,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from dlcm_lightning.data.documents import SPLITS, Document, documents_of, split_of
-from dlcm_lightning.data.formats import read_texts
-from dlcm_lightning.data.locks import locked
-from dlcm_lightning.data.merge import TASKS
-from dlcm_lightning.data.plan import Plan
+from dlcm_lightning.data.building.documents import SPLITS, Document, documents_of, split_of
+from dlcm_lightning.data.building.formats import read_texts
+from dlcm_lightning.data.building.locks import locked
+from dlcm_lightning.data.building.merge import TASKS
+from dlcm_lightning.data.building.plan import Plan
+from dlcm_lightning.data.building.writer import ShardWriter
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.data.writer import ShardWriter
 from dlcm_lightning.durable import write_atomically
 
 BATCH_CHARACTERS = 1_000_000

@@ -24,9 +24,9 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
+from dlcm_lightning.data.building.plan import Plan
+from dlcm_lightning.data.building.tasks import Task
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.plan import Plan
-from dlcm_lightning.data.tasks import Task
 from dlcm_lightning.data.tokenizer import Tokenizer
 
 REPORT_SECONDS = 0.25

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dlcm_lightning.data.building.recipe import Recipe, load_recipe
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.recipe import Recipe, load_recipe
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "data" / "sources").glob("*.yaml"))
 
 

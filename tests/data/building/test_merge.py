@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlcm_lightning.data import merge as merging
-from dlcm_lightning.data.documents import SPLITS, split_of
-from dlcm_lightning.data.duplicates import Marks, find_duplicates
+from dlcm_lightning.data.building import merge as merging
+from dlcm_lightning.data.building.documents import SPLITS, split_of
+from dlcm_lightning.data.building.duplicates import Marks, find_duplicates
+from dlcm_lightning.data.building.merge import merge, merge_build, unfinished
+from dlcm_lightning.data.building.plan import Plan
+from dlcm_lightning.data.building.writer import ShardWriter
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import SKIP_COLUMNS, build_index
-from dlcm_lightning.data.merge import merge, merge_build, unfinished
-from dlcm_lightning.data.plan import Plan
-from dlcm_lightning.data.writer import ShardWriter
 from dlcm_lightning.durable import sha256_of
 
 TASKS = [[0, 1, 2, 1, 3], [3, 0, 0, 1], [4, 5, 6, 7, 8, 9, 4], [], [9, 10, 2, 6, 11]]

@@ -26,13 +26,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dlcm_lightning.data.documents import SPLITS
-from dlcm_lightning.data.duplicates import CHUNK_DOCUMENTS, Marks, find_duplicates
+from dlcm_lightning.data.building.documents import SPLITS
+from dlcm_lightning.data.building.duplicates import CHUNK_DOCUMENTS, Marks, find_duplicates
+from dlcm_lightning.data.building.locks import exclusive
+from dlcm_lightning.data.building.plan import PLAN, Plan
+from dlcm_lightning.data.building.writer import finish_split, finished_shards
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.locks import exclusive
 from dlcm_lightning.data.manifest import MANIFEST, Manifest, ShardEntry, parse_manifest, sidecar
-from dlcm_lightning.data.plan import PLAN, Plan
-from dlcm_lightning.data.writer import finish_split, finished_shards
 from dlcm_lightning.durable import flush, write_atomically
 
 TASKS = "tasks"

@@ -17,15 +17,15 @@ import fsspec
 from tqdm import tqdm
 
 from dlcm_lightning.config import Config
-from dlcm_lightning.data.documents import SPLITS
+from dlcm_lightning.data.building.documents import SPLITS
+from dlcm_lightning.data.building.plan import PLAN
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.lookup import hashes
+from dlcm_lightning.data.looking.lookup import hashes
+from dlcm_lightning.data.looking.table import harmless
 from dlcm_lightning.data.manifest import MANIFEST, Shards, sidecar
-from dlcm_lightning.data.plan import PLAN
 from dlcm_lightning.data.reader import corpus_folder
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.store import Store, store_at
-from dlcm_lightning.data.table import harmless
 from dlcm_lightning.data.tokenizer import TOKENIZER, Tokenizer
 from dlcm_lightning.data.verify import verify_shard
 

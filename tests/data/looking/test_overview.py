@@ -14,10 +14,10 @@ import pytest
 from dlcm_lightning.cli import main
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config, DataConfig, ModelConfig, OptimConfig, SourceConfig, WeightChange
-from dlcm_lightning.data.build import tokenize_documents
+from dlcm_lightning.data.building.build import tokenize_documents
 from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.data.looking.overview import documents, open_run, overview, plan
 from dlcm_lightning.data.manifest import Shards, parse_manifest, write_manifest
-from dlcm_lightning.data.overview import documents, open_run, overview, plan
 from dlcm_lightning.data.tokenizer import Tokenizer
 from tests.synthetic import VOCABULARY, make_texts
 

@@ -1,0 +1,1 @@
+"""Texts into shards: `dlcm tokenize`, `dlcm data merge`, and the sample corpus."""

@@ -1,0 +1,1 @@
+"""What sources hold, what a run will read of them, and what it has read: `dlcm data verify, inspect, audit`."""
