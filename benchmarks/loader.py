@@ -9,10 +9,10 @@ under FOLDER, which share the torch of this one. Every measurement is a fresh pr
 what is measured), rounds alternate between the loaders, medians count, and only ratios within one run mean
 anything, on a machine that does nothing else.
 
-What is not the same. This project's loader also finds the documents of each row, computes targets that do not cross
-them, counts, and compares every shard with its sha256 when it is opened; the others give token ids only, and their
-conversion to int64 is measured with them. Passing a batch between processes costs more than reading it, so with
-workers everyone passes 2**18 tokens at once. Shuffles differ: mosaicml's and the yardstick's span a whole source, this
+What is not the same. This project's loader also finds the documents of each row, counts their targets, and compares
+every shard with its sha256 when it is opened; the others give token ids only. Everyone's conversion to int64 is
+measured. Passing a batch between processes costs more than reading it, so with workers everyone passes 2**18 tokens at
+once. Shuffles differ: mosaicml's and the yardstick's span a whole source, this
 project's 16 of its shards, litdata's 256 rows of one chunk after another, webdataset's a buffer of 1,000 rows.
 """
 

@@ -34,10 +34,10 @@ class Unreadable:
 class Batch:
     """One micro-batch of one rank."""
 
-    tokens: Tensor
-    """(T,) int64."""
-    targets: Tensor
-    """(T,) int64: the next token of the same document, or NO_TARGET."""
+    stream: Tensor
+    """(B, row_tokens + 1) uint16 or uint32: the rows as they are stored, each with the token behind it."""
+    ends: Tensor
+    """(S,) int64: tokens whose successor belongs to another document."""
     documents: Segments
     """Documents over tokens; a piece of a document in a row counts as one."""
     noise_keys: Tensor
@@ -46,8 +46,6 @@ class Batch:
     """(B,) int64: index of each row's domain in `DataConfig.domains`."""
     samples: Tensor
     """(B,) int64: index of each row in the global sequence; -1 for filler rows, which count in no statistic."""
-    row_tokens: int
-    """T / B."""
     step_targets: int
     """Targets of this rank in the whole optimizer step, all its micro-batches together."""
     step_tokens: int
@@ -56,6 +54,22 @@ class Batch:
     """Documents (pieces counted as such) of this rank in the whole optimizer step, filler rows left out."""
     step_unreadable: tuple[Unreadable, ...] = ()
     """Rows of this rank in the whole optimizer step that could not be read and are fillers instead."""
+
+    @property
+    def row_tokens(self) -> int:
+        """T / B."""
+        return self.stream.shape[1] - 1
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """(T,) int64, on the batch's device: two or four bytes a token travel there, not sixteen."""
+        return self.stream[:, :-1].long().view(-1)
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """(T,) int64, on the batch's device: the next token of the same document, or NO_TARGET."""
+        following = self.stream[:, 1:].long().masked_fill_((self.samples < 0)[:, None], NO_TARGET)
+        return following.view(-1).index_fill_(0, self.ends, NO_TARGET)
 
     @cached_property
     def noise(self) -> Tensor:
@@ -81,6 +95,6 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         documents = Segments(change(self.documents.starts), self.documents.longest)
         return replace(
-            self, tokens=change(self.tokens), targets=change(self.targets), documents=documents,
+            self, stream=change(self.stream), ends=change(self.ends), documents=documents,
             noise_keys=change(self.noise_keys), domains=change(self.domains), samples=change(self.samples),
         )

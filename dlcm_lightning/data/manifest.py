@@ -43,6 +43,11 @@ LARGEST = 2**48
 """No count, size or offset of a sound shard comes near it, and sums of products below it stay in 64 bits."""
 
 
+def dtype_of(vocab_size: int) -> str:
+    """The manifest's name for the width of a token id."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
 @dataclass(frozen=True)
 class ShardEntry:
     """One shard of a manifest."""

@@ -6,17 +6,19 @@ cut where a row ends; a piece counts as a document of its own. The last token of
 successor belongs to another document.
 
 The rows that a rank reads for some optimizer steps are one `Rows`: a few numpy arrays, which cross from a loader
-process as bytes in a pipe. A tensor would take a file of shared memory each, milliseconds of a hand-over.
+process as bytes in a pipe. A tensor would take a file of shared memory each, milliseconds of a hand-over. Batches are
+views of them: ids stay as they are stored until the device that computes with them widens them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from dlcm_lightning.batch import NO_TARGET, Batch, Unreadable
+from dlcm_lightning.batch import Batch, Unreadable
 from dlcm_lightning.ops.segments import Segments
 
 
@@ -38,54 +40,40 @@ class Rows:
     """(B,) int64."""
     noise_keys: np.ndarray
     """(B,) int64."""
-    fillers: bool
-    """Whether there are any."""
     unreadable: tuple[tuple[int, Unreadable], ...]
     """Rows that could not be read, by their place, where the configuration allows for it: fillers stand there."""
 
 
-@dataclass(frozen=True)
-class StepCounts:
-    """What every batch says of its whole step; the fields of `Batch`."""
-
-    step_targets: int
-    step_tokens: int
-    step_documents: int
-    step_unreadable: tuple[Unreadable, ...]
-
-
-def count(rows: Rows, first: int, last: int) -> StepCounts:
-    """Of the step whose rows are [first, last)."""
-    length = rows.stream.shape[1] - 1
-    real = int(np.count_nonzero(rows.samples[first:last] >= 0)) if rows.fillers else last - first
-    starts = rows.starts[rows.begins[first]:rows.begins[last]]
-    unreadable = tuple(missed for place, missed in rows.unreadable if first <= place < last)
-    # A document, or a piece of one, begins with every row, and others inside.
-    return StepCounts(real * length - len(starts), real * length, real + int(np.count_nonzero(starts % length)),
-                      unreadable)
-
-
-def pack(rows: Rows, first: int, last: int, step: StepCounts) -> Batch:
-    """Rows [first, last) laid end to end. step: of the optimizer step they belong to."""
-    length = rows.stream.shape[1] - 1
-    stream = rows.stream[first:last]
-    starts = rows.starts[rows.begins[first]:rows.begins[last]] - first * length
-    samples = rows.samples[first:last]
-    targets = stream[:, 1:].astype(np.int64)
-    if rows.fillers:
-        targets[samples < 0] = NO_TARGET
-    targets = targets.reshape(-1)
-    targets[starts - 1] = NO_TARGET
-    documents = np.concatenate([np.arange(0, (last - first + 1) * length, length), starts[starts % length != 0]])
+def batches(rows: Rows, steps: int, micro_batch_rows: int) -> Iterator[Batch]:
+    """The micro-batches of so many steps, each of as many rows, in order."""
+    count, length = len(rows.stream), rows.stream.shape[1] - 1
+    per_step = count // steps
+    grid = np.arange(0, (count + 1) * length, length)
+    documents = np.concatenate([grid, rows.starts[rows.starts % length != 0]])
     documents.sort()
-    return Batch(
-        tokens=torch.from_numpy(stream[:, :-1].astype(np.int64).reshape(-1)),
-        targets=torch.from_numpy(targets),
-        documents=Segments(torch.from_numpy(documents.astype(np.int32)), int((documents[1:] - documents[:-1]).max())),
-        noise_keys=torch.from_numpy(rows.noise_keys[first:last]),
-        domains=torch.from_numpy(rows.domains[first:last]),
-        samples=torch.from_numpy(samples),
-        row_tokens=length,
-        step_targets=step.step_targets, step_tokens=step.step_tokens, step_documents=step.step_documents,
-        step_unreadable=step.step_unreadable,
-    )
+    first_documents = np.searchsorted(documents, grid)
+    longest = np.maximum.reduceat(np.diff(documents), first_documents[:-1:micro_batch_rows]).tolist()
+    real = np.add.reduceat(rows.samples >= 0, np.arange(0, count, per_step), dtype=np.int64)
+    # A document, or a piece of one, begins with every row, fillers too, and others inside; each start ends a document.
+    step_documents = (np.diff(first_documents[::per_step]) - (per_step - real)).tolist()
+    step_targets = (real * length - np.diff(rows.begins[::per_step])).tolist()
+    step_tokens = (real * length).tolist()
+    of_document, of_start = first_documents.tolist(), rows.begins.tolist()
+    stream, samples, domains, noise_keys = (
+        torch.from_numpy(one).split(micro_batch_rows)
+        for one in (rows.stream, rows.samples, rows.domains, rows.noise_keys))
+    for number, first in enumerate(range(0, count, micro_batch_rows)):
+        last, begin, step = first + micro_batch_rows, first * length, first // per_step
+        starts = (documents[of_document[first]:of_document[last] + 1] - begin).astype(np.int32)
+        ends = rows.starts[of_start[first]:of_start[last]] - (begin + 1)
+        yield Batch(
+            stream=stream[number], ends=torch.from_numpy(ends),
+            documents=Segments(torch.from_numpy(starts), longest[number]),
+            noise_keys=noise_keys[number], domains=domains[number], samples=samples[number],
+            step_targets=step_targets[step], step_tokens=step_tokens[step], step_documents=step_documents[step],
+            step_unreadable=_of_step(rows, step * per_step, (step + 1) * per_step) if rows.unreadable else (),
+        )
+
+
+def _of_step(rows: Rows, first: int, last: int) -> tuple[Unreadable, ...]:
+    return tuple(missed for place, missed in rows.unreadable if first <= place < last)

@@ -30,11 +30,11 @@ from torch.utils.data import DataLoader, get_worker_info
 from dlcm_lightning.batch import Batch, Unreadable
 from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.manifest import MANIFEST, WIDTHS
+from dlcm_lightning.data.manifest import MANIFEST
 from dlcm_lightning.data.mixture import Mixture, Part
 from dlcm_lightning.data.order import NOISE, Order, key, keys_of
-from dlcm_lightning.data.packing import Rows, count, pack
-from dlcm_lightning.data.source import Source
+from dlcm_lightning.data.packing import Rows, batches
+from dlcm_lightning.data.source import NO_STARTS, Source
 from dlcm_lightning.data.store import Chunks, store_at
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.data.verify import verify_shard
@@ -46,7 +46,6 @@ CHECK_BELOW_SHARDS = 1000
 READ_TOKENS = 2**18
 """Small steps are read, and handed over by loader processes, so many tokens at once."""
 VALIDATION = "validation"
-_NO_STARTS = np.empty(0, dtype=np.int64)
 
 
 def corpus_folder(config: DataConfig, vocab_size: int) -> Path:
@@ -90,7 +89,6 @@ class Reader:
         self._train, self._validation = (
             [Source(self.store.below(source.name).below(split), tokenizer) for source in self.sources]
             for split in ("train", VALIDATION))
-        self._type = np.result_type(*(WIDTHS[stream.manifest.dtype][1] for stream in (*self._train, *self._validation)))
         self._check_shards(verify_all, report)
         self._check_sizes()
         self._domains = np.array([config.domains.index(source.domain) for source in self.sources])
@@ -155,19 +153,11 @@ class Reader:
         wanted = np.array([self.validation_rows[sample] if sample >= 0 else (-1, -1) for sample in samples])
         rows = self._read(self._validation, np.array(samples), wanted[:, 0], wanted[:, 1],
                           key(NOISE, key(self.seed, VALIDATION)))
-        return pack(rows, 0, len(samples), count(rows, 0, len(samples)))
+        return next(batches(rows, 1, len(samples)))
 
     def step_batches(self, step: int, rank: int = 0, world: int = 1) -> list[Batch]:
         """The micro-batches of one rank in a step."""
-        return list(self.packed(self.read_steps(step, step + 1, rank, world), 1))
-
-    def packed(self, rows: Rows, steps: int) -> Iterator[Batch]:
-        """The micro-batches of so many steps."""
-        size, per_step = self.config.micro_batch_rows, len(rows.samples) // steps
-        for begin in range(0, len(rows.samples), per_step):
-            counts = count(rows, begin, begin + per_step)
-            for first in range(begin, begin + per_step, size):
-                yield pack(rows, first, first + size, counts)
+        return list(batches(self.read_steps(step, step + 1, rank, world), 1, self.config.micro_batch_rows))
 
     def prefetch(self, step: int, rank: int, world: int) -> None:
         """Says that a step will be read soon. Returns at once; does nothing for local corpora."""
@@ -201,31 +191,32 @@ class Reader:
               ) -> Rows:
         """samples, sources, rows: (B,) int64, -1 for fillers."""
         length = self.config.row_tokens
-        stream = np.zeros((len(samples), length + 1), dtype=self._type)
-        starts: list[np.ndarray] = []
+        stream = np.empty((len(samples), length + 1), dtype=streams[0].dtype)
+        found: list[np.ndarray] = []
         missed: dict[int, DataError] = {}
         asked = list(zip(sources.tolist(), rows.tolist(), strict=True))
         for place, (source, row) in enumerate(asked):
             try:
-                found = streams[source].read_into(stream[place], row * length) if source >= 0 else _NO_STARTS
-                starts.append(found[1:] if len(found) and found[0] == 0 else found)
+                found.append(streams[source].read_into(stream[place], row * length) if source >= 0 else NO_STARTS)
             except DataError as error:
                 missed[place] = error
-                starts.append(_NO_STARTS)
+                found.append(NO_STARTS)
+        fillers = samples < 0
+        fillers[list(missed)] = True
+        stream[fillers] = self.bos_id
         if stream.max() >= len(self.token_bytes):
             self._find_wrong_ids(streams, asked, stream, missed)
-        fillers = samples < 0
-        if missed or fillers.any():
             fillers[list(missed)] = True
             stream[fillers] = self.bos_id
-            starts = [_NO_STARTS if filler else found for filler, found in zip(fillers, starts, strict=True)]
         unreadable = tuple((place, self._unreadable(int(samples[place]), *asked[place], error))
                            for place, error in sorted(missed.items()))
-        counts = [len(found) for found in starts]
-        return Rows(
-            stream, np.concatenate(starts) + np.repeat(np.arange(len(starts)) * length, counts),
-            np.cumsum([0, *counts]), np.where(fillers, -1, samples), np.where(fillers, 0, self._domains[sources]),
-            keys_of(noise_key, samples).view(np.int64), bool(fillers.any()), unreadable)
+        places, inside = np.repeat(np.arange(len(found)), [len(one) for one in found]), np.concatenate(found)
+        kept = (inside > 0) & ~fillers[places]
+        places, inside = places[kept], inside[kept]
+        begins = np.searchsorted(places, np.arange(len(found) + 1))
+        noise_keys = keys_of(noise_key, samples).view(np.int64)
+        return Rows(stream, inside + places * length, begins, np.where(fillers, -1, samples),
+                    np.where(fillers, 0, self._domains[sources]), noise_keys, unreadable)
 
     def _find_wrong_ids(self, streams: list[Source], asked: list[tuple[int, int]], stream: np.ndarray,
                         missed: dict[int, DataError]) -> None:
@@ -362,7 +353,7 @@ class TrainingBatches:
                                     worker_init_fn=_ignore_signals))
         for item in items:
             if item.rows is not None:
-                yield from self.reader.packed(item.rows, item.steps)
+                yield from batches(item.rows, item.steps, self.reader.config.micro_batch_rows)
             if item.error is not None:
                 raise item.error
 

@@ -2,9 +2,9 @@
 
 A source is one long stream of tokens: its documents end to end, shard after shard, those left out that the manifest
 skips. `read_into` takes any window of it: two bisections (which shard, which block), one read of the tokens at their
-offset; where the documents of a block begin is computed once and kept. No tar is parsed and nothing is decoded. What
-a manifest claims is compared with the store when a shard is first touched (present, size, index) and in full by
-`verify` (sha256, counts, range of the ids).
+offset straight to where they are wanted; where the documents of a block begin is computed once and kept. No tar is
+parsed and nothing is decoded. What a manifest claims is compared with the store when a shard is first touched (present,
+size, index) and in full by `verify` (sha256, counts, range of the ids).
 
 A shard is arbitrary bytes until shown otherwise: every number in a sidecar is bounded before it is computed with, and
 numbers are all there is, so that a hostile shard can be wrong but can neither run code nor lead out of its folder.
@@ -16,7 +16,7 @@ handles. A `Source` can be pickled to a loader process; open files are not carri
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from dlcm_lightning.data.manifest import (
     SKIP_COLUMNS,
     WIDTHS,
     Manifest,
+    dtype_of,
     parse_manifest,
     sidecar,
 )
@@ -40,6 +41,7 @@ from dlcm_lightning.data.tokenizer import Tokenizer
 
 OPEN_SHARDS = 64
 KEPT_BLOCKS = 4096
+NO_STARTS = np.empty(0, dtype=np.int64)
 REBUILD = "the shard is damaged or was replaced: copy it again or rebuild the source"
 
 
@@ -59,10 +61,16 @@ class _Shard:
 class _Block:
     """The documents of a block that are in the stream."""
 
+    tokens: int
+    """Of all of them."""
     starts: np.ndarray
     """(n,) int64 first token of each, counted in the stream within the block."""
-    pieces: list[tuple[int, int, int]]
-    """Runs of neighbouring documents: first token in the stream, first token as stored, tokens."""
+    bounds: memoryview
+    """The same; one number of it is had faster."""
+    pieces: list[int]
+    """First token in the stream of each run of neighbouring documents, ascending."""
+    stored: list[int]
+    """Where each run begins in the shard, in bytes."""
 
 
 class Source:
@@ -77,12 +85,13 @@ class Source:
         if self.manifest.tokenizer != tokenizer.fingerprint:
             raise DataError(f"{self.place}: made with tokenizer {self.manifest.tokenizer[:12]}, but the corpus' "
                             f"tokenizer.json is {tokenizer.fingerprint[:12]}; tokenise this source again with it")
-        if self.manifest.vocab_size != tokenizer.vocab_size:
-            raise DataError(f"{self.place}: states vocab_size = {self.manifest.vocab_size}, its tokenizer has "
-                            f"{tokenizer.vocab_size} ids; rebuild the source")
+        if self.manifest.vocab_size != tokenizer.vocab_size or self.manifest.dtype != dtype_of(tokenizer.vocab_size):
+            raise DataError(f"{self.place}: states vocab_size = {self.manifest.vocab_size} and dtype = "
+                            f"{self.manifest.dtype}, its tokenizer has {tokenizer.vocab_size} ids, which are "
+                            f"{dtype_of(tokenizer.vocab_size)}; rebuild the source")
         self.tokens = self.manifest.tokens
         self._width = self.manifest.width
-        self._type = WIDTHS[self.manifest.dtype][1]
+        self.dtype = np.dtype(WIDTHS[self.manifest.dtype][1])
         self._begins: list[int] = [0, *np.cumsum(self.manifest.shards.of("tokens")).tolist()]
         self._forget()
 
@@ -112,10 +121,10 @@ class Source:
 
         IndexError: beyond the stream. DataError: the shard, named, cannot be read or holds what it must not.
         """
-        tokens = np.empty(count, dtype=np.int64)
+        tokens = np.empty(count, dtype=self.dtype)
         starts = self.read_into(tokens, first)
         self.check_ids(tokens, first)
-        return tokens, starts
+        return tokens.astype(np.int64), starts
 
     def check_ids(self, tokens: np.ndarray, first: int) -> None:
         """DataError: ids beyond the vocabulary among `tokens`, which were read from `first` on."""
@@ -125,8 +134,7 @@ class Source:
                             f"{self.manifest.vocab_size}; {REBUILD}")
 
     def read_into(self, tokens: np.ndarray, first: int) -> np.ndarray:
-        """`read` into tokens (n,) of a type that holds what is stored, without check_ids. Returns the offsets where
-        documents start."""
+        """`read` into tokens (n,) of `dtype`, without check_ids. Returns the offsets where documents start."""
         count = len(tokens)
         if first < 0 or count < 1 or first + count > self.tokens:
             raise IndexError(f"{self.place}: tokens [{first}, {first + count}) of {self.tokens}")
@@ -149,22 +157,29 @@ class Source:
             block = bisect_right(shard.begins, inside) - 1
             while done < count and block < len(shard.index):
                 documents = self._blocks.get((number, block)) or self._block(number, shard, block)
-                at, before = inside - shard.begins[block], done
-                for begin, stored, size in documents.pieces:
-                    passed = max(0, at - begin)
-                    taken = min(size - passed, count - done)
-                    if taken > 0:
-                        low = shard.index[block][0] + (stored + passed) * self._width
-                        raw = shard.content.read(low, low + taken * self._width)
-                        tokens[done:done + taken] = np.frombuffer(raw, self._type)
-                        done += taken
-                first = documents.starts.searchsorted(at)
-                last = documents.starts.searchsorted(at + done - before)
-                found.append(documents.starts[first:last] + (before - at))
+                at = inside - shard.begins[block]
+                taken = min(count - done, documents.tokens - at)
+                self._fill_from(documents, shard.content, tokens[done:done + taken], at)
+                first = bisect_left(documents.bounds, at)
+                last = bisect_left(documents.bounds, at + taken, first)
+                if first < last:
+                    found.append(documents.starts[first:last] + (done - at))
+                done += taken
                 block += 1
                 inside = shard.begins[block] if block < len(shard.begins) else 0
             number, inside = number + 1, 0
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        return found[0] if len(found) == 1 else np.concatenate([NO_STARTS, *found])
+
+    def _fill_from(self, documents: _Block, content: Content, tokens: np.ndarray, at: int) -> None:
+        """Fills tokens from a block on, starting `at` its part of the stream."""
+        pieces, count, done = documents.pieces, len(tokens), 0
+        number = bisect_right(pieces, at) - 1
+        while done < count:
+            passed = at + done - pieces[number]
+            end = pieces[number + 1] if number + 1 < len(pieces) else documents.tokens
+            taken = min(end - pieces[number] - passed, count - done)
+            content.read_into(tokens[done:done + taken], documents.stored[number] + passed * self._width)
+            done, number = done + taken, number + 1
 
     def prefetch(self, first: int, count: int) -> None:
         """Says that these tokens will be read soon. For remote stores, from a fetching thread: it may wait for an
@@ -280,10 +295,11 @@ class Source:
         if found is None:
             lengths = self.lengths(number, shard, block)
             starts = np.cumsum(lengths) - lengths
-            pieces = [(0, 0, int(lengths.sum()))]
+            tokens, pieces, stored = int(lengths.sum()), [0], np.zeros(1, dtype=np.int64)
             if block in shard.skips:
-                starts, pieces = self._without(number, block, lengths, starts, shard.skips[block])
-            found = self._blocks[number, block] = _Block(starts, pieces)
+                tokens, starts, pieces, stored = self._without(number, block, lengths, starts, shard.skips[block])
+            stored = shard.index[block][0] + stored * self._width
+            found = self._blocks[number, block] = _Block(tokens, starts, memoryview(starts), pieces, stored.tolist())
             while len(self._blocks) > KEPT_BLOCKS:
                 self._blocks.popitem(last=False)
         return found
@@ -298,8 +314,9 @@ class Source:
         return lengths
 
     def _without(self, number: int, block: int, lengths: np.ndarray, starts: np.ndarray, skip: np.ndarray
-                 ) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-        """Starts in the stream and runs of the documents that stay, given (n, 3) places, first tokens, tokens."""
+                 ) -> tuple[int, np.ndarray, list[int], np.ndarray]:
+        """Of the documents that stay, given (n, 3) places, first tokens, tokens of the others: their tokens and starts
+        in the stream; where runs of neighbours begin in the stream and as stored."""
         kept = np.ones(len(lengths), dtype=bool)
         places = skip[:, 0]
         if (places >= len(lengths)).any() or not (
@@ -310,10 +327,7 @@ class Source:
         kept[places] = False
         here = np.cumsum(lengths * kept) - lengths * kept
         firsts = np.flatnonzero(kept & ~np.concatenate([[False], kept[:-1]]))
-        ends = np.flatnonzero(kept & ~np.concatenate([kept[1:], [False]]))
-        pieces = [(int(here[first]), int(starts[first]), int(starts[last] + lengths[last] - starts[first]))
-                  for first, last in zip(firsts.tolist(), ends.tolist(), strict=True)]
-        return here[kept], pieces
+        return int(lengths[kept].sum()), here[kept], here[firsts].tolist(), starts[firsts]
 
 
 def read_manifest(store: Store) -> Manifest:

@@ -68,6 +68,9 @@ class Content(Protocol):
     def read(self, start: int, stop: int) -> bytes:
         """Bytes [start, stop). OSError: not there, or fewer."""
 
+    def read_into(self, target: np.ndarray, start: int) -> None:
+        """The same into a contiguous array, as many bytes as it has."""
+
     def prefetch(self, start: int, stop: int) -> None:
         """Says that these bytes will be read soon; returns at once."""
 
@@ -114,9 +117,16 @@ class LocalContent:
 
     def read(self, start: int, stop: int) -> bytes:
         found = os.pread(self._handle, stop - start, start)
-        if len(found) != stop - start:
-            raise OSError(f"the file ends at byte {start + len(found)}, bytes up to {stop} were asked for")
+        self._check(len(found), stop - start, start)
         return found
+
+    def read_into(self, target: np.ndarray, start: int) -> None:
+        self._check(os.preadv(self._handle, [target.data], start), target.nbytes, start)
+
+    @staticmethod
+    def _check(got: int, wanted: int, start: int) -> None:
+        if got != wanted:
+            raise OSError(f"the file ends at byte {start + got}, bytes up to {start + wanted} were asked for")
 
     def prefetch(self, start: int, stop: int) -> None:
         os.posix_fadvise(self._handle, start, stop - start, os.POSIX_FADV_WILLNEED)
@@ -170,6 +180,9 @@ class RemoteContent:
         parts = [self.chunks.get(self.address, number, self.file_size) for number in range(first, last)]
         content = parts[0] if len(parts) == 1 else b"".join(parts)
         return content[start - first * CHUNK_BYTES:stop - first * CHUNK_BYTES]
+
+    def read_into(self, target: np.ndarray, start: int) -> None:
+        target.view(np.uint8)[:] = np.frombuffer(self.read(start, start + target.nbytes), np.uint8)
 
     def prefetch(self, start: int, stop: int) -> None:
         for number in range(start // CHUNK_BYTES, -(-min(stop, self.file_size) // CHUNK_BYTES)):
@@ -271,7 +284,3 @@ def store_at(place: str | Path, chunks: Chunks | None = None) -> Store:
     if "://" in str(place):
         return RemoteStore(str(place), chunks or Chunks(64 * CHUNK_BYTES))
     return LocalStore(place)
-
-
-def as_array(content: bytes, dtype: str | np.dtype) -> np.ndarray:
-    return np.frombuffer(content, dtype=dtype)

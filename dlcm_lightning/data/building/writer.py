@@ -26,7 +26,16 @@ from typing import BinaryIO
 import numpy as np
 
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.manifest import INDEX_COLUMNS, WIDTHS, Manifest, ShardEntry, Shards, sidecar, write_manifest
+from dlcm_lightning.data.manifest import (
+    INDEX_COLUMNS,
+    WIDTHS,
+    Manifest,
+    ShardEntry,
+    Shards,
+    dtype_of,
+    sidecar,
+    write_manifest,
+)
 from dlcm_lightning.durable import flush, write_atomically
 
 SHARD_BYTES = 256 * 1024**2
@@ -37,11 +46,6 @@ IDENTITY_BYTES = 16
 def shard_name(task: int, number: int) -> str:
     """Names sort in the order of the stream: up to a million tasks, and 100,000 shards in each."""
     return f"{task:06d}-{number:05d}.tar"
-
-
-def dtype_of(vocab_size: int) -> str:
-    """The manifest's name for the width of a token id."""
-    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def finished_shards(folder: Path, task: int) -> list[ShardEntry]:
