@@ -58,6 +58,8 @@ def batches(rows: Rows, steps: int, micro_batch_rows: int) -> Iterator[Batch]:
     step_documents = (np.diff(first_documents[::per_step]) - (per_step - real)).tolist()
     step_targets = (real * length - np.diff(rows.begins[::per_step])).tolist()
     step_tokens = (real * length).tolist()
+    unreadable = [tuple(missed for place, missed in rows.unreadable if place // per_step == step)
+                  for step in range(steps)]
     of_document, of_start = first_documents.tolist(), rows.begins.tolist()
     stream, samples, domains, noise_keys = (
         torch.from_numpy(one).split(micro_batch_rows)
@@ -71,9 +73,5 @@ def batches(rows: Rows, steps: int, micro_batch_rows: int) -> Iterator[Batch]:
             documents=Segments(torch.from_numpy(starts), longest[number]),
             noise_keys=noise_keys[number], domains=domains[number], samples=samples[number],
             step_targets=step_targets[step], step_tokens=step_tokens[step], step_documents=step_documents[step],
-            step_unreadable=_of_step(rows, step * per_step, (step + 1) * per_step) if rows.unreadable else (),
+            step_unreadable=unreadable[step],
         )
-
-
-def _of_step(rows: Rows, first: int, last: int) -> tuple[Unreadable, ...]:
-    return tuple(missed for place, missed in rows.unreadable if first <= place < last)

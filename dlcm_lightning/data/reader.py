@@ -14,10 +14,11 @@ A row that cannot be read is an error that names shard and sample, or, by config
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -347,15 +348,27 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         """DataError: a row of the step that comes next cannot be read."""
+        coming = self._batches()
+        atexit.register(coming.close)  # an error of somebody else's may keep this alive, and its processes, to the end
+        try:
+            yield from coming
+        finally:
+            coming.close()
+            atexit.unregister(coming.close)
+
+    def _batches(self) -> Generator[Batch, None, None]:
         items: Iterator[_Item] = (self.items[index] for index in range(len(self.items)))
         if self.workers:
             items = iter(DataLoader(self.items, batch_size=None, num_workers=self.workers, collate_fn=_as_it_is,
                                     worker_init_fn=_ignore_signals))
-        for item in items:
-            if item.rows is not None:
-                yield from batches(item.rows, item.steps, self.reader.config.micro_batch_rows)
-            if item.error is not None:
-                raise item.error
+        try:
+            for item in items:
+                if item.rows is not None:
+                    yield from batches(item.rows, item.steps, self.reader.config.micro_batch_rows)
+                if item.error is not None:
+                    raise item.error
+        finally:
+            del items  # ends the loader processes, which a signal would not
 
 
 def _as_it_is(item: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,6 +140,39 @@ def test_loader_workers_change_nothing(reader: Reader, monkeypatch: pytest.Monke
     for there, here in zip(loaded, alone, strict=True):
         assert there.samples.tolist() == here.samples.tolist() and there.tokens.tolist() == here.tokens.tolist()
         assert (there.step_targets, there.step_tokens) == (here.step_targets, here.step_tokens)
+
+
+LEFT_OPEN = """
+import pickle, sys
+from dlcm_lightning.data.reader import TrainingBatches
+kept = iter(TrainingBatches(pickle.loads(sys.stdin.buffer.read()), 0, 1, 0, 50, workers=2))
+next(kept)
+if sys.argv[1] == "error":
+    raise ValueError("of somebody else")
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("quiet", 0), ("error", 1)])
+def test_a_process_ends_though_somebody_still_holds_its_batches(reader: Reader, end: str, code: int) -> None:
+    """Loader processes ignore signals, that of a parent at its end too: they must have been told before."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LEFT_OPEN, end], input=pickle.dumps(reader),
+                          capture_output=True, timeout=60, check=False)
+    assert done.returncode == code, done.stderr.decode()
+
+
+def test_a_batch_travels_as_it_is_stored(reader: Reader) -> None:
+    batch = reader.step_batches(0)[0]
+    assert batch.stream.dtype == torch.uint16 and batch.stream.shape == (2, 65)
+    assert batch.tokens.tolist() == batch.stream[:, :-1].reshape(-1).tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs a CUDA device")
+def test_a_gpu_widens_a_batch_as_the_host_does(reader: Reader) -> None:
+    for batch in reader.step_batches(0, rank=0, world=3):
+        there = batch.pin_memory().to("cuda", non_blocking=True)
+        for name in ("tokens", "targets", "noise"):
+            assert getattr(there, name).device.type == "cuda"
+            assert torch.equal(getattr(there, name).cpu(), getattr(batch, name))
 
 
 def test_a_reader_travels_to_another_process(reader: Reader) -> None:
