@@ -42,7 +42,8 @@ from benchmarks.peers.stopwatch import Opened, Task, run
 from dlcm_lightning.config import DataConfig, SourceConfig, TrainConfig
 from dlcm_lightning.data import manifest
 from dlcm_lightning.data.building import writer
-from dlcm_lightning.data.reader import Reader, TrainingBatches
+from dlcm_lightning.data.loader import TrainingBatches
+from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer, train_bpe
 from dlcm_lightning.training import machine
 

@@ -32,7 +32,8 @@ from dlcm_lightning.batch import Batch
 from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data import store
 from dlcm_lightning.data.building.writer import ShardWriter, finish_split
-from dlcm_lightning.data.reader import Reader, TrainingBatches, micro_batches_per_step
+from dlcm_lightning.data.loader import TrainingBatches
+from dlcm_lightning.data.reader import Reader, micro_batches_per_step
 from dlcm_lightning.data.tokenizer import Tokenizer, train_bpe
 
 VOCABULARY, ROW, ROWS = 270, 2048, 24
@@ -132,7 +133,7 @@ def check(reader: Reader, batch: Batch, truth: dict[str, np.ndarray], seen: np.n
 
 
 def check_masked(reader: Reader, batch: Batch, bad: dict[str, np.ndarray], seen: np.ndarray, account: Account) -> None:
-    for missed in batch.step_unreadable:
+    for missed in batch.step.unreadable:
         row = int(reader.mixture.draw(np.array([missed.sample])).rows[0])
         good = not seen[missed.sample] and bool(bad[missed.source][row])
         seen[missed.sample] = True

@@ -31,6 +31,18 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
+class StepCounts:
+    """What one rank reads for one optimizer step, all its micro-batches together, filler rows left out."""
+
+    targets: int = 0
+    tokens: int = 0
+    documents: int = 0
+    """Pieces counted as such."""
+    unreadable: tuple[Unreadable, ...] = ()
+    """Rows that could not be read and are fillers instead."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank."""
 
@@ -46,14 +58,10 @@ class Batch:
     """(B,) int64: index of each row's domain in `DataConfig.domains`."""
     samples: Tensor
     """(B,) int64: index of each row in the global sequence; -1 for filler rows, which count in no statistic."""
-    step_targets: int
-    """Targets of this rank in the whole optimizer step, all its micro-batches together."""
-    step_tokens: int
-    """Tokens of this rank in the whole optimizer step, filler rows left out."""
-    step_documents: int
-    """Documents (pieces counted as such) of this rank in the whole optimizer step, filler rows left out."""
-    step_unreadable: tuple[Unreadable, ...] = ()
-    """Rows of this rank in the whole optimizer step that could not be read and are fillers instead."""
+    step: StepCounts
+    """Of the optimizer step it belongs to."""
+    following: StepCounts = StepCounts()
+    """Of the step behind that one, so that ranks can tell each other while they speak anyway; empty behind the last."""
 
     @property
     def row_tokens(self) -> int:

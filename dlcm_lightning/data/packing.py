@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dlcm_lightning.batch import Batch, Unreadable
+from dlcm_lightning.batch import Batch, StepCounts, Unreadable
 from dlcm_lightning.ops.segments import Segments
 
 
@@ -55,23 +55,22 @@ def batches(rows: Rows, steps: int, micro_batch_rows: int) -> Iterator[Batch]:
     longest = np.maximum.reduceat(np.diff(documents), first_documents[:-1:micro_batch_rows]).tolist()
     real = np.add.reduceat(rows.samples >= 0, np.arange(0, count, per_step), dtype=np.int64)
     # A document, or a piece of one, begins with every row, fillers too, and others inside; each start ends a document.
-    step_documents = (np.diff(first_documents[::per_step]) - (per_step - real)).tolist()
-    step_targets = (real * length - np.diff(rows.begins[::per_step])).tolist()
-    step_tokens = (real * length).tolist()
-    unreadable = [tuple(missed for place, missed in rows.unreadable if place // per_step == step)
-                  for step in range(steps)]
+    of_steps = [real * length - np.diff(rows.begins[::per_step]), real * length,
+                np.diff(first_documents[::per_step]) - (per_step - real)]
+    counts = [StepCounts(targets, tokens, among,
+                         tuple(missed for place, missed in rows.unreadable if place // per_step == step))
+              for step, (targets, tokens, among) in enumerate(np.stack(of_steps, axis=1).tolist())]
     of_document, of_start = first_documents.tolist(), rows.begins.tolist()
     stream, samples, domains, noise_keys = (
         torch.from_numpy(one).split(micro_batch_rows)
         for one in (rows.stream, rows.samples, rows.domains, rows.noise_keys))
     for number, first in enumerate(range(0, count, micro_batch_rows)):
-        last, begin, step = first + micro_batch_rows, first * length, first // per_step
+        last, begin = first + micro_batch_rows, first * length
         starts = (documents[of_document[first]:of_document[last] + 1] - begin).astype(np.int32)
         ends = rows.starts[of_start[first]:of_start[last]] - (begin + 1)
         yield Batch(
             stream=stream[number], ends=torch.from_numpy(ends),
             documents=Segments(torch.from_numpy(starts), longest[number]),
             noise_keys=noise_keys[number], domains=domains[number], samples=samples[number],
-            step_targets=step_targets[step], step_tokens=step_tokens[step], step_documents=step_documents[step],
-            step_unreadable=unreadable[step],
+            step=counts[first // per_step],
         )

@@ -5,9 +5,9 @@
     Z~ = Smooth(Backbone(C))                (M, E)
     y = Decoder(CrossAttend(H, Z~) + H)     (T, D), then the unembedding
 
-The model is plain PyTorch and knows neither batches nor ranks. It returns hidden states and not logits: the loss runs
-the head in chunks (`ops/cross_entropy.py`), and whoever wants logits asks for them. Parameters stay in the dtype they
-are stored in; activations run in `compute_dtype`.
+The model is plain PyTorch and knows neither batches nor ranks. It returns hidden states and not logits: given targets
+it runs the head in chunks (`ops/cross_entropy.py`), and whoever wants logits asks for them. Parameters stay in the
+dtype they are stored in; activations run in `compute_dtype`.
 
 The dense LLaMA baseline is the same assembly with one stack.
 """
@@ -27,6 +27,7 @@ from dlcm_lightning.model.concepts import Pool, round_up, smooth
 from dlcm_lightning.model.decoder import CrossAttention
 from dlcm_lightning.model.layers import Stack, StackShape
 from dlcm_lightning.model.mup import Matrix, Role, Tagged
+from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
 from dlcm_lightning.ops.segments import Concepts, Segments, concepts_from_boundaries
 
 CPU_CONCEPT_MULTIPLE = 128
@@ -38,7 +39,11 @@ class Output:
     """What a forward pass gives for T tokens."""
 
     hidden: Tensor
-    """(T, D) in the compute dtype; logits are `logit_scale` * hidden @ unembedding^T."""
+    """(T, D) in the compute dtype; `LanguageModel.logits` makes logits of it."""
+    nll_sum: Tensor
+    """() at least fp32: negative log-likelihood in nats, summed over targets; 0 where none were given."""
+    nll: Tensor
+    """(T,) its terms, without gradient; (0,) where no targets were given."""
     segmentation: Segmentation | None
     """None for the dense model."""
     concepts: Concepts | None
@@ -72,6 +77,22 @@ def concept_stack(config: ModelConfig) -> StackShape:
     )
 
 
+class Unembedding(Matrix):
+    """The head. Called, it gives the loss and never holds the (T, V) logits of a whole batch."""
+
+    def __init__(self, width: int, vocab_size: int, scale: float) -> None:
+        super().__init__(Role.UNEMBEDDING, width, vocab_size)
+        self.scale = scale
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """hidden (T, D), targets (T,) int64, negative where nothing is predicted: see `linear_cross_entropy`."""
+        return linear_cross_entropy(hidden, self.weight, targets, self.scale)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(T, D) -> (T, V)."""
+        return super().forward(hidden) * self.scale
+
+
 class LanguageModel(nn.Module):
     """What DLCM and the dense baseline share: embedding in front, unembedding behind, hidden states between."""
 
@@ -82,24 +103,28 @@ class LanguageModel(nn.Module):
         self.backend = backend
         self.embedding = Embedding(config.vocab_size, config.d_token)
         self.decoder = Stack(token_stack(config, config.decoder_layers), final_norm=True)
-        self.unembedding = Matrix(Role.UNEMBEDDING, config.d_token, config.vocab_size)
-
-    @property
-    def logit_scale(self) -> float:
-        return mup.logit_scale(self.config)
+        self.unembedding = Unembedding(config.d_token, config.vocab_size, mup.logit_scale(config))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, D) -> (T, V)."""
-        return self.unembedding(hidden) * self.logit_scale
+        return self.unembedding.logits(hidden)
+
+    def output(self, hidden: Tensor, targets: Tensor | None, segmentation: Segmentation | None = None,
+               concepts: Concepts | None = None) -> Output:
+        """The loss is taken here, inside the model's forward: what shards a model gathers weights only there."""
+        nothing = hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        nll_sum, nll = (nothing.sum(), nothing) if targets is None else self.unembedding(hidden, targets)
+        return Output(hidden, nll_sum, nll, segmentation, concepts)
 
 
 class Dense(LanguageModel):
     """The LLaMA baseline."""
 
-    def forward(self, tokens: Tensor, documents: Segments, noise: Tensor | None = None) -> Output:
-        """tokens (T,) int64, documents over T; noise is not used."""
+    def forward(self, tokens: Tensor, documents: Segments, noise: Tensor | None = None,
+                targets: Tensor | None = None) -> Output:
+        """tokens (T,) int64, documents over T; noise is not used; targets (T,) int64 for the loss."""
         hidden = self.decoder(self.embedding(tokens, self.compute_dtype), documents, self.backend)
-        return Output(hidden, None, None)
+        return self.output(hidden, targets)
 
 
 class DLCM(LanguageModel):
@@ -116,8 +141,10 @@ class DLCM(LanguageModel):
             config.norm_epsilon,
         )
 
-    def forward(self, tokens: Tensor, documents: Segments, noise: Tensor | None = None) -> Output:
-        """tokens (T,) int64, documents over T; noise (T,) samples the boundaries, None thresholds them."""
+    def forward(self, tokens: Tensor, documents: Segments, noise: Tensor | None = None,
+                targets: Tensor | None = None) -> Output:
+        """tokens (T,) int64, documents over T; noise (T,) samples the boundaries, None thresholds them; targets (T,)
+        int64 for the loss."""
         h = self.encoder(self.embedding(tokens, self.compute_dtype), documents, self.backend)  # (T, D)
         segmentation = self.boundary(h, documents, noise)
         concepts = concepts_from_boundaries(segmentation.boundaries, documents)
@@ -127,7 +154,7 @@ class DLCM(LanguageModel):
         gates = segmentation.probabilities.detach()[concepts.closing]
         z = smooth(z, gates, concepts.documents)  # (M, E)
         h = h + self.cross_attention(h, z, concepts, documents, self.backend)
-        return Output(self.decoder(h, documents, self.backend), segmentation, concepts)
+        return self.output(self.decoder(h, documents, self.backend), targets, segmentation, concepts)
 
 
 def build_model(config: ModelConfig, compute_dtype: torch.dtype, backend: str, seed: int) -> LanguageModel:

@@ -7,15 +7,19 @@ all ranks together have consumed, the same number on every rank.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from dlcm_lightning.batch import Batch
+from dlcm_lightning.batch import Batch, StepCounts
 from dlcm_lightning.config import Config
-from dlcm_lightning.data.reader import Reader, TrainingBatches, ValidationBatches
+from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.data.loader import TrainingBatches, ValidationBatches
+from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.ops.collectives import rank, world_size
 from dlcm_lightning.training.stopwatch import Stopwatch
 
@@ -33,17 +37,27 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         first = self.consumed // self.config.micro_batches
-        batches = TrainingBatches(self.reader, rank(), world_size(), first, self.config.total_steps,
-                                  self.config.data.workers)
-        coming = iter(batches)
-        while True:
-            with self.stopwatch.waiting():
-                batch = next(coming, None)
-                if batch is None:
-                    return
-                batch = batch.pin_memory() if self.pin_memory else batch
-            self.consumed += 1
-            yield batch
+        coming = iter(TrainingBatches(self.reader, rank(), world_size(), first, self.config.total_steps,
+                                      self.config.data.workers))
+        step, error = self._step(coming)
+        while step:
+            following, error = ([], error) if error else self._step(coming)
+            for batch in step:
+                self.consumed += 1
+                yield replace(batch, following=following[0].step if following else StepCounts())
+            step = following
+        if error:
+            raise error
+
+    def _step(self, coming: Iterator[Batch]) -> tuple[list[Batch], DataError | None]:
+        """The micro-batches of one optimizer step, or none and why. Each names the counts of the step behind it, hence
+        a step is read before the one in front of it is trained; what cannot be read is raised in its turn."""
+        with self.stopwatch.waiting():
+            try:
+                step = list(itertools.islice(coming, self.config.micro_batches))
+            except DataError as error:
+                return [], error
+            return [batch.pin_memory() if self.pin_memory else batch for batch in step], None
 
     def state_dict(self) -> dict[str, int]:
         """The position; checkpoints stand between optimizer steps."""

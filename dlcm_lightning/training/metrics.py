@@ -35,15 +35,16 @@ def _describe(sums: list[float], segmented: bool) -> dict[str, float]:
 def metrics_of(tally: Tally, domains: list[str], ratio: float | None) -> dict[str, Any]:
     """Numbers of all domains together, and under "domains" of each that has tokens.
 
-    loss in nats per target, bits_per_byte, F and G, R_sampled and R_thresholded in tokens per concept, p_sd, and
-    p_near_half, the share of tokens with |p - 1/2| < 0.05. ratio: the target R, None for a dense model, which has
-    none of the latter.
+    loss in nats per target, bits_per_byte, F and G, R_sampled and R_thresholded in tokens per concept, p_sd,
+    p_near_half, the share of tokens with |p - 1/2| < 0.05, and concept_imbalance, the most concepts of a rank over the
+    mean of all, averaged over steps. ratio: the target R, None for a dense model, which has none of the latter.
     """
     sums = tally.domains.cpu()
     segmented = ratio is not None
     metrics: dict[str, Any] = _describe(sums.sum(0).tolist(), segmented)
     if ratio is not None:
         metrics["rate_loss"] = rate_loss(tally.rate, tally.mean_probability, ratio).item()
+        metrics["concept_imbalance"] = _ratio(tally.scalar("imbalance").item(), tally.scalar("steps").item())
     metrics["domains"] = {
         domain: _describe(row, segmented)
         for domain, row in zip(domains, sums.tolist(), strict=True) if row[COLUMNS.index("tokens")] > 0

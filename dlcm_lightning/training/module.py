@@ -1,8 +1,9 @@
 """The LightningModule: the four-stage model, its objective, and what happens at an optimizer step.
 
 Nothing here draws random numbers, reads clocks or depends on how the batch was split: a step is a function of
-(weights, optimizer state, buffers, batch). Three things are kept beside the model's own state: F of the previous step
-(for accumulation), the running tally of the current step, and the last tallies for whoever logs them.
+(weights, optimizer state, buffers, batch). Beside the model's own state are kept: the boundaries and tokens of the
+previous step, whose F serves where a step has several micro-batches; what the step under way has to be divided by; its
+running tally; and the last whole one for whoever logs.
 """
 
 from __future__ import annotations
@@ -18,11 +19,19 @@ from torch.optim import Optimizer
 
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.config import Config
-from dlcm_lightning.model.dlcm import DLCM, build_model
-from dlcm_lightning.ops.collectives import world_size
-from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
+from dlcm_lightning.model.dlcm import DLCM, Output, build_model
+from dlcm_lightning.ops.collectives import all_reduce_sum, world_size
 from dlcm_lightning.ops.segments import Concepts
-from dlcm_lightning.training.objective import COLUMNS, SCALARS, Tally, measure, probability_sum
+from dlcm_lightning.training.objective import (
+    COLUMNS,
+    COUNTS,
+    SCALARS,
+    Tally,
+    counts_of,
+    measure,
+    over_ranks,
+    probability_sum,
+)
 from dlcm_lightning.training.optim import build_optimizer
 from dlcm_lightning.training.schedule import learning_rate_factor
 
@@ -40,7 +49,7 @@ def count_lengths(concepts: Concepts, batch: Batch) -> Tensor:
 class PretrainModule(LightningModule):
     """Four stages, two losses, one optimizer."""
 
-    previous_rate: Tensor
+    previous_counts: Tensor
     token_bytes: Tensor
 
     def __init__(self, config: Config, compute_dtype: torch.dtype, backend: str, token_bytes: Tensor) -> None:
@@ -48,10 +57,14 @@ class PretrainModule(LightningModule):
         super().__init__()
         self.config = config
         self.model = build_model(config.model, compute_dtype, backend, config.seed)
-        self.register_buffer("previous_rate", torch.full((), -1.0, dtype=torch.float64))
+        self.register_buffer("previous_counts", torch.zeros(2, dtype=torch.int64))  # no engine casts whole numbers
         self.register_buffer("token_bytes", token_bytes, persistent=False)
+        self.counts: Tensor | None = None
+        """(len(COUNTS),) what the optimizer step under way has, over all ranks; None before the first of this life."""
         self.step_tally: Tally | None = None
-        """Sum over the micro-batches of the optimizer step under way, over all ranks."""
+        """Sum over its micro-batches so far, of this rank; over all ranks from the last one's forward on."""
+        self.next_counts: Tensor | None = None
+        """Of the step behind it, known from then on too."""
         self.last_step: Tally | None = None
         """The tally of the last whole optimizer step, over all ranks."""
         self.gradient_norm = torch.zeros(())
@@ -68,28 +81,34 @@ class PretrainModule(LightningModule):
         """Tokens of all optimizer steps so far, over all ranks."""
         return self.trainer.global_step * self.config.data.tokens_per_step
 
-    def tally(self, batch: Batch, noise: Tensor | None) -> tuple[Tensor, Tally, Any]:
-        """Forward: the sum of negative log-likelihoods (with gradient), this rank's tally, the model's output."""
-        output = self.model(batch.tokens, batch.documents, noise)
-        nll_sum, nll = linear_cross_entropy(
-            output.hidden, self.model.unembedding.weight, batch.targets, self.model.logit_scale
-        )
-        local = measure(output, batch, nll, self.config.model.boundary, len(self.config.data.domains),
-                        self.token_bytes)
-        return nll_sum, local, output
+    def tally(self, batch: Batch, noise: Tensor | None) -> tuple[Tally, Output]:
+        """Forward: this rank's tally, and the model's output, whose loss carries the gradient."""
+        output: Output = self.model(batch.tokens, batch.documents, noise, batch.targets)
+        domains = len(self.config.data.domains)
+        return measure(output, batch, self.config.model.boundary, domains, self.token_bytes), output
+
+    @property
+    def previous_rate(self) -> Tensor:
+        """() float64: F of the step before; negative where there was none."""
+        sampled, tokens = self.previous_counts.double()
+        return torch.where(tokens > 0, sampled / tokens.clamp(min=1), -1.0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss whose average over ranks and micro-batches has the gradient of the whole step's loss."""
-        nll_sum, local, output = self.tally(batch, batch.noise)
-        total = local.all_reduced()
-        loss = nll_sum / total.scalar("step_targets").clamp(min=1).to(nll_sum.dtype)
+        if self.counts is None:
+            self.counts = all_reduce_sum(counts_of(batch.step, self.device))
+        local, output = self.tally(batch, batch.noise)
+        self.step_tally = local if self.step_tally is None else self.step_tally + local
+        if self.finishes_step(batch_idx):
+            self.step_tally.scalars[SCALARS.index("unreadable")] = len(batch.step.unreadable)
+            self.step_tally, self.next_counts = over_ranks(self.step_tally, batch.following)
+        loss = output.nll_sum / self.counts[COUNTS.index("targets")].clamp(min=1).to(output.nll_sum.dtype)
         boundary = self.config.model.boundary
-        if output.segmentation is not None and boundary.learned and boundary.rate_weight > 0:
-            previous = self.previous_rate if self.config.uses_previous_rate else None
-            loss = loss + boundary.rate_weight * probability_sum(output, batch, total, boundary, previous)
+        if output.segmentation is not None and boundary.learned:  # with a weight of 0 too: engines miss gradients
+            rate = self.previous_rate if self.config.uses_previous_rate else self.step_tally.rate
+            loss = loss + boundary.rate_weight * probability_sum(output, batch, self.counts, boundary, rate)
         if output.concepts is not None:
             self.concept_lengths = count_lengths(output.concepts, batch)
-        self.step_tally = total if self.step_tally is None else self.step_tally + total
         return loss * (world_size() * self.config.micro_batches)
 
     def configure_optimizers(self) -> Optimizer:
@@ -117,13 +136,13 @@ class PretrainModule(LightningModule):
         """Closes the step: F for the next one, the rate bias, the prior mean. All stay as they are after a step none
         of whose rows could be read."""
         assert self.step_tally is not None
-        step, self.step_tally = self.step_tally, None
+        step, self.step_tally, self.counts = self.step_tally, None, self.next_counts
         self.last_step = step
         if isinstance(self.model, DLCM):
             tokens = step.total("tokens")
-            buffers = [self.previous_rate, *self.model.boundary.buffers()]
+            buffers = [self.previous_counts, *self.model.boundary.buffers()]
             before = [buffer.clone() for buffer in buffers]
-            self.previous_rate.copy_(step.rate)
+            self.previous_counts.copy_(torch.stack([step.total("sampled"), tokens]))
             self.model.boundary.after_step(step.rate, step.features / tokens.clamp(min=1))
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(torch.where(tokens > 0, buffer, old))  # decided on the device

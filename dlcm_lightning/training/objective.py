@@ -7,9 +7,11 @@ The global batch is every rank's micro-batches of one optimizer step. b carries 
 dL_rate/dG = R/(R-1) (R F - 1): only the number F must be known before the backward, and the gradient on each p is a
 constant. So the rate loss is back-propagated as `coefficient * sum of p`, while its value is computed for the log.
 
-Everything a step has to know of the other ranks travels in one small vector, a `Tally`, summed over ranks once per
-micro-batch. A rank then back-propagates W x (its local sum) / (global count), W ranks, because the engine averages
-gradients over ranks; and K times that, K micro-batches, because Lightning divides by K.
+Everything that ranks have to know of each other travels in one small vector, summed over ranks once a step, in its
+last micro-batch between forward and backward: the step's `Tally`, and how many targets, tokens and documents the *next*
+step has, which every loss of that step is divided by. A rank back-propagates W x (its local sum) / (global count), W
+ranks, because every engine averages gradients over ranks; and K times that, K micro-batches, because Lightning divides
+by K.
 
 With one micro-batch a step, F is the step's own. With several it is not known at the first backward: then F of the
 *previous* step is used (nothing at step 0), which gives the same gradient for every split of the batch.
@@ -24,17 +26,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlcm_lightning.batch import Batch
+from dlcm_lightning.batch import Batch, StepCounts
 from dlcm_lightning.config import BoundaryConfig
 from dlcm_lightning.model.boundary import decide
 from dlcm_lightning.model.dlcm import Output
-from dlcm_lightning.ops.collectives import all_reduce_sum
+from dlcm_lightning.ops.collectives import all_reduce_sum, rank, world_size
 
 COLUMNS = ("tokens", "sampled", "thresholded", "p", "p_squared", "near_half", "nll", "targets", "bytes")
 """What is summed per domain. near_half counts |p - 1/2| < 0.05; nll is in nats."""
-SCALARS = ("step_tokens", "step_targets", "step_documents", "step_unreadable", "squared_lengths")
-"""What is summed once. All but the last describe the whole step and are equal in each of its micro-batches; the last is
-the sum of squared document lengths, which attention's cost follows."""
+SCALARS = ("squared_lengths", "concepts", "unreadable", "steps", "imbalance")
+"""What is summed once. squared_lengths: of documents, which attention's cost follows. concepts: fillers included, they
+are work too. unreadable: rows. Of whole steps only: their number, and the sum over them of the most concepts that a
+rank had over the mean, this model's own straggler."""
+COUNTS = ("targets", "tokens", "documents")
+"""Of a whole step over all ranks, filler rows left out."""
 NEAR_HALF = 0.05
 
 
@@ -62,12 +67,6 @@ class Tally:
     def scalar(self, name: str) -> Tensor:
         return self.scalars[SCALARS.index(name)]
 
-    def all_reduced(self) -> Tally:
-        """The sum over ranks: one collective."""
-        parts = (self.domains.flatten(), self.scalars, self.features)
-        whole = all_reduce_sum(torch.cat(parts)).split([part.numel() for part in parts])
-        return Tally(whole[0].view_as(self.domains), whole[1], whole[2])
-
     @property
     def rate(self) -> Tensor:
         """F: share of sampled boundaries among tokens; 0 where there are none."""
@@ -77,6 +76,25 @@ class Tally:
     def mean_probability(self) -> Tensor:
         """G."""
         return self.total("p") / self.total("tokens").clamp(min=1)
+
+
+def counts_of(step: StepCounts, device: torch.device) -> Tensor:
+    """(len(COUNTS),) float64 of one rank, written on the device without waiting for it."""
+    numbers = (step.targets, step.tokens, step.documents)
+    return torch.stack([torch.full((), number, dtype=torch.float64, device=device) for number in numbers])
+
+
+def over_ranks(tally: Tally, following: StepCounts) -> tuple[Tally, Tensor]:
+    """The sum over ranks of a step's tally, and (len(COUNTS),) the counts of the step behind it: one collective."""
+    concepts = torch.zeros(world_size(), dtype=torch.float64, device=tally.scalars.device)
+    concepts[rank()] = tally.scalar("concepts")
+    parts = (tally.domains.flatten(), tally.scalars, tally.features, counts_of(following, concepts.device), concepts)
+    domains, scalars, features, counts, concepts = all_reduce_sum(torch.cat(parts)).split(
+        [part.numel() for part in parts])
+    scalars = scalars.clone()
+    scalars[SCALARS.index("steps")] = 1
+    scalars[SCALARS.index("imbalance")] = concepts.max() / concepts.mean().clamp(min=1)
+    return Tally(domains.view_as(tally.domains), scalars, features), counts
 
 
 def rate_loss(rate: Tensor, mean_probability: Tensor, ratio: float) -> Tensor:
@@ -97,22 +115,21 @@ def _by_document(values: Tensor, batch: Batch) -> Tensor:
 
 
 def measure(
-    output: Output, batch: Batch, nll: Tensor, config: BoundaryConfig, domains: int, token_bytes: Tensor
+    output: Output, batch: Batch, config: BoundaryConfig, domains: int, token_bytes: Tensor
 ) -> Tally:
-    """The tally of one micro-batch of one rank. nll (T,): the terms of the cross-entropy, in nats; token_bytes (V,):
-    UTF-8 bytes of every id."""
-    counted = batch.counted()
-    columns = torch.zeros(len(COLUMNS), *batch.tokens.shape, dtype=torch.float64, device=nll.device)  # (C, T)
+    """The tally of one micro-batch of one rank. token_bytes (V,): UTF-8 bytes of every id."""
+    counted, device = batch.counted(), output.nll.device
+    columns = torch.zeros(len(COLUMNS), *batch.tokens.shape, dtype=torch.float64, device=device)  # (C, T)
     columns[COLUMNS.index("tokens")] = 1
-    columns[COLUMNS.index("nll")] = nll
+    columns[COLUMNS.index("nll")] = output.nll
     columns[COLUMNS.index("targets")] = batch.targets >= 0
     columns[COLUMNS.index("bytes")] = token_bytes[batch.targets.clamp(min=0)] * (batch.targets >= 0)
-    step = (batch.step_tokens, batch.step_targets, batch.step_documents, len(batch.step_unreadable))
-    lengths = batch.documents.lengths()
+    scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=device)
     real = counted[batch.documents.starts[:-1].long()]  # (N,)
-    squared = (lengths.double().square() * real).sum()
-    scalars = torch.cat([torch.tensor(step, dtype=torch.float64).to(nll.device), squared[None]])
-    features = torch.zeros(0, dtype=torch.float64, device=nll.device)
+    scalars[SCALARS.index("squared_lengths")] = (batch.documents.lengths().double().square() * real).sum()
+    if output.concepts is not None:
+        scalars[SCALARS.index("concepts")] = len(output.concepts)
+    features = torch.zeros(0, dtype=torch.float64, device=device)
     if output.segmentation is not None:
         p = output.segmentation.probabilities.detach()
         sampled = decide(p, batch.noise, config.sharpening) if config.learned else output.segmentation.boundaries
@@ -124,17 +141,14 @@ def measure(
         if (states := output.segmentation.features) is not None:
             features = (counted.to(states.dtype) @ states).double()
     rows = (columns * counted).view(len(COLUMNS), -1, batch.row_tokens).sum(-1).t()  # (B, C)
-    sums = torch.zeros(domains, len(COLUMNS), dtype=torch.float64, device=nll.device)
+    sums = torch.zeros(domains, len(COLUMNS), dtype=torch.float64, device=device)
     return Tally(sums.index_add(0, batch.domains, rows), scalars, features)
 
 
-def probability_sum(
-    output: Output, batch: Batch, total: Tally, config: BoundaryConfig, previous_rate: Tensor | None
-) -> Tensor:
+def probability_sum(output: Output, batch: Batch, counts: Tensor, config: BoundaryConfig, rate: Tensor) -> Tensor:
     """() The rate loss as it is back-propagated: sum over this rank's tokens of (dL_rate / dp_t) p_t.
 
-    total: the tally of this micro-batch over all ranks. previous_rate: () F of the step before, negative where there
-    was none; None to use the F of `total`.
+    counts: of the step, over all ranks. rate: () F, negative where there is none yet.
     """
     assert output.segmentation is not None
     p = output.segmentation.probabilities * batch.counted()
@@ -142,10 +156,7 @@ def probability_sum(
         lengths = batch.documents.lengths()
         decisions = output.segmentation.boundaries.to(p.dtype)
         slopes = rate_slope(_by_document(decisions, batch) / lengths, config.target_ratio)  # (N,)
-        weight = slopes / lengths / total.scalar("step_documents").clamp(min=1).to(p.dtype)
+        weight = slopes / lengths / counts[COUNTS.index("documents")].clamp(min=1).to(p.dtype)
         return (p * weight[batch.documents.ids(p.shape[0])]).sum()
-    if previous_rate is None:
-        slope = rate_slope(total.rate, config.target_ratio)
-    else:
-        slope = torch.where(previous_rate >= 0, rate_slope(previous_rate, config.target_ratio), 0.0)
-    return p.sum() * (slope / total.scalar("step_tokens").clamp(min=1)).to(p.dtype)
+    slope = torch.where(rate >= 0, rate_slope(rate, config.target_ratio), 0.0)
+    return p.sum() * (slope / counts[COUNTS.index("tokens")].clamp(min=1)).to(p.dtype)

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import torch
 from tqdm import tqdm
 
-from dlcm_lightning.batch import Batch
+from dlcm_lightning.batch import Batch, StepCounts
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.objective import Tally
+from dlcm_lightning.training.objective import Tally, over_ranks
 
 
 @torch.no_grad()
@@ -19,6 +19,5 @@ def validate(module: PretrainModule, batches: Iterable[Batch], progress: bool = 
     whole = module.empty_tally()
     shown = progress and sys.stderr.isatty()
     for batch in tqdm(batches, desc="validate", unit="batch", disable=not shown, leave=False):
-        _, local, _ = module.tally(batch.to(module.device), None)
-        whole = whole + local
-    return whole.all_reduced()
+        whole = whole + module.tally(batch.to(module.device), None)[0]
+    return over_ranks(whole, StepCounts())[0]

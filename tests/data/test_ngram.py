@@ -11,8 +11,9 @@ import pytest
 
 from dlcm_lightning.batch import NO_TARGET
 from dlcm_lightning.config import DataConfig, SourceConfig
+from dlcm_lightning.data.loader import ValidationBatches
 from dlcm_lightning.data.ngram import Histories, floors, log2_probabilities
-from dlcm_lightning.data.reader import Reader, ValidationBatches
+from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
 from tests.synthetic import VOCABULARY, write_split
 

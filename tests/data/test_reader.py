@@ -15,8 +15,9 @@ import torch
 
 from dlcm_lightning.batch import NO_TARGET, Batch
 from dlcm_lightning.config import DataConfig, SourceConfig
+from dlcm_lightning.data.loader import TrainingBatches, ValidationBatches
 from dlcm_lightning.data.order import NOISE, key
-from dlcm_lightning.data.reader import Reader, TrainingBatches, ValidationBatches
+from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.ops.noise import uniform
@@ -79,7 +80,7 @@ def test_rows_are_windows_of_their_source_and_batches_know_their_documents(confi
             found = batch.documents.starts[:-1].numpy() - inside.start
             assert set(found[(found >= 0) & (found < 64)].tolist()) == begins
             targets, documents = targets + 64 - len(ends), documents + len(begins)
-        assert {(batch.step_targets, batch.step_documents, batch.step_tokens) for batch in batches} == {
+        assert {(batch.step.targets, batch.step.documents, batch.step.tokens) for batch in batches} == {
             (targets, documents, 512)}
 
 
@@ -110,7 +111,7 @@ def test_any_split_over_ranks_gives_the_same_global_sequence(config: DataConfig,
         for batches in steps:
             targets = sum(int((batch.targets != NO_TARGET).sum()) for batch in batches)
             tokens = sum(int(batch.counted().sum()) for batch in batches)
-            assert {(batch.step_targets, batch.step_tokens) for batch in batches} == {(targets, tokens)}
+            assert {(batch.step.targets, batch.step.tokens) for batch in batches} == {(targets, tokens)}
 
 
 def test_filler_rows_predict_nothing_and_count_nowhere(config: DataConfig) -> None:
@@ -119,7 +120,7 @@ def test_filler_rows_predict_nothing_and_count_nowhere(config: DataConfig) -> No
     assert [batch.samples.tolist() for batch in batches] == [[2, 3], [4, -1]]
     filler = batches[1]
     assert (filler.targets[64:] == NO_TARGET).all() and (filler.tokens[64:] == reader.bos_id).all()
-    assert not filler.counted()[64:].any() and filler.step_tokens == 3 * 64
+    assert not filler.counted()[64:].any() and filler.step.tokens == 3 * 64
 
 
 def test_batches_that_start_in_the_middle_continue_the_sequence(reader: Reader) -> None:
@@ -133,18 +134,18 @@ def test_batches_that_start_in_the_middle_continue_the_sequence(reader: Reader) 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more than the machine has cores
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_loader_workers_change_nothing(reader: Reader, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr("dlcm_lightning.data.reader.READ_TOKENS", 3 * reader.config.tokens_per_step)
+    monkeypatch.setattr("dlcm_lightning.data.loader.READ_TOKENS", 3 * reader.config.tokens_per_step)
     loaded = list(TrainingBatches(reader, 0, 1, 2, 13, workers=workers))
     alone = list(TrainingBatches(reader, 0, 1, 2, 13))
     assert len(loaded) == len(alone) == 44
     for there, here in zip(loaded, alone, strict=True):
         assert there.samples.tolist() == here.samples.tolist() and there.tokens.tolist() == here.tokens.tolist()
-        assert (there.step_targets, there.step_tokens) == (here.step_targets, here.step_tokens)
+        assert (there.step.targets, there.step.tokens) == (here.step.targets, here.step.tokens)
 
 
 LEFT_OPEN = """
 import pickle, sys
-from dlcm_lightning.data.reader import TrainingBatches
+from dlcm_lightning.data.loader import TrainingBatches
 kept = iter(TrainingBatches(pickle.loads(sys.stdin.buffer.read()), 0, 1, 0, 50, workers=2))
 next(kept)
 if sys.argv[1] == "error":

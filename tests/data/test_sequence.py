@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from dlcm_lightning.batch import NO_TARGET, Batch
 from dlcm_lightning.config import DataConfig, SourceConfig, WeightChange
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.reader import Reader, TrainingBatches
+from dlcm_lightning.data.loader import TrainingBatches
+from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
 from tests.synthetic import VOCABULARY
@@ -122,7 +123,7 @@ def check_life(reader: Reader, world: int, workers: int, first: int, last: int, 
         for batch in batches:
             assert (batch.documents.lengths() > 0).all() and batch.documents.starts[-1] == len(batch.tokens)
             assert batch.documents.longest == batch.documents.lengths().max()
-            for missed in batch.step_unreadable:
+            for missed in batch.step.unreadable:
                 assert missed.sample not in seen
                 masked[missed.sample] = missed.source
     assert len(lengths) == 1, "ranks must make the same number of forward passes"

@@ -19,7 +19,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from dlcm_lightning.config import DataConfig
 from dlcm_lightning.data import store
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.reader import Reader, TrainingBatches
+from dlcm_lightning.data.loader import TrainingBatches
+from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.store import Chunks, LocalStore, RemoteStore
 from tests.synthetic import VOCABULARY
 

@@ -9,7 +9,6 @@ import torch
 
 from dlcm_lightning.batch import NO_TARGET
 from dlcm_lightning.model.dlcm import build_model
-from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
 from dlcm_lightning.ops.segments import Segments
 from dlcm_lightning.training.objective import rate_loss
 from tests import reference as oracle
@@ -53,9 +52,8 @@ def test_gradients_of_the_whole_loss_equal_those_of_the_loops(form: str) -> None
     targets = torch.where(targets < 0, NO_TARGET, targets)
 
     model = loaded(config, state)
-    output = model(tokens, documents, noise)
-    nll, _ = linear_cross_entropy(output.hidden, model.unembedding.weight, targets, model.logit_scale)
-    loss = nll / (targets >= 0).sum()
+    output = model(tokens, documents, noise, targets)
+    loss = output.nll_sum / (targets >= 0).sum()
     if config.boundary.learned:
         f, g = output.segmentation.boundaries.double().mean(), output.segmentation.probabilities.mean()
         loss = loss + config.boundary.rate_weight * rate_loss(f, g, config.boundary.target_ratio)
@@ -105,9 +103,7 @@ def test_the_language_model_loss_gives_the_boundary_no_gradient(form: str) -> No
     config = small(form)
     model = loaded(config, oracle.random_state(config, seed=7))
     tokens, noise, documents = tokens_and_noise(LENGTHS)
-    output = model(tokens, documents, noise)
-    nll, _ = linear_cross_entropy(output.hidden, model.unembedding.weight, tokens, model.logit_scale)
-    nll.backward()
+    model(tokens, documents, noise, tokens).nll_sum.backward()
     for name, parameter in model.boundary.named_parameters():
         assert parameter.grad is None, name
     assert model.encoder.layers[0].ffn.down.weight.grad.abs().sum() > 0

@@ -14,7 +14,7 @@ from dlcm_lightning.model.boundary import LearnedBoundary
 from dlcm_lightning.model.dlcm import DLCM
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.objective import measure, rate_loss, rate_slope
+from dlcm_lightning.training.objective import COUNTS, counts_of, rate_loss, rate_slope
 from tests import reference as oracle
 from tests.synthetic import VOCABULARY
 
@@ -38,7 +38,7 @@ def step_gradients(config: Config, micro_batch_rows: int, previous_rate: float |
     config = replace(config, data=replace(config.data, micro_batch_rows=micro_batch_rows))
     module = module_for(config)
     if previous_rate is not None:
-        module.previous_rate.fill_(previous_rate)
+        module.previous_counts.copy_(torch.tensor([round(previous_rate * 1000), 1000]))
     reader = Reader(config.data, config.seed, config.model.vocab_size)
     for number in range(config.micro_batches):
         loss = module.training_step(reader.step_batches(0)[number], number)
@@ -112,11 +112,12 @@ def test_a_tally_counts_by_domain_and_leaves_fillers_out(run_config: Config) -> 
     module = module_for(config)
     batch = Reader(config.data, config.seed, config.model.vocab_size).step_batches(0)[1]
     assert batch.samples.tolist() == [3, 4, -1]
-    _, tally, output = module.tally(batch, batch.noise)
+    tally, output = module.tally(batch, batch.noise)
     real = batch.counted()
     assert tally.total("tokens") == 2 * 64
-    assert tally.scalar("step_tokens") == 5 * 64
-    assert tally.total("targets") == (batch.targets >= 0).sum() < tally.scalar("step_targets")
+    assert counts_of(batch.step, module.device)[COUNTS.index("tokens")] == 5 * 64
+    assert tally.total("targets") == (batch.targets >= 0).sum() < batch.step.targets
+    assert tally.scalar("concepts") == len(output.concepts)
     states = output.segmentation.features[real]
     torch.testing.assert_close(tally.features, states.sum(0))
     assert tally.total("bytes") == sum(int(TOKEN_BYTES[target]) for target in batch.targets if target >= 0)
@@ -135,7 +136,7 @@ def test_a_step_without_a_token_leaves_the_boundary_as_it_is(run_config: Config)
     module = module_for(run_config)
     module.training_step(one_batch(run_config), 0)
     module.after_step()
-    state = [module.previous_rate, *module.model.boundary.buffers()]
+    state = [module.previous_counts, *module.model.boundary.buffers()]
     before = [buffer.clone() for buffer in state]
     module.step_tally = replace(module.empty_tally(), features=torch.zeros(run_config.model.d_token))
     module.after_step()
@@ -148,11 +149,9 @@ def test_a_dense_model_has_a_tally_without_concepts(run_config: Config) -> None:
     batch = one_batch(config)
     loss = module.training_step(batch, 0)
     loss.backward()
-    _, tally, output = module.tally(batch, None)
-    assert output.segmentation is None
+    tally, output = module.tally(batch, None)
+    assert output.segmentation is None and tally.total("tokens") == 256
     assert "R_sampled" not in metrics_of(tally, config.data.domains, None)
-    measured = measure(output, batch, torch.zeros(256, dtype=torch.float64), config.model.boundary, 2, TOKEN_BYTES)
-    assert measured.total("tokens") == 256
 
 
 def test_the_rate_bias_moves_the_rate_towards_its_target(run_config: Config) -> None:
@@ -164,11 +163,11 @@ def test_the_rate_bias_moves_the_rate_towards_its_target(run_config: Config) -> 
         assert isinstance(boundary, LearnedBoundary)
         boundary.rate_bias.fill_(delta)
         batch = one_batch(run_config)
-        before = module.tally(batch, batch.noise)[1].rate.item()
+        before = module.tally(batch, batch.noise)[0].rate.item()
         for _ in range(60):
-            rate = module.tally(batch, batch.noise)[1].rate
+            rate = module.tally(batch, batch.noise)[0].rate
             boundary.after_step(rate, boundary.prior_mean)
-        after = module.tally(batch, batch.noise)[1].rate.item()
+        after = module.tally(batch, batch.noise)[0].rate.item()
         assert abs(after - 0.25) < 0.02 < abs(before - 0.25)
 
 

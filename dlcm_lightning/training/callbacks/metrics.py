@@ -115,7 +115,7 @@ class Metrics(Callback):
         ratio = config.model.boundary.target_ratio if config.model.kind == "dlcm" else None
         metrics = metrics_of(self.window, config.data.domains, ratio)
         if config.data.unreadable == "mask":
-            metrics["unreadable_rows"] = round(self.window.scalar("step_unreadable").item() / config.micro_batches)
+            metrics["unreadable_rows"] = round(self.window.scalar("unreadable").item())
         metrics["gradient_norm"] = module.gradient_norm.item()
         for group in trainer.optimizers[0].param_groups:
             metrics[f"learning_rate_{group['role']}"] = group["lr"]

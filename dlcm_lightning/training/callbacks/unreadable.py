@@ -47,13 +47,13 @@ class WatchUnreadable(Callback):
         data = module.config.data
         if data.unreadable == "stop" or not module.finishes_step(batch_idx):
             return
-        if batch.step_unreadable:
+        if batch.step.unreadable:
             with (self.run / f"unreadable-{trainer.global_rank:05d}.jsonl").open("a") as file:
-                for row in batch.step_unreadable:
+                for row in batch.step.unreadable:
                     file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
                     self.report(f"unreadable: sample {row.sample} of {row.source!r}: {row.reason}")
         assert module.last_step is not None
-        self.rows += round(module.last_step.scalar("step_unreadable").item() / module.config.micro_batches)
+        self.rows += round(module.last_step.scalar("unreadable").item())
         consumed = trainer.global_step * data.rows_per_step
         if self.rows > data.max_unreadable * max(consumed, data.block_rows):
             raise DataError(f"data.max_unreadable = {data.max_unreadable}: {self.rows} of {consumed} rows could not be "
