@@ -16,6 +16,8 @@ from typing import Literal, get_args
 
 BoundaryForm = Literal["paper", "centred", "biased", "both", "rule", "fixed"]
 AttentionBackend = Literal["auto", "flash", "varlen", "sdpa", "reference"]
+Strategy = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+Recompute = Literal["none", "selective", "full"]
 
 
 class ConfigError(ValueError):
@@ -340,6 +342,14 @@ class TrainConfig:
     devices: int = 1
     """Processes per node, one per GPU."""
     nodes: int = 1
+    strategy: Strategy = "ddp"
+    """How the model is spread over them. ddp: whole on every one. fsdp2: parameters, gradients and moments cut into
+    rows. zero1, zero2, zero3: DeepSpeed; moments, gradients too, parameters too in pieces. All compute the same."""
+    offload: bool = False
+    """zero3: parameters, gradients and moments live in the host's memory."""
+    recompute: Recompute = "none"
+    """Activation checkpointing, per block of every stack. full: a block keeps its input and runs again in the
+    backward. selective: it keeps what its matrix products and attention gave and recomputes the rest."""
     log_every_steps: int = 10
     """Optimizer steps between two lines of metrics."""
     validate_every_steps: int = 1000
@@ -348,13 +358,27 @@ class TrainConfig:
     """Optimizer steps between checkpoints; the run's end always writes one."""
     keep_last: int = 2
     """Newest complete checkpoints that are kept. At least two: the newest may turn out damaged."""
+    keep_every_tokens: int = 0
+    """Beside them, for good, the first checkpoint in every so many consumed tokens; 0 keeps none."""
 
     def __post_init__(self) -> None:
         _require_member("train.precision", self.precision, Literal["auto", "bf16", "fp32", "fp64"])
         for name in ("devices", "nodes", "log_every_steps", "validate_every_steps", "checkpoint_every_steps"):
             _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
+        _require_member("train.strategy", self.strategy, Strategy)
+        _require_member("train.recompute", self.recompute, Recompute)
+        _require(not self.offload or self.strategy == "zero3", "train.offload", self.offload,
+                 f"goes with train.strategy = 'zero3', not {self.strategy!r}")
+        _require(self.precision != "fp64" or not self.strategy.startswith("zero"), "train.precision", self.precision,
+                 f"train.strategy = {self.strategy!r} keeps fp32; use ddp or fsdp2")
+        _require(self.keep_every_tokens >= 0, "train.keep_every_tokens", self.keep_every_tokens, "use 0 or more")
         _require(self.keep_last >= 2, "train.keep_last", self.keep_last,
                  "keep at least 2, so that a damaged newest checkpoint has one before it")
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the whole run."""
+        return self.devices * self.nodes
 
 
 @dataclass(frozen=True)
@@ -390,5 +414,5 @@ class Config:
     @property
     def micro_batches(self) -> int:
         """Forward passes of every rank in one optimizer step; filler rows complete the last where rows are short."""
-        rows = -(-self.data.rows_per_step // (self.train.devices * self.train.nodes))
+        rows = -(-self.data.rows_per_step // self.train.ranks)
         return -(-rows // self.data.micro_batch_rows)

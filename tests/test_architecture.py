@@ -21,7 +21,7 @@ FLOORS = (
     {"ops", "scaling"},
     {"batch"},
     {"model", "data"},
-    {"cluster"},
+    {"checkpoint", "cluster"},
     {"export", "training"},
     {"inference"},
     {"evaluation"},

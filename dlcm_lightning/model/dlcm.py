@@ -54,8 +54,7 @@ class Embedding(Tagged):
     """(T,) ids -> (T, D)."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
-        super().__init__(Role.EMBEDDING)
-        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        super().__init__(Role.EMBEDDING, vocab_size, width)
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(tokens, self.weight).to(dtype)
@@ -157,11 +156,15 @@ class DLCM(LanguageModel):
         return self.output(self.decoder(h, documents, self.backend), targets, segmentation, concepts)
 
 
-def build_model(config: ModelConfig, compute_dtype: torch.dtype, backend: str, seed: int) -> LanguageModel:
-    """The model that `config.kind` names, initialised by the muP table. Parameters are fp32 (fp64 for fp64)."""
+def assemble(config: ModelConfig, compute_dtype: torch.dtype, backend: str) -> LanguageModel:
+    """The model that `config.kind` names, its parameters not filled: fp32 (fp64 for fp64)."""
     kinds: dict[str, type[LanguageModel]] = {"dlcm": DLCM, "dense": Dense}
     model = kinds[config.kind](config, compute_dtype, backend)
-    if compute_dtype == torch.float64:
-        model = model.double()
+    return model.double() if compute_dtype == torch.float64 else model
+
+
+def build_model(config: ModelConfig, compute_dtype: torch.dtype, backend: str, seed: int) -> LanguageModel:
+    """The same, initialised by the muP table."""
+    model = assemble(config, compute_dtype, backend)
     mup.initialise(model, config, seed)
     return model

@@ -47,8 +47,7 @@ class RMSNorm(Tagged):
     """x / rms(x) * gain over the last axis, in at least fp32, returned in the dtype of x."""
 
     def __init__(self, role: Role, width: int, epsilon: float) -> None:
-        super().__init__(role)
-        self.weight = nn.Parameter(torch.empty(width))
+        super().__init__(role, width)
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ is silent there.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -47,19 +47,18 @@ class Role(Enum):
 class Tagged(nn.Module):
     """A module that holds exactly one parameter, `weight`, and knows its role."""
 
-    weight: nn.Parameter
-
-    def __init__(self, role: Role) -> None:
+    def __init__(self, role: Role, *shape: int) -> None:
         super().__init__()
-        self.role = role
+        self.role, self.shape = role, torch.Size(shape)
+        self.weight = nn.Parameter(torch.empty(shape))
+        """An engine may cut it or take it away; `shape` remains."""
 
 
 class Matrix(Tagged):
     """y = x W^T without bias, in the dtype of x. The stored weight keeps its own (fp32 when training)."""
 
     def __init__(self, role: Role, fan_in: int, fan_out: int) -> None:
-        super().__init__(role)
-        self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
+        super().__init__(role, fan_out, fan_in)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., fan_in) -> (..., fan_out)."""
@@ -126,17 +125,24 @@ def tagged_parameters(module: nn.Module) -> Iterator[tuple[str, Tagged]]:
         yield name, owners[name]
 
 
+def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+    parameter.copy_(value)
+
+
 @torch.no_grad()
-def initialise(module: nn.Module, model: ModelConfig, seed: int) -> None:
-    """Fills every parameter by its role. Each draws from a generator of its own, keyed by (seed, name), so that
-    neither the order of construction nor the split over ranks enters."""
+def initialise(module: nn.Module, model: ModelConfig, seed: int,
+               place: Callable[[nn.Parameter, Tensor], None] = _copy) -> None:
+    """Fills every parameter by its role. Each draws on the host from a generator of its own, keyed by (seed, name), so
+    that neither the order of construction, nor the device, nor the split over ranks enters. place: writes a whole
+    tensor into a parameter of which this process may hold a part."""
+    host = torch.device("cpu")
     for name, owner in tagged_parameters(module):
-        weight = owner.weight
         deviation = _deviation(owner.role, model)
         if deviation is not None:
-            generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**63)
-            weight.copy_(torch.randn(weight.shape, generator=generator) * deviation)
+            generator = torch.Generator(host).manual_seed((seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**63)
+            value = torch.randn(owner.shape, generator=generator, dtype=torch.float32, device=host) * deviation
         elif owner.role is Role.BOUNDARY:
-            weight.copy_(torch.eye(weight.shape[0], weight.shape[1]))
+            value = torch.eye(*owner.shape, device=host)
         else:
-            weight.fill_(1.0)
+            value = torch.ones(owner.shape, device=host)
+        place(owner.weight, value)

@@ -15,31 +15,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from dlcm_lightning.checkpoint.folder import Checkpoint, Identity
+from dlcm_lightning.cluster.processes import first_process
 from dlcm_lightning.compose import differences
 from dlcm_lightning.config import Config, ConfigError
-from dlcm_lightning.training.checkpoints import Checkpoint, Identity
 
 LOCK = ".lock"
 MAY_DIFFER = ("name", "data.root", "data.workers", "data.cache_megabytes", "data.read_ahead_steps", "data.unreadable",
-              "data.max_unreadable")
-"""Beside most of `train`. Which rows can be read may change, which rows there are may not."""
-CHANGES_THE_RUN = ("train.precision", "train.devices", "train.nodes")
-"""Among the fields of `train`. The saved position counts micro-batches, hence devices and nodes."""
+              "data.max_unreadable", "data.micro_batch_rows", "model.boundary.previous_rate")
+"""Beside most of `train`. Which rows can be read may change, which rows there are may not; how a step is split may,
+as long as the rule for F stays what it was."""
+CHANGES_THE_RUN = ("train.precision",)
+"""Among the fields of `train`."""
 
 
 class RunError(RuntimeError):
     """A run's directory that cannot be used. Names it and the remedy."""
-
-
-def first_process() -> bool:
-    """Whether this process is the one that writes; known before torch.distributed is."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
-    return all(os.environ.get(name, "0") == "0" for name in names)
 
 
 @contextlib.contextmanager
@@ -85,15 +80,23 @@ def check_same_run(checkpoint: Checkpoint, config: Config, precision: str) -> No
     if fields:
         raise ConfigError(f"name = {config.name!r}: {checkpoint.folder} belongs to a run that differs in "
                           f"{', '.join(fields)}; choose another name=..., restore these fields, or move it away")
-    if checkpoint.identity.precision != precision:
+    boundary = config.model.boundary
+    rate_matters = config.model.kind == "dlcm" and boundary.learned and boundary.rate_scope == "global"
+    if rate_matters and before.uses_previous_rate != config.uses_previous_rate:
+        was, remedy = (("previous", "model.boundary.previous_rate=true keeps it so") if before.uses_previous_rate else
+                       ("current", "that needs one micro-batch a step: more ranks, or larger data.micro_batch_rows"))
+        raise ConfigError(f"model.boundary.previous_rate = {config.model.boundary.previous_rate}: the rate loss of "
+                          f"{checkpoint.folder} takes F of the {was} step, and {config.micro_batches} micro-batches a "
+                          f"step mean the other one here; {remedy}")
+    if checkpoint.manifest.identity.precision != precision:
         raise ConfigError(f"train.precision = {config.train.precision!r}: {checkpoint.folder} was trained in "
-                          f"{checkpoint.identity.precision}, here it means {precision}; continue on a machine like "
-                          "the first, or choose another name=... to begin a new run")
+                          f"{checkpoint.manifest.identity.precision}, here it means {precision}; continue on a "
+                          "machine like the first, or choose another name=... to begin a new run")
 
 
 def check_same_data(checkpoint: Checkpoint, identity: Identity, root: str) -> None:
     """Raises ConfigError where the rows are not those the checkpoint was trained on."""
-    if checkpoint.identity.data_fingerprint != identity.data_fingerprint:
+    if checkpoint.manifest.identity.data_fingerprint != identity.data_fingerprint:
         raise ConfigError(f"data.root = {root!r}: its shards or their order are not those that {checkpoint.folder} "
                           "was trained on, so sample i would be another text; restore them, or choose another "
                           "name=... to begin a new run")

@@ -9,6 +9,7 @@ running tally; and the last whole one for whoever logs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.optim import Optimizer
 
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.config import Config
-from dlcm_lightning.model.dlcm import DLCM, Output, build_model
+from dlcm_lightning.model import mup
+from dlcm_lightning.model.dlcm import DLCM, LanguageModel, Output, assemble
 from dlcm_lightning.ops.collectives import all_reduce_sum, world_size
 from dlcm_lightning.ops.segments import Concepts
 from dlcm_lightning.training.objective import (
@@ -35,6 +37,8 @@ from dlcm_lightning.training.objective import (
 from dlcm_lightning.training.optim import build_optimizer
 from dlcm_lightning.training.schedule import learning_rate_factor
 
+Construct = Callable[[Callable[[], LanguageModel], Callable[..., None]], LanguageModel]
+"""(assemble, fill) -> a filled model, as `Engine.construct` does it."""
 LENGTHS = 32
 """Concept lengths that are told apart; longer ones count as the last."""
 
@@ -46,17 +50,29 @@ def count_lengths(concepts: Concepts, batch: Batch) -> Tensor:
     return ((lengths[:, None] == bins) & batch.counted()[concepts.closing, None]).sum(0)
 
 
+def whole_model(assemble: Callable[[], LanguageModel], fill: Callable[..., None]) -> LanguageModel:
+    """In one piece, on the device that is current."""
+    model = assemble()
+    fill(model)
+    return model
+
+
 class PretrainModule(LightningModule):
     """Four stages, two losses, one optimizer."""
 
+    model: LanguageModel
     previous_counts: Tensor
     token_bytes: Tensor
 
-    def __init__(self, config: Config, compute_dtype: torch.dtype, backend: str, token_bytes: Tensor) -> None:
-        """token_bytes: (V,) int64, UTF-8 bytes of every id of the tokenizer: the denominator of bits per byte."""
+    def __init__(self, config: Config, compute_dtype: torch.dtype, backend: str, token_bytes: Tensor,
+                 construct: Construct = whole_model) -> None:
+        """token_bytes: (V,) int64, UTF-8 bytes of every id of the tokenizer: the denominator of bits per byte.
+        construct: an engine's, for a model that is spread over processes."""
         super().__init__()
         self.config = config
-        self.model = build_model(config.model, compute_dtype, backend, config.seed)
+        self._assemble = partial(assemble, config.model, compute_dtype, backend)
+        self._fill = partial(mup.initialise, model=config.model, seed=config.seed)
+        self._construct: Construct | None = construct
         self.register_buffer("previous_counts", torch.zeros(2, dtype=torch.int64))  # no engine casts whole numbers
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.counts: Tensor | None = None
@@ -67,14 +83,23 @@ class PretrainModule(LightningModule):
         """Of the step behind it, known from then on too."""
         self.last_step: Tally | None = None
         """The tally of the last whole optimizer step, over all ranks."""
-        self.gradient_norm = torch.zeros(())
-        """Global norm before clipping, of the last optimizer step."""
         self.concept_lengths: Tensor | None = None
         """(LENGTHS,) int64: concepts of this rank's last micro-batch by the number of tokens they pool."""
+
+    def configure_model(self) -> None:
+        """Makes `model`. Lightning calls it where the engine wants the model to be made; a second call does nothing."""
+        if self._construct is not None:
+            self.model = self._construct(self._assemble, self._fill)
+            self._construct = None
 
     def finishes_step(self, batch_idx: int) -> bool:
         """Whether micro-batch `batch_idx` of the run is the last of its optimizer step."""
         return (batch_idx + 1) % self.config.micro_batches == 0
+
+    @property
+    def target_ratio(self) -> float | None:
+        """R; None for a dense model."""
+        return self.config.model.boundary.target_ratio if self.config.model.kind == "dlcm" else None
 
     @property
     def consumed_tokens(self) -> int:
@@ -114,12 +139,6 @@ class PretrainModule(LightningModule):
     def configure_optimizers(self) -> Optimizer:
         return build_optimizer(self.model, self.config.model, self.config.optim)
 
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        limit = self.config.optim.clip_norm or float("inf")
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).detach()
-
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
@@ -129,7 +148,8 @@ class PretrainModule(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         optimizer.step(closure=optimizer_closure)
-        self.after_step()
+        if self.finishes_step(batch_idx):  # DeepSpeed is asked after every micro-batch
+            self.after_step()
 
     @torch.no_grad()
     def after_step(self) -> None:

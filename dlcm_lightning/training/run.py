@@ -3,7 +3,8 @@
 What stands in the run's directory is described in directory.py.
 
 Everything random is a function of the seed (initialisation), of the sample's index (order, noise) or of nothing, so
-that continuing from a checkpoint is the same computation as never having stopped, bit for bit on the same machine.
+that continuing from a checkpoint is the same computation as never having stopped, bit for bit on the same machine. How
+many processes share it, and under which strategy, enters nowhere but here.
 """
 
 from __future__ import annotations
@@ -12,59 +13,68 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 
-from dlcm_lightning.compose import save_config
+from dlcm_lightning.checkpoint.folder import Checkpoint, CheckpointError, Identity, Manifest, folders
+from dlcm_lightning.cluster.processes import first_process
+from dlcm_lightning.cluster.signals import Wish
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.building.prepare import prepare_sample_corpus
-from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.data.ngram import Floor, floors
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.training import machine
 from dlcm_lightning.training.callbacks.boundaries import ShowBoundaries
-from dlcm_lightning.training.callbacks.checkpoint import StraightToDisk, WriteCheckpoints
+from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
+from dlcm_lightning.training.callbacks.conclusion import Conclude
 from dlcm_lightning.training.callbacks.metrics import Metrics, MetricsWriter
+from dlcm_lightning.training.callbacks.opening import OpenRun
 from dlcm_lightning.training.callbacks.progress import Progress
 from dlcm_lightning.training.callbacks.unreadable import WatchUnreadable
 from dlcm_lightning.training.callbacks.validate import Validate
-from dlcm_lightning.training.checkpoints import Identity, newest_checkpoint, sweep
 from dlcm_lightning.training.datamodule import PretrainData
-from dlcm_lightning.training.directory import RunError, check_same_data, check_same_run, claimed, first_process
-from dlcm_lightning.training.metrics import metrics_of
+from dlcm_lightning.training.directory import RunError, check_same_run, claimed
+from dlcm_lightning.training.loop import StepLoop
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.report import Report, speed, summary
+from dlcm_lightning.training.report import Report, summary
 from dlcm_lightning.training.stopwatch import Stopwatch
-from dlcm_lightning.training.validation import validate
+from dlcm_lightning.training.strategies.choice import choose_engine
+from dlcm_lightning.training.strategies.engine import Engine
 
-CONFIG_FILE = "config.yaml"
-TENSORBOARD = "tensorboard"
+Say = Callable[[str], None]
+FOREIGN_WARNINGS = (
+    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
+    (r"barrier\(\): using the device under current context", UserWarning),
+)
+"""Of libraries among themselves, which no user can mend."""
 
 
 def _quiet() -> None:
-    """Silences Lightning's banner, and the one warning that it causes inside torch and that no user can mend."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    deprecated = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
-    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
+    for message, category in FOREIGN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
 
 
-def _trainer(config: Config, where: torch.device, logger: TensorBoardLogger, callbacks: list[Callback]) -> Trainer:
-    return Trainer(
+def build_trainer(config: Config, where: torch.device, engine: Engine, callbacks: list[Callback]) -> Trainer:
+    """Lightning's loop over the whole run as one epoch. What it would do for a checkpoint, a logger, a progress bar or
+    a signal is done by callbacks here."""
+    trainer = Trainer(
         accelerator="gpu" if where.type == "cuda" else "cpu",
+        strategy=cast(Strategy, engine),
         devices=config.train.devices,
         num_nodes=config.train.nodes,
-        precision="32-true",  # leaves everything as it is: the model casts for itself
-        logger=logger,
+        logger=False,
         callbacks=callbacks,
-        plugins=[StraightToDisk()],
         max_steps=config.total_steps,
         max_epochs=-1,
-        log_every_n_steps=1,
         accumulate_grad_batches=config.micro_batches,
+        gradient_clip_val=config.optim.clip_norm or float("inf"),
         limit_val_batches=0,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -72,12 +82,15 @@ def _trainer(config: Config, where: torch.device, logger: TensorBoardLogger, cal
         use_distributed_sampler=False,
         deterministic=True,
     )
+    trainer.fit_loop.epoch_loop = StepLoop(trainer, max_steps=config.total_steps)
+    return trainer
 
 
-def pretrain(config: Config, report: Callable[[str], None] = print) -> Report:
+def pretrain(config: Config, report: Say = print) -> Report:
     """Trains to `optim.total_tokens`, from the newest checkpoint where there is one, and validates.
 
-    Raises ConfigError, DataError, CheckpointError or RunError; each message says what to do.
+    Every process of the run calls it. Raises ConfigError, DataError, CheckpointError, RunError or Stopped; each message
+    says what to do.
     """
     _quiet()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
@@ -89,89 +102,66 @@ def pretrain(config: Config, report: Callable[[str], None] = print) -> Report:
     dtype = machine.compute_dtype(config.train.precision, where)
     backend = choose_backend(config.model.attention, where, dtype)
     run = Path(config.train.runs) / config.name
-    with claimed(run):
-        return _claimed_run(config, run, where, dtype, backend, report)
-
-
-def _claimed_run(
-    config: Config, run: Path, where: torch.device, dtype: torch.dtype, backend: str, report: Callable[[str], None]
-) -> Report:
-    precision = str(dtype).removeprefix("torch.")
-    checkpoint = newest_checkpoint(run, report)
-    if checkpoint:
-        check_same_run(checkpoint, config, precision)
-        if checkpoint.step >= config.total_steps and (done := Report.load(run)):
-            report(f"{run} is finished: {done.steps} of {config.total_steps} steps. For another run choose name=...")
-            report(summary(config, done))
+    say = report if first_process() else _nothing
+    with claimed(run), Wish() as wish:
+        if (done := _finished(config, run, str(dtype).removeprefix("torch."))) is not None:
+            say(f"{run} is finished: {done.steps} of {config.total_steps} steps. For another run choose name=...")
+            say(summary(config, done))
             return done
-    if config.data.corpus == "sample":
-        prepare_sample_corpus(config.data, config.model.vocab_size, report)
-    reader = Reader(config.data, config.seed, config.model.vocab_size, report=report)
-    reader.check_lasts(config.total_steps * config.data.rows_per_step)
-    identity = Identity(reader.fingerprint, precision)
-    if checkpoint:
-        check_same_data(checkpoint, identity, config.data.root)
-        report(f"continuing {run} at step {checkpoint.step} of {config.total_steps}")
-    report(f"attention {backend}, {precision}, {machine.describe(config.train, where)}")
-    if config.model.kind == "dlcm" and config.model.boundary.learned:
-        report(f"rate loss with F of the {'previous' if config.uses_previous_rate else 'current'} step")
+        try:
+            return _train(config, run, where, dtype, backend, wish, say)
+        finally:
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()
 
-    module = PretrainModule(config, dtype, backend, torch.from_numpy(reader.token_bytes))
+
+def _nothing(message: str) -> None:
+    del message
+
+
+def _finished(config: Config, run: Path, precision: str) -> Report | None:
+    """The report of a run that has reached its end. ConfigError: the directory holds another run. What is read here is
+    small; whether a checkpoint is whole is asked when all ranks are there."""
+    for folder in reversed(folders(run)):
+        try:
+            newest = Checkpoint(folder, Manifest.load(folder))
+            check_same_run(newest, config, precision)
+        except (CheckpointError, OSError):
+            continue
+        return Report.load(run) if newest.step >= config.total_steps else None
+    return None
+
+
+def _train(config: Config, run: Path, where: torch.device, dtype: torch.dtype, backend: str, wish: Wish, say: Say
+           ) -> Report:
+    if config.data.corpus == "sample":
+        prepare_sample_corpus(config.data, config.model.vocab_size, say)
+    reader = Reader(config.data, config.seed, config.model.vocab_size, report=say)
+    reader.check_lasts(config.total_steps * config.data.rows_per_step)
+    precision = str(dtype).removeprefix("torch.")
+    say(f"attention {backend}, {precision}, {config.train.strategy}, {machine.describe(config.train, where)}")
+    if config.model.kind == "dlcm" and config.model.boundary.learned:
+        say(f"rate loss with F of the {'previous' if config.uses_previous_rate else 'current'} step")
+
+    engine = choose_engine(config.train, where)
+    module = PretrainModule(config, dtype, backend, torch.from_numpy(reader.token_bytes), engine.construct)
     stopwatch = Stopwatch()
     data = PretrainData(config, reader, where.type == "cuda", stopwatch)
-    rate_before = machine.matrix_product_rate(dtype, where)
-    step = checkpoint.step if checkpoint else 0
-    logger = TensorBoardLogger(run, name="", version=TENSORBOARD, purge_step=step * config.data.tokens_per_step + 1)
-    writer = MetricsWriter(run, logger)
-    if first_process():
-        sweep(run, config.train.keep_last)
-        save_config(config, run / CONFIG_FILE)
-        writer.cut_back(step, config.total_steps)
+    writer = MetricsWriter(run)
     metrics = Metrics(writer, stopwatch)
-    trainer = _trainer(config, where, logger, [
-        metrics, Progress(metrics), Validate(writer, stopwatch), ShowBoundaries(reader, logger, stopwatch),
-        WatchUnreadable(run, report), WriteCheckpoints(run, identity, stopwatch),
+    checkpoints = Checkpoints(stopwatch, wish)
+    conclude = Conclude(run, data, metrics, partial(machine.matrix_product_rate, dtype, where), say)
+    opening = OpenRun(run, Identity(reader.fingerprint, precision), reader, data, writer, checkpoints, say)
+    trainer = build_trainer(config, where, engine, [
+        opening, metrics, Progress(metrics), Validate(writer, stopwatch), ShowBoundaries(reader, writer, stopwatch),
+        WatchUnreadable(run, say), checkpoints, conclude,
     ])
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint.state if checkpoint else None, weights_only=True)
+        trainer.fit(module, datamodule=data)
     except SystemExit as leaving:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from leaving
     except OSError as error:
         raise RunError(f"{run} could not be written: {error}. Free space or correct the permissions, then start the "
                        "run again: it continues from the newest checkpoint.") from error
-    return _conclude(config, run, module, data, metrics, writer, rate_before, report)
-
-
-def _floors(reader: Reader, report: Callable[[str], None]) -> list[Floor]:
-    """None where shards that the floors count are damaged: the model is trained all the same."""
-    try:
-        return floors(reader)
-    except DataError as error:
-        report(f"unigram and trigram are left out: {error}")
-        return []
-
-
-def _conclude(
-    config: Config, run: Path, module: PretrainModule, data: PretrainData, metrics: Metrics, writer: MetricsWriter,
-    rate_before: float, report: Callable[[str], None],
-) -> Report:
-    """Validates, writes the report and says it."""
-    where, dtype = machine.device(), module.model.compute_dtype
-    module.to(where)
-    tally = validate(module, data.validation_loader(), progress=first_process())
-    ratio = config.model.boundary.target_ratio if config.model.kind == "dlcm" else None
-    validation = metrics_of(tally, config.data.domains, ratio)
-    rate = (rate_before + machine.matrix_product_rate(dtype, where)) / 2
-    tokens = config.total_steps * config.data.tokens_per_step
-    outcome = Report(
-        steps=config.total_steps, tokens=tokens, hardware=machine.describe(config.train, where),
-        precision=str(dtype).removeprefix("torch."), attention=module.model.backend,
-        parameters=sum(parameter.numel() for parameter in module.model.parameters()), validation=validation,
-        floors=_floors(data.reader, report), speed=speed(config, metrics, rate),
-    )
-    if first_process():
-        writer.write("validation", config.total_steps, tokens, validation)
-        writer.logger.experiment.flush()
-        outcome.save(run)
-        report(summary(config, outcome))
-    return outcome
+    assert conclude.outcome is not None
+    return conclude.outcome

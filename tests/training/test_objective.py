@@ -25,6 +25,7 @@ TOKEN_BYTES = torch.arange(VOCABULARY) % 7
 
 def module_for(config: Config) -> PretrainModule:
     module = PretrainModule(config, torch.float64, "sdpa", TOKEN_BYTES)
+    module.configure_model()
     module.model.load_state_dict(oracle.random_state(config.model, seed=2))
     return module
 
@@ -146,6 +147,7 @@ def test_a_step_without_a_token_leaves_the_boundary_as_it_is(run_config: Config)
 def test_a_dense_model_has_a_tally_without_concepts(run_config: Config) -> None:
     config = replace(run_config, model=replace(run_config.model, kind="dense"))
     module = PretrainModule(config, torch.float64, "sdpa", TOKEN_BYTES)
+    module.configure_model()
     batch = one_batch(config)
     loss = module.training_step(batch, 0)
     loss.backward()

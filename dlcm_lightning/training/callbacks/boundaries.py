@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.model.dlcm import DLCM
 from dlcm_lightning.ops.segments import Segments
+from dlcm_lightning.training.callbacks.metrics import MetricsWriter
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.stopwatch import Stopwatch
 
@@ -25,10 +25,10 @@ BAR = "\N{BOX DRAWINGS LIGHT VERTICAL}"
 
 
 @torch.no_grad()
-def marked_text(model: DLCM, tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
+def marked_text(model: DLCM, tokenizer: Tokenizer, text: str, max_tokens: int, device: torch.device) -> str:
     """`text` with a bar behind every concept; begin-of-text and end-of-text are shown as concepts of their own."""
     tokens = tokenizer.encode_documents([text])[0][:max_tokens]
-    ids = torch.as_tensor(tokens, dtype=torch.long, device=model.embedding.weight.device)
+    ids = torch.as_tensor(tokens, dtype=torch.long, device=device)
     documents = Segments.from_lengths([len(tokens)], ids.device)
     output = model(ids, documents)
     assert output.concepts is not None
@@ -45,14 +45,14 @@ def marked_text(model: DLCM, tokenizer: Tokenizer, text: str, max_tokens: int) -
 class ShowBoundaries(Callback):
     """Writes the text panel at every validation and at the run's end."""
 
-    def __init__(self, reader: Reader, logger: TensorBoardLogger, stopwatch: Stopwatch) -> None:
+    def __init__(self, reader: Reader, writer: MetricsWriter, stopwatch: Stopwatch) -> None:
         self.stopwatch = stopwatch
         self.tokenizer = Tokenizer.load(reader.store)
         self.documents: dict[str, Sequence[str]] = {
             domain: reader.fixed_documents(domain) for domain in dict.fromkeys(s.domain for s in reader.sources)
         }
         self.max_tokens = reader.config.row_tokens
-        self.logger = logger
+        self.writer = writer
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -61,10 +61,13 @@ class ShowBoundaries(Callback):
         config, step = module.config, trainer.global_step
         if not module.finishes_step(batch_idx) or not isinstance(module.model, DLCM):
             return
-        if (step % config.train.validate_every_steps and step != config.total_steps) or not trainer.is_global_zero:
+        if step % config.train.validate_every_steps and step != config.total_steps:
             return
         with self.stopwatch.paused():
             for domain, texts in self.documents.items():
-                shown = [marked_text(module.model, self.tokenizer, text, self.max_tokens) for text in texts]
+                # On all ranks: where the model is spread over them, its forward is theirs together.
+                shown = [marked_text(module.model, self.tokenizer, text, self.max_tokens, module.device)
+                         for text in texts]
                 panel = "".join(f"<pre style='white-space: pre-wrap'>{html.escape(text)}</pre>\n\n" for text in shown)
-                self.logger.experiment.add_text(f"boundaries/{domain}", panel, module.consumed_tokens)
+                if trainer.is_global_zero:
+                    self.writer.board.add_text(f"boundaries/{domain}", panel, module.consumed_tokens)

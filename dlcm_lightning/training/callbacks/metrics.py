@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.durable import write_atomically
@@ -22,16 +22,30 @@ from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import LENGTHS, PretrainModule
 from dlcm_lightning.training.objective import Tally
 from dlcm_lightning.training.stopwatch import Stopwatch
+from dlcm_lightning.training.strategies.engine import Engine
+
+TENSORBOARD = "tensorboard"
 
 
 class MetricsWriter:
     """`metrics.jsonl` and TensorBoard, fed by rank 0 alone."""
 
-    def __init__(self, run: Path, logger: TensorBoardLogger) -> None:
-        self.file = run / "metrics.jsonl"
-        self.logger = logger
+    def __init__(self, run: Path) -> None:
+        self.file, self.folder = run / "metrics.jsonl", run / TENSORBOARD
+        self._board: SummaryWriter | None = None
 
-    def cut_back(self, step: int, total_steps: int) -> None:
+    @property
+    def board(self) -> SummaryWriter:
+        """TensorBoard's writer, once the run has begun."""
+        assert self._board is not None
+        return self._board
+
+    def begin(self, step: int, tokens: int, total_steps: int) -> None:
+        """The run goes on behind optimizer step `step`: what lies behind it is dropped."""
+        self._cut_back(step, total_steps)
+        self._board = SummaryWriter(str(self.folder), purge_step=tokens + 1)
+
+    def _cut_back(self, step: int, total_steps: int) -> None:
         """Drops the lines behind optimizer step `step`, the final validation's, and a half-written last one.
 
         The final validation is written by the end of the run, which is still to come when this is called.
@@ -56,9 +70,9 @@ class MetricsWriter:
             if name == "domains":
                 for domain, values in value.items():
                     for key, number in values.items():
-                        self.logger.experiment.add_scalar(f"{kind}_{key}/{domain}", number, tokens)
+                        self.board.add_scalar(f"{kind}_{key}/{domain}", number, tokens)
             elif isinstance(value, (int, float)):
-                self.logger.experiment.add_scalar(f"{kind}/{name}", value, tokens)
+                self.board.add_scalar(f"{kind}/{name}", value, tokens)
 
 
 class Metrics(Callback):
@@ -112,11 +126,12 @@ class Metrics(Callback):
         """The numbers of one line. Reading them waits for the device, so that the lap behind it is honest."""
         assert self.window is not None and self._recent is not None
         config = module.config
-        ratio = config.model.boundary.target_ratio if config.model.kind == "dlcm" else None
-        metrics = metrics_of(self.window, config.data.domains, ratio)
+        metrics = metrics_of(self.window, config.data.domains, module.target_ratio)
         if config.data.unreadable == "mask":
             metrics["unreadable_rows"] = round(self.window.scalar("unreadable").item())
-        metrics["gradient_norm"] = module.gradient_norm.item()
+        engine = trainer.strategy
+        assert isinstance(engine, Engine)
+        metrics["gradient_norm"] = engine.gradient_norm.item()
         for group in trainer.optimizers[0].param_groups:
             metrics[f"learning_rate_{group['role']}"] = group["lr"]
         seconds, waited = self.stopwatch.lap()
@@ -130,7 +145,7 @@ class Metrics(Callback):
         """Concept lengths, a bar per whole number of tokens."""
         counts = lengths.double()
         values = torch.arange(1, LENGTHS + 1, dtype=torch.float64)
-        self.writer.logger.experiment.add_histogram_raw(
+        self.writer.board.add_histogram_raw(
             "train/concept_length", min=1, max=LENGTHS, num=int(counts.sum()), sum=float((counts * values).sum()),
             sum_squares=float((counts * values.square()).sum()), bucket_limits=(values + 0.5).tolist(),
             bucket_counts=counts.tolist(), global_step=tokens,
@@ -145,4 +160,4 @@ class Metrics(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
             self.window = Tally(state_dict["domains"], state_dict["scalars"], state_dict["features"])
-            self.lengths = state_dict["lengths"]
+            self.lengths = state_dict.get("lengths")

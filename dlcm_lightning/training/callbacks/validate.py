@@ -38,6 +38,5 @@ class Validate(Callback):
         with self.stopwatch.paused():
             tally = validate(module, data.validation_loader(), progress=trainer.is_global_zero)
         if trainer.is_global_zero:
-            ratio = config.model.boundary.target_ratio if config.model.kind == "dlcm" else None
-            metrics = metrics_of(tally, config.data.domains, ratio)
+            metrics = metrics_of(tally, config.data.domains, module.target_ratio)
             self.writer.write("validation", step, module.consumed_tokens, metrics)

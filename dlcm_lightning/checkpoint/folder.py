@@ -1,0 +1,201 @@
+"""Checkpoints that are whole or not there, and that are known to be what they were when they were written.
+
+    <run>/checkpoints/step-00000300/
+        state-00000-of-00004.safetensors ...   weights, moments, buffers: tensors.py; one file a rank that wrote
+        callbacks.json                         what watches the run, where it holds numbers
+        config.yaml                            the resolved configuration of the run that wrote it
+        manifest.json                          step, tokens, precision, strategy, what rows it was trained on, what the
+                                               model says of a fixed text, size and sha256 of the other files
+
+All ranks write into a folder with a temporary name and flush what they wrote; when all are done, one describes it and
+renames it as the last act. Whatever moment a kill hits, a folder that is called `step-...` is complete; what a kill
+leaves behind has another name and is swept away at the next start. On resuming, the newest one whose files agree with
+its manifest is taken; a damaged one is named, and the one before it is tried.
+
+The manifest is read, and the hashes compared, before anything else is opened. Nothing in a checkpoint can run code: it
+is JSON, YAML of plain values, and safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dlcm_lightning.checkpoint.tensors import SUFFIX, Tensors
+from dlcm_lightning.compose import load_config
+from dlcm_lightning.config import Config
+from dlcm_lightning.durable import flush, sha256_of, write_atomically
+
+FOLDER = "checkpoints"
+PREFIX = "step-"
+UNFINISHED = ".unfinished-"
+DAMAGED = "damaged-"
+CALLBACKS = "callbacks.json"
+CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
+FORMAT = 2
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or none that can be read. Names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint continues, beside its configuration."""
+
+    data_fingerprint: str
+    """`Reader.fingerprint` of the rows it was trained on."""
+    precision: str
+    """Of the matrix products, as `train.precision: auto` resolved it."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a model says of a fixed text: a checkpoint that loads but computes something else says something else."""
+
+    loss: float
+    """Nats per token."""
+    boundaries: str
+    """Thresholded, a 0 or 1 a token; empty for a dense model."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json."""
+
+    step: int
+    """Optimizer steps behind it."""
+    tokens: int
+    """Consumed up to it, over all ranks."""
+    strategy: str
+    ranks: int
+    """That wrote it. Any number reads it, under any strategy."""
+    identity: Identity
+    fingerprint: Fingerprint
+    files: dict[str, dict[str, Any]]
+    """By name: bytes and sha256 of every other file."""
+    format: int = FORMAT
+
+    @staticmethod
+    def load(folder: Path) -> Manifest:
+        """CheckpointError: missing, not a manifest, another format."""
+        try:
+            found: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+            if found["format"] != FORMAT:
+                raise CheckpointError(f"{folder / MANIFEST}: format {found['format']}, this version reads {FORMAT}")
+            known = {one.name: found[one.name] for one in fields(Manifest)}
+            return Manifest(**{**known, "identity": Identity(**found["identity"]),
+                               "fingerprint": Fingerprint(**found["fingerprint"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error!r}") from error
+
+    def damages(self, folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+        """What is wrong with every parts-th file from `part` on: readers share the hashing."""
+        return [said for name in sorted(self.files)[part::parts] if (said := self._damage(folder / name))]
+
+    def _damage(self, file: Path) -> str:
+        expected = self.files[file.name]
+        try:
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                return f"{file} has {size} bytes instead of {expected['bytes']}"
+            if sha256_of(file) != expected["sha256"]:
+                return f"{file} is damaged: its sha256 differs from the manifest's"
+        except FileNotFoundError:
+            return f"{file} is missing"
+        except OSError as error:
+            return f"{file} cannot be read: {error}"
+        return ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def config(self) -> Config:
+        """Of the run that wrote it."""
+        return load_config(self.folder / CONFIG)
+
+    @property
+    def callbacks(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / CALLBACKS).read_bytes())
+        return found
+
+    def tensors(self) -> Tensors:
+        return Tensors(self.folder / name for name in self.manifest.files if name.endswith(SUFFIX))
+
+
+def unfinished(run: Path, step: int) -> Path:
+    """Where the files of a step are written before they count."""
+    return run / FOLDER / f"{UNFINISHED}{step}"
+
+
+def finished(run: Path, step: int) -> Path:
+    return run / FOLDER / f"{PREFIX}{step:08d}"
+
+
+def describe_file(file: Path) -> dict[str, Any]:
+    """Flushes a file to the disk; its entry in the manifest."""
+    flush(file)
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+
+
+def complete(run: Path, manifest: Manifest) -> Path:
+    """The last act, when all files are written and flushed: manifest, rename."""
+    folder, final = unfinished(run, manifest.step), finished(run, manifest.step)
+    write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    shutil.rmtree(final, ignore_errors=True)  # one of the same step that was found damaged
+    folder.rename(final)
+    flush(final.parent)
+    return final
+
+
+def folders(run: Path) -> list[Path]:
+    """Of complete checkpoints, oldest first."""
+    return sorted(folder for folder in (run / FOLDER).glob(f"{PREFIX}*") if folder.is_dir())
+
+
+def sweep(run: Path, keep_last: int, keep_every_tokens: int = 0) -> None:
+    """Removes unfinished checkpoints and all complete ones but the newest `keep_last` and, of every
+    `keep_every_tokens` consumed tokens, the first."""
+    for folder in (run / FOLDER).glob(f"{UNFINISHED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    kept = folders(run)
+    for_good = milestones(kept, keep_every_tokens)
+    for folder in kept[:-keep_last]:
+        if folder not in for_good:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def milestones(kept: Iterable[Path], every_tokens: int) -> set[Path]:
+    """The first checkpoint at or behind every multiple of so many tokens."""
+    found: dict[int, Path] = {}
+    for folder in kept if every_tokens else ():
+        try:
+            reached = Manifest.load(folder).tokens // every_tokens
+        except CheckpointError:
+            continue
+        if reached:
+            found.setdefault(reached, folder)
+    return set(found.values())
+
+
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Gives damaged checkpoints names by which they no longer count."""
+    for folder in damaged:
+        target = folder.with_name(f"{DAMAGED}{folder.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)

@@ -1,0 +1,59 @@
+"""The end of a run: validation over all ranks, the table, the report. Comes also where only this was missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.data.ngram import Floor, floors
+from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.model.mup import tagged_parameters
+from dlcm_lightning.training import machine
+from dlcm_lightning.training.callbacks.metrics import Metrics
+from dlcm_lightning.training.datamodule import PretrainData
+from dlcm_lightning.training.metrics import metrics_of
+from dlcm_lightning.training.module import PretrainModule
+from dlcm_lightning.training.report import Report, speed, summary
+from dlcm_lightning.training.validation import validate
+
+
+class Conclude(Callback):
+    """Made before the first step, when the machine's speed is measured for the first time."""
+
+    def __init__(self, run: Path, data: PretrainData, metrics: Metrics, rate: Callable[[], float],
+                 report: Callable[[str], None]) -> None:
+        """rate: measures FLOP/s of large products."""
+        self.run, self.data, self.metrics, self.rate, self.report = run, data, metrics, rate, report
+        self.rate_before = rate()
+        self.outcome: Report | None = None
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, PretrainModule)
+        config, model = module.config, module.model
+        tally = validate(module, self.data.validation_loader(), progress=trainer.is_global_zero)
+        validation = metrics_of(tally, config.data.domains, module.target_ratio)
+        rate = (self.rate_before + self.rate()) / 2
+        tokens = config.total_steps * config.data.tokens_per_step
+        self.outcome = Report(
+            steps=config.total_steps, tokens=tokens, hardware=machine.describe(config.train, module.device),
+            precision=str(model.compute_dtype).removeprefix("torch."), attention=model.backend,
+            parameters=sum(owner.shape.numel() for _, owner in tagged_parameters(model)), validation=validation,
+            floors=self._floors(self.data.reader) if trainer.is_global_zero else [],
+            speed=speed(config, self.metrics, rate),
+        )
+        if trainer.is_global_zero:
+            self.metrics.writer.write("validation", config.total_steps, tokens, validation)
+            self.metrics.writer.board.flush()
+            self.outcome.save(self.run)
+            self.report(summary(config, self.outcome))
+
+    def _floors(self, reader: Reader) -> list[Floor]:
+        """None where shards that the floors count are damaged: the model is trained all the same."""
+        try:
+            return floors(reader)
+        except DataError as error:
+            self.report(f"unigram and trigram are left out: {error}")
+            return []

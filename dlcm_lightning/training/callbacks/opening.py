@@ -1,0 +1,66 @@
+"""Opens the run's directory when all ranks are there, and puts the run where its newest checkpoint ends.
+
+The first callback. What one rank decides (which checkpoint, whether it belongs to this run) is told to all; what it
+finds wrong, all raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dlcm_lightning.checkpoint.folder import Identity, sweep
+from dlcm_lightning.compose import save_config
+from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.ops.collectives import Hosts
+from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
+from dlcm_lightning.training.callbacks.metrics import MetricsWriter
+from dlcm_lightning.training.datamodule import PretrainData
+from dlcm_lightning.training.directory import check_same_data, check_same_run
+from dlcm_lightning.training.module import PretrainModule
+from dlcm_lightning.training.persistence import Persistence
+from dlcm_lightning.training.probe import Probe
+
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class OpenRun(Callback):
+    """Restores, and prepares the directory for the steps to come."""
+
+    def __init__(self, run: Path, identity: Identity, reader: Reader, data: PretrainData, writer: MetricsWriter,
+                 checkpoints: Checkpoints, report: Callable[[str], None]) -> None:
+        self.run, self.identity, self.reader, self.data = run, identity, reader, data
+        self.writer, self.checkpoints, self.report = writer, checkpoints, report
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, PretrainModule)
+        config, hosts = module.config, Hosts()
+        persistence = Persistence(self.run, self.identity, Probe(Tokenizer.load(self.reader.store)), hosts)
+        self.checkpoints.take(persistence)
+        checkpoint = persistence.newest(self.report)
+        step = 0
+        if checkpoint is not None:
+            newest = checkpoint
+
+            def check() -> None:
+                check_same_run(newest, config, self.identity.precision)
+                check_same_data(newest, self.identity, config.data.root)
+
+            hosts.first(check)
+            persistence.restore(checkpoint, trainer, module)
+            step = checkpoint.step
+            self.report(f"continuing {self.run} at step {step} of {config.total_steps}")
+        self.data.first_step = step
+        hosts.first(lambda: self._prepare(module, step))
+
+    def _prepare(self, module: PretrainModule, step: int) -> None:
+        config = module.config
+        sweep(self.run, config.train.keep_last, config.train.keep_every_tokens)
+        save_config(config, self.run / CONFIG_FILE)
+        if not (self.run / TOKENIZER_FILE).is_file():
+            (self.run / TOKENIZER_FILE).write_bytes(self.reader.store.whole(TOKENIZER_FILE))
+        self.writer.begin(step, step * config.data.tokens_per_step, config.total_steps)

@@ -1,0 +1,228 @@
+"""Saving and restoring a run, from any engine on any number of ranks into the one format of `checkpoint/`, and back.
+
+Saving gathers parameter after parameter; each is written by one rank, all write about as much, at the same time.
+Reading is the mirror of it: each tensor is read by one rank and sent to all, and every engine keeps its part. So a
+checkpoint says nothing about how its run was spread, and resuming on other ranks or under another strategy is no
+special case.
+
+What Lightning has to know of the past are a few counters, which follow from the number of optimizer steps.
+
+An error of one rank is an error of all: nobody waits for somebody who has left.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from dlcm_lightning.checkpoint import tensors
+from dlcm_lightning.checkpoint.folder import (
+    CALLBACKS,
+    CONFIG,
+    FOLDER,
+    Checkpoint,
+    CheckpointError,
+    Identity,
+    Manifest,
+    complete,
+    describe_file,
+    folders,
+    set_aside,
+    sweep,
+    unfinished,
+)
+from dlcm_lightning.compose import save_config
+from dlcm_lightning.model.mup import tagged_parameters
+from dlcm_lightning.ops.collectives import Hosts, broadcast
+from dlcm_lightning.training.module import PretrainModule
+from dlcm_lightning.training.probe import Probe, difference
+from dlcm_lightning.training.strategies.engine import MOMENTS, Engine, Moment
+from dlcm_lightning.training.watchers import load_watchers, watchers_state
+
+
+class Persistence:
+    """The checkpoints of one run, for all ranks of one life of it."""
+
+    def __init__(self, run: Path, identity: Identity, probe: Probe, hosts: Hosts) -> None:
+        self.run, self.identity, self.probe, self.hosts = run, identity, probe, hosts
+
+    def save(self, trainer: Trainer, module: PretrainModule) -> None:
+        """Collective. CheckpointError on all ranks: a disk that is full or not writable; earlier ones are kept."""
+        config, step = module.config, trainer.global_step
+        folder = unfinished(self.run, step)
+        said = self.hosts.first(lambda: self._said(lambda: self._make(folder)))
+        fingerprint = self.probe.fingerprint(module.model, module.device)
+        mine = dict(self._mine(trainer, module))
+        written: dict[str, dict[str, Any]] = {}
+        if not said:
+            said = self._said(lambda: self._write(folder, trainer, module, mine, written))
+        everything: dict[str, dict[str, Any]] = {}
+        errors = []
+        for files, error in self.hosts.gather((written, said)):
+            everything |= files
+            errors += [error] if error else []
+        manifest = Manifest(step, module.consumed_tokens, config.train.strategy, self.hosts.ranks, self.identity,
+                            fingerprint, everything)
+
+        def finish() -> None:
+            if errors:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise self._not_written(step, errors[0])
+            try:
+                complete(self.run, manifest)
+            except OSError as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise self._not_written(step, str(error)) from error
+            sweep(self.run, config.train.keep_last, config.train.keep_every_tokens)
+
+        self.hosts.first(finish)
+
+    @staticmethod
+    def _said(act: Callable[[], None]) -> str:
+        """The error of an act that may meet a bad disk, as text."""
+        try:
+            act()
+        except OSError as error:
+            return str(error)
+        return ""
+
+    @staticmethod
+    def _make(folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    def _not_written(self, step: int, error: str) -> CheckpointError:
+        kept = [folder.name for folder in folders(self.run)]
+        return CheckpointError(
+            f"checkpoint of step {step} could not be written to {self.run / FOLDER}: {error}. Complete ones kept "
+            f"there: {', '.join(kept) or 'none'}. Free space or correct the permissions, then start the run again: it "
+            "continues from the newest.")
+
+    def _mine(self, trainer: Trainer, module: PretrainModule) -> Iterator[tuple[str, Tensor]]:
+        """What this rank writes; all ranks gather everything."""
+        engine = trainer.strategy
+        assert isinstance(engine, Engine)
+        engine.settle()
+        owners = tensors.share_out({name: owner.shape.numel() for name, owner in tagged_parameters(module.model)},
+                                   self.hosts.ranks)
+        for name, owner in tagged_parameters(module.model):
+            parts = {"weight": engine.weight(owner.weight)}
+            parts |= {moment: engine.moment(owner.weight, moment) for moment in MOMENTS}
+            if owners[name] == self.hosts.rank:
+                yield from ((f"{kind}/{name}", part.detach().to("cpu", copy=True)) for kind, part in parts.items())
+        if self.hosts.rank == 0:
+            yield from ((f"buffer/{name}", buffer.cpu()) for name, buffer in saved_buffers(module))
+            yield from ((f"callback/{name}", value) for name, value in watchers_state(trainer)[1].items())
+
+    def _write(self, folder: Path, trainer: Trainer, module: PretrainModule, mine: dict[str, Tensor],
+               written: dict[str, dict[str, Any]]) -> None:
+        names = [tensors.file_name(self.hosts.rank, self.hosts.ranks)]
+        tensors.write(mine, folder / names[0])
+        if self.hosts.rank == 0:
+            (folder / CALLBACKS).write_text(json.dumps(watchers_state(trainer)[0], indent=1))
+            save_config(module.config, folder / CONFIG)
+            names += [CALLBACKS, CONFIG]
+        written.update({name: describe_file(folder / name) for name in names})
+
+    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
+        """The newest undamaged checkpoint, None where there is none at all. Collective.
+
+        Each damaged one that it passes over is named and set aside under another name. CheckpointError where all are
+        damaged: starting anew would overwrite them.
+        """
+        found: list[Path] = self.hosts.first(lambda: folders(self.run))
+        damaged: list[Path] = []
+        for folder in reversed(found):
+            checkpoint, said = self._opened(folder)
+            if checkpoint is not None:
+                self.hosts.first(lambda: set_aside(damaged))
+                return checkpoint
+            damaged.append(folder)
+            report(f"checkpoint {folder.name} is not used: {said}")
+        if found:
+            raise CheckpointError(f"all {len(found)} checkpoints in {self.run / FOLDER} are damaged; move the folder "
+                                  "away to train from the beginning")
+        return None
+
+    def _opened(self, folder: Path) -> tuple[Checkpoint | None, str]:
+        """A checkpoint that is whole, or what is wrong with it. The hashing is shared by all ranks."""
+        try:
+            manifest = Manifest.load(folder)
+            mine = manifest.damages(folder, self.hosts.rank, self.hosts.ranks)
+        except CheckpointError as error:
+            manifest, mine = None, [str(error)]
+        damages = [one for said in self.hosts.gather(mine) for one in said]
+        return (None, damages[0]) if damages or manifest is None else (Checkpoint(folder, manifest), "")
+
+    def restore(self, checkpoint: Checkpoint, trainer: Trainer, module: PretrainModule) -> None:
+        """Weights, moments, buffers, watchers and position. Collective. CheckpointError: it holds other tensors than
+        the model has, or computes something else than it did when it was written."""
+        engine = trainer.strategy
+        assert isinstance(engine, Engine)
+        parameters = {name: owner for name, owner in tagged_parameters(module.model)}
+        buffers = dict(saved_buffers(module))
+        with checkpoint.tensors() as stored:
+            expected = {f"{kind}/{name}" for name in parameters for kind in ("weight", *MOMENTS)}
+            expected |= {f"buffer/{name}" for name in buffers}
+            if differing := sorted(expected ^ {name for name in stored.names() if not name.startswith("callback/")}):
+                raise CheckpointError(f"{checkpoint.folder}: {differing[0]} is in the "
+                                      f"{'model' if differing[0] in expected else 'checkpoint'} only, and "
+                                      f"{len(differing) - 1} more; it belongs to another model")
+            engine.begin(checkpoint.step)
+            readers = tensors.share_out({name: owner.shape.numel() for name, owner in parameters.items()},
+                                        self.hosts.ranks)
+            for name, owner in parameters.items():
+                def sent(kind: str, name: str = name) -> Tensor:
+                    return self._sent(stored, f"{kind}/{name}", readers[name], module.device)
+
+                moments: dict[Moment, Tensor] = {moment: sent(moment) for moment in MOMENTS}
+                engine.restore(owner.weight, sent("weight"), moments)
+            for name, buffer in buffers.items():
+                buffer.copy_(self._sent(stored, f"buffer/{name}", 0, module.device))
+            load_watchers(trainer, checkpoint.callbacks,
+                          {name: stored.get(f"callback/{name}") for name in stored.names("callback/")})
+        set_position(trainer, checkpoint.step, module.config.micro_batches)
+        now = self.probe.fingerprint(module.model, module.device)
+        if said := difference(checkpoint.manifest.fingerprint, now, module.model.compute_dtype):
+            raise CheckpointError(f"{checkpoint.folder} loads but computes something else: {said}. It was written by "
+                                  "other code than this, or this machine computes wrongly; continue with the version "
+                                  "that wrote it, or from an older checkpoint")
+
+    def _sent(self, stored: tensors.Tensors, name: str, reader: int, device: torch.device) -> Tensor:
+        if self.hosts.rank == reader:
+            value = stored.get(name).to(device)
+        else:
+            shape, dtype = stored.shape(name)
+            value = torch.empty(shape, dtype=dtype, device=device)
+        return broadcast(value, reader)
+
+
+def saved_buffers(module: PretrainModule) -> Iterator[tuple[str, Tensor]]:
+    """Persistent buffers of the module, the model's among them."""
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield f"{prefix}.{name}".lstrip("."), buffer
+
+
+def set_position(trainer: Trainer, step: int, micro_batches: int) -> None:
+    """Lightning's counters as they stand at the end of an optimizer step's last micro-batch."""
+    state = trainer.fit_loop.state_dict()
+    done = step * micro_batches
+    for when in ("total", "current"):
+        state["epoch_progress"][when] |= {"ready": 1, "started": 1}
+        state["epoch_loop.batch_progress"][when] = {
+            "ready": done, "started": done, "processed": done, "completed": done - 1}
+        taken = state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        taken["step"][when] = {"ready": step, "completed": step}
+        taken["zero_grad"][when] = {"ready": step, "started": step, "completed": step}
+    state["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+    trainer.fit_loop.load_state_dict(state)
+

@@ -1,0 +1,188 @@
+"""DeepSpeed ZeRO: moments (stage 1), gradients (2) and parameters (3) in pieces of flat buffers over all ranks.
+
+DeepSpeed runs in full precision and the model casts what it multiplies, so that every stage computes the function that
+DDP computes; its bf16 mode would round parameters that the boundary and the norms must not lose.
+
+What is not as Lightning has it. The loss is divided by the number of micro-batches once: Lightning does it, DeepSpeed
+would do it again, which AdamW hides and clipping does not. A CPU is allowed (over gloo), so that the real engine runs
+in tests and on a laptop; there DeepSpeed must not compile its shared-memory collective at the first start, half a
+minute that a kill can leave a lock on. Its own checkpoints are not used: loading them means unpickling, and the number
+of ranks that wrote them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
+from torch import Tensor, nn, zeros
+
+from dlcm_lightning.model.dlcm import LanguageModel
+from dlcm_lightning.ops.collectives import all_reduce_sum
+from dlcm_lightning.training.module import whole_model
+from dlcm_lightning.training.strategies.engine import Engine, Fill, Moment, begin_adamw
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+
+import deepspeed
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+BUCKET_ELEMENTS = 2**27
+"""fp32 numbers that travel at once, half a gibibyte."""
+
+
+class ZeroPrecision(DeepSpeedPrecision):
+    """Full precision. Keeps the global norm before clipping of the last optimizer step."""
+
+    def __init__(self) -> None:
+        super().__init__("32-true")
+        self.gradient_norm: Tensor = zeros(())
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    def backward(  # type: ignore[override]
+        self, tensor: Tensor, model: LightningModule, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        engine: Any = model.trainer.model
+        engine.backward(tensor, scale_wrt_gas=False)
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        result = super().optimizer_step(optimizer, model, closure, **kwargs)
+        engine: Any = model.trainer.model
+        norm = engine.get_global_grad_norm()
+        if norm is not None:
+            self.gradient_norm = torch.as_tensor(norm).detach()
+        return result
+
+
+def _place(parameter: nn.Parameter, value: Tensor) -> None:
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(value)
+
+
+class Zero(DeepSpeedStrategy, Engine):
+    """Stages 1, 2 and 3."""
+
+    def __init__(self, stage: int, offload: bool, on_gpu: bool) -> None:
+        """offload (stage 3): parameters, gradients and moments stay in the host's memory."""
+        zero: dict[str, Any] = {
+            "stage": stage, "overlap_comm": on_gpu, "contiguous_gradients": True, "reduce_scatter": True,
+            "reduce_bucket_size": BUCKET_ELEMENTS, "allgather_bucket_size": BUCKET_ELEMENTS,
+        }
+        if offload:
+            where = {"device": "cpu", "pin_memory": on_gpu}
+            zero |= {"offload_optimizer": where, "offload_param": where}
+        super().__init__(
+            config={
+                "zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+                "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32",
+            },
+            logging_level=logging.WARNING,
+        )
+        self.precision_plugin = self._precision = ZeroPrecision()
+        self.stage, self._on_gpu = stage, on_gpu
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        return self._precision.gradient_norm
+
+    @property
+    def root_device(self) -> torch.device:
+        device = super().root_device
+        return device if self._on_gpu else torch.device("cpu", 0)  # DeepSpeed asks for an index
+
+    def setup_environment(self) -> None:
+        if self._on_gpu:
+            super().setup_environment()
+        else:
+            ParallelStrategy.setup_environment(self)
+            self.setup_distributed()
+
+    def setup_distributed(self) -> None:
+        if self._on_gpu:
+            super().setup_distributed()
+            return
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def construct(self, assemble: Callable[[], LanguageModel], fill: Fill) -> LanguageModel:
+        """Stage 3: called inside `zero.Init`, which cuts every parameter as soon as its module is made."""
+        if self.stage < 3:
+            return whole_model(assemble, fill)
+        model = assemble()
+        fill(model, place=_place)
+        return model
+
+    def settle(self) -> None:
+        pass
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        return safe_get_full_fp32_param(parameter)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        return safe_get_full_grad(parameter)
+
+    def moment(self, parameter: nn.Parameter, name: Moment) -> Tensor:
+        if self.stage == 3:
+            return safe_get_full_optimizer_state(parameter, name)
+        flat = torch.zeros(parameter.numel(), device=parameter.device)
+        for place, mine in self._held(parameter, name):
+            flat[place] = mine
+        return all_reduce_sum(flat).view_as(parameter)
+
+    def _held(self, parameter: Any, name: Moment) -> Iterator[tuple[slice, Tensor]]:
+        """Stages 1 and 2: what this rank holds of a moment, if anything, and its place in the whole. DeepSpeed's own
+        way to it knows the first parameter group only."""
+        if (piece := parameter._hp_mapping) is None:
+            return
+        optimizer: Any = self.optimizers[0]
+        flat = optimizer.optimizer.state[optimizer.single_partition_of_fp32_groups[piece.param_group_index]][name]
+        there, here = piece.hp_fragment_address, piece.lp_fragment_address
+        yield slice(here.start, here.start + here.numel), flat.narrow(0, there.start, there.numel)
+
+    def restore(self, parameter: nn.Parameter, weight: Tensor, moments: dict[Moment, Tensor]) -> None:
+        if self.stage < 3:
+            parameter.data.copy_(weight)
+            safe_set_full_fp32_param(parameter, weight)
+            for name, value in moments.items():
+                for place, mine in self._held(parameter, name):
+                    mine.copy_(value.flatten()[place])
+            return
+        _place(parameter, weight)
+        safe_set_local_fp32_param(parameter, self._piece(parameter, weight))
+        for name, value in moments.items():
+            safe_set_local_optimizer_state(parameter, self._piece(parameter, value), name)
+
+    def _piece(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's piece of a whole tensor; the last one is filled up with zeros."""
+        size: int = parameter.ds_tensor.ds_numel
+        flat = value.flatten()
+        filled = torch.cat([flat, flat.new_zeros(size * self.world_size - flat.numel())])
+        return filled[size * self.global_rank:size * (self.global_rank + 1)]
+
+    def begin(self, steps: int) -> None:
+        optimizer: Any = self.optimizers[0]
+        begin_adamw(optimizer.optimizer, steps)
