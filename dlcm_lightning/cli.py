@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from dlcm_lightning import __version__
+from dlcm_lightning.cluster.processes import first_process
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import ConfigError
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.looking.table import harmless
 
-QUICKSTART = "configs/run/quickstart.yaml"
+QUICKSTART, SMOKE = "configs/run/quickstart.yaml", "configs/run/smoke.yaml"
 MENDABLE = ("ConfigError", "DataError", "CheckpointError", "RunError")
 """Errors whose message is written for the user."""
+STOPPED = "Stopped"
 
 
 def _load(module: str, name: str) -> Any:
@@ -34,6 +36,20 @@ def _load(module: str, name: str) -> Any:
 def pretrain(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     _load("training.run", "pretrain")(config)
+
+
+def verify_resume(arguments: argparse.Namespace) -> None:
+    given = arguments.overrides
+    if arguments.config == SMOKE:
+        given = ["train.devices=2", "data.micro_batch_rows=2", "train.precision=fp32", *given]
+    if arguments.strategy:
+        given = [*given, f"train.strategy={arguments.strategy}"]
+    config = load_config(arguments.config, given)
+    folder = Path(config.train.runs) / f"verify-resume-{config.train.strategy}"
+    verdict = _load("training.verify_resume", "verify_resume")(config, folder, arguments.kills, arguments.seed)
+    print(verdict.table())
+    if not verdict.good:
+        raise SystemExit(1)
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
@@ -148,6 +164,10 @@ def parser() -> argparse.ArgumentParser:
 
     configured("pretrain", pretrain, "train, or continue an unfinished run")
     configured("prepare", prepare, "fetch and tokenise the sample corpus without training")
+    _add_verify_resume(commands.add_parser(
+        "verify-resume", help="prove that a disturbed run ends as one left alone",
+        description="Run a configuration twice, once straight and once disturbed by kills and signals, and compare "
+                    "everything that both leave, bit for bit."))
     _add_tokenize(commands.add_parser(
         "tokenize", help="documents -> shards with a manifest",
         description="Tokenise jsonl, parquet and text files, compressed or not, into WebDataset shards. The same "
@@ -199,6 +219,16 @@ def _add_looking(actions: Any) -> None:
     command.set_defaults(run=audit)
 
 
+def _add_verify_resume(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--strategy", choices=("ddp", "fsdp2", "zero1", "zero2", "zero3"),
+                         help="how the model is spread (as the run file says)")
+    command.add_argument("--config", default=SMOKE, help=f"run file (default {SMOKE} on two processes)")
+    command.add_argument("--kills", type=_count, default=6, help="disturbances (6)")
+    command.add_argument("--seed", type=_count, default=0, help="of the moments and kinds of disturbances (0)")
+    command.add_argument("overrides", nargs="*", metavar="field=value", help="such as train.devices=4")
+    command.set_defaults(run=verify_resume)
+
+
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: write a number from 0")
@@ -232,7 +262,8 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 something the user can mend, 130 interrupted."""
+    """Returns the exit code: 0 done, 1 a proof that failed, 2 something the user can mend, 75 stopped when asked, 130
+    interrupted."""
     arguments, rest = parser().parse_known_args(argv)
     if rest and not ("overrides" in arguments and all("=" in one and not one.startswith("-") for one in rest)):
         parser().parse_args(argv)  # says which arguments nobody knows
@@ -244,8 +275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
     except Exception as error:
-        if not isinstance(error, ConfigError) and type(error).__name__ not in MENDABLE:
+        stopped = type(error).__name__ == STOPPED
+        if not stopped and not isinstance(error, ConfigError) and type(error).__name__ not in MENDABLE:
             raise
-        print(f"dlcm: {harmless(str(error))}", file=sys.stderr)
-        return 2
+        if first_process():  # an error of one process is an error of all
+            print(f"dlcm: {harmless(str(error))}", file=sys.stderr)
+        return _load("training.callbacks.checkpoint", "STOPPED_CODE") if stopped else 2
     return 0

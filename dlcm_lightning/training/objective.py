@@ -34,13 +34,15 @@ from dlcm_lightning.ops.collectives import all_reduce_sum, rank, world_size
 
 COLUMNS = ("tokens", "sampled", "thresholded", "p", "p_squared", "near_half", "nll", "targets", "bytes")
 """What is summed per domain. near_half counts |p - 1/2| < 0.05; nll is in nats."""
-SCALARS = ("squared_lengths", "concepts", "unreadable", "steps", "imbalance")
+SCALARS = ("squared_lengths", "concepts", "samples", "noise", "unreadable", "steps", "imbalance")
 """What is summed once. squared_lengths: of documents, which attention's cost follows. concepts: fillers included, they
-are work too. unreadable: rows. Of whole steps only: their number, and the sum over them of the most concepts that a
-rank had over the mean, this model's own straggler."""
+are work too. samples, noise: digests of which rows these are and of what their noise is a function of, the same for
+every split and order. unreadable: rows. Of whole steps only: their number, and the sum over them of the most concepts
+that a rank had over the mean, this model's own straggler."""
 COUNTS = ("targets", "tokens", "documents")
 """Of a whole step over all ranks, filler rows left out."""
 NEAR_HALF = 0.05
+_MIX = 6364136223846793005
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,13 @@ def _by_document(values: Tensor, batch: Batch) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=offsets, axis=0)
 
 
+def digest(numbers: Tensor, counted: Tensor) -> Tensor:
+    """() float64: a sum of 24 mixed bits a number (B,) int64, of those that count; whole, hence exact in any order."""
+    mixed = numbers * _MIX  # wraps
+    mixed = (mixed ^ (mixed >> 29)) * _MIX
+    return (((mixed >> 33) & 0xFFFFFF) * counted).sum().double()
+
+
 def measure(
     output: Output, batch: Batch, config: BoundaryConfig, domains: int, token_bytes: Tensor
 ) -> Tally:
@@ -129,6 +138,8 @@ def measure(
     scalars[SCALARS.index("squared_lengths")] = (batch.documents.lengths().double().square() * real).sum()
     if output.concepts is not None:
         scalars[SCALARS.index("concepts")] = len(output.concepts)
+    scalars[SCALARS.index("samples")] = digest(batch.samples, batch.samples >= 0)
+    scalars[SCALARS.index("noise")] = digest(batch.noise_keys, batch.samples >= 0)
     features = torch.zeros(0, dtype=torch.float64, device=device)
     if output.segmentation is not None:
         p = output.segmentation.probabilities.detach()

@@ -15,6 +15,9 @@ from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.persistence import Persistence
 from dlcm_lightning.training.stopwatch import Stopwatch
 
+STOPPED_CODE = 75
+"""Exit code of a run that was asked to stop and has saved itself: the system's word for "try again later"."""
+
 
 class Stopped(Exception):
     """The run was asked to leave and has saved itself. Names the signal."""

@@ -25,6 +25,8 @@ from dlcm_lightning.training.stopwatch import Stopwatch
 from dlcm_lightning.training.strategies.engine import Engine
 
 TENSORBOARD = "tensorboard"
+TIMED = ("tokens_per_second", "data_wait")
+"""The numbers of a line that a clock is in."""
 
 
 class MetricsWriter:
@@ -127,6 +129,7 @@ class Metrics(Callback):
         assert self.window is not None and self._recent is not None
         config = module.config
         metrics = metrics_of(self.window, config.data.domains, module.target_ratio)
+        metrics |= {name: int(self.window.scalar(name)) for name in ("samples", "noise")}
         if config.data.unreadable == "mask":
             metrics["unreadable_rows"] = round(self.window.scalar("unreadable").item())
         engine = trainer.strategy

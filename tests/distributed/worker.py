@@ -1,0 +1,152 @@
+"""One rank of the tests of this folder: `python -m tests.distributed.worker TASKS.json`.
+
+Tasks are done one after another by the same processes, because starting them costs more than what they do. Each writes
+what it found to its file, rank 0 for all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
+
+from dlcm_lightning.batch import Batch
+from dlcm_lightning.compose import load_config
+from dlcm_lightning.config import Config
+from dlcm_lightning.data.loader import TrainingBatches
+from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.model.mup import tagged_parameters
+from dlcm_lightning.ops.collectives import rank, world_size
+from dlcm_lightning.training import machine, run
+from dlcm_lightning.training.datamodule import PretrainData
+from dlcm_lightning.training.module import PretrainModule, whole_model
+from dlcm_lightning.training.objective import rate_loss
+from dlcm_lightning.training.stopwatch import Stopwatch
+from dlcm_lightning.training.strategies.choice import choose_engine
+from dlcm_lightning.training.strategies.engine import Engine
+
+Found = dict[str, Tensor]
+HOST = torch.device("cpu")
+
+
+class Watch(Callback):
+    """Keeps the whole gradients of every optimizer step, as they are before clipping, the norm that was found, and the
+    norm that the optimizer was given."""
+
+    def __init__(self) -> None:
+        self.found: Found = {}
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        assert isinstance(module, PretrainModule) and isinstance(trainer.strategy, Engine)
+        if not module.finishes_step(trainer.fit_loop.epoch_loop.batch_idx):
+            return
+        for name, owner in tagged_parameters(module.model):
+            gradient = trainer.strategy.gradient(owner.weight)
+            self.found[f"{trainer.global_step}/{name}"] = gradient.detach().clone()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch,
+                           batch_idx: int) -> None:
+        assert isinstance(module, PretrainModule) and isinstance(trainer.strategy, Engine)
+        if module.finishes_step(batch_idx):
+            step = trainer.global_step - 1
+            self.found[f"{step}/norm"] = trainer.strategy.gradient_norm.clone()
+            assert module.last_step is not None
+            self.found[f"{step}/rate"] = module.last_step.rate.clone()
+            trainer.strategy.settle()
+            for name, owner in tagged_parameters(module.model):
+                self.found[f"{step}/weight/{name}"] = trainer.strategy.weight(owner.weight).detach().clone()
+
+
+def open_reader(config: Config) -> Reader:
+    return Reader(config.data, config.seed, config.model.vocab_size, report=lambda _: None)
+
+
+def token_bytes(reader: Reader) -> Tensor:
+    return torch.from_numpy(reader.token_bytes)
+
+
+def gradients(config: Config) -> Found:
+    """Of the real engine under the real Trainer."""
+    dtype = machine.compute_dtype(config.train.precision, HOST)
+    reader, engine, watch = open_reader(config), choose_engine(config.train, HOST), Watch()
+    module = PretrainModule(config, dtype, "sdpa", token_bytes(reader), engine.construct)
+    trainer = run.build_trainer(config, HOST, engine, [watch])
+    trainer.fit(module, datamodule=PretrainData(config, reader, False, Stopwatch()))
+    return watch.found
+
+
+def by_autograd(config: Config) -> Found:
+    """The first step by a collective that knows its own gradient: every rank back-propagates the same loss of the whole
+    step, and gradients are then averaged."""
+    reader = open_reader(config)
+    module = PretrainModule(config, torch.float64, "sdpa", token_bytes(reader), whole_model)
+    module.configure_model()
+    batch = next(iter(TrainingBatches(reader, rank(), world_size(), 0, 1)))
+    output = module.model(batch.tokens, batch.documents, batch.noise, batch.targets)
+    assert output.segmentation is not None
+    counted = batch.counted()
+
+    def summed(value: Tensor) -> Tensor:
+        return all_reduce(value) if dist.is_initialized() else value
+
+    tokens, targets = summed(counted.sum().double()), summed((batch.targets >= 0).sum().double())
+    f = summed((output.segmentation.boundaries & counted).sum().double()) / tokens
+    g = summed((output.segmentation.probabilities * counted).sum()) / tokens
+    boundary = config.model.boundary
+    loss = summed(output.nll_sum) / targets + boundary.rate_weight * rate_loss(f, g, boundary.target_ratio)
+    loss.backward()
+    found = {}
+    for name, parameter in module.model.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None
+        if dist.is_initialized():
+            dist.all_reduce(gradient)
+        found[f"0/{name}"] = gradient / world_size()
+    return found
+
+
+def initial(config: Config) -> Found:
+    """Weights and buffers before the first step."""
+    reader, engine = open_reader(config), choose_engine(config.train, HOST)
+    module = PretrainModule(config, torch.float32, "sdpa", token_bytes(reader), engine.construct)
+    found: Found = {}
+
+    class Look(Callback):
+        def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+            assert isinstance(module, PretrainModule) and isinstance(trainer.strategy, Engine)
+            for name, owner in tagged_parameters(module.model):
+                found[name] = trainer.strategy.weight(owner.weight).detach().clone()
+            found.update({name: buffer.clone() for name, buffer in module.model.named_buffers()})
+
+    trainer = run.build_trainer(config, HOST, engine, [Look()])
+    trainer.fit(module, datamodule=PretrainData(config, reader, False, Stopwatch()))
+    return found
+
+
+ACTIONS = {"gradients": gradients, "by_autograd": by_autograd, "initial": initial}
+
+
+def main() -> None:
+    run._quiet()
+    torch.set_num_threads(1)
+    for task in json.loads(Path(sys.argv[1]).read_text()):
+        if mutant := task.get("mutant"):
+            importlib.import_module("tests.distributed.mutants").plant(mutant)
+        found = ACTIONS[task["action"]](load_config(task["config"]))
+        if rank() == 0:
+            torch.save(found, task["out"])
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
