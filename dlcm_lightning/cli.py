@@ -52,6 +52,14 @@ def verify_resume(arguments: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def export(arguments: argparse.Namespace) -> None:
+    megabyte = 1000**2
+    out = _load("export.portable", "export")(
+        arguments.run_folder, arguments.out, step=arguments.step, dtype=arguments.dtype,
+        split_bytes=max(1, int(arguments.split_megabytes * megabyte)))
+    print(f"{out} holds the model; dlcm_lightning.export.portable.load_model reads it")
+
+
 def tokenize(arguments: argparse.Namespace) -> None:
     given = {"name": arguments.source, "domain": arguments.domain, "glob": arguments.glob,
              "text_field": arguments.text_field}
@@ -168,6 +176,16 @@ def parser() -> argparse.ArgumentParser:
         "verify-resume", help="prove that a disturbed run ends as one left alone",
         description="Run a configuration twice, once straight and once disturbed by kills and signals, and compare "
                     "everything that both leave, bit for bit."))
+    command = commands.add_parser(
+        "export", help="a checkpoint as a model that plain PyTorch loads",
+        description="Write model.safetensors, config.yaml and tokenizer.json of a run's checkpoint, whatever strategy "
+                    "and however many processes wrote it.")
+    command.add_argument("run_folder", metavar="RUN", help="directory of a run, such as runs/quickstart")
+    command.add_argument("out", metavar="OUT", help="folder to write; must not exist")
+    command.add_argument("--step", type=_count, help="of a checkpoint (the newest)")
+    command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the matrices (fp32)")
+    command.add_argument("--split-megabytes", type=float, default=5000, help="largest file (5000)")
+    command.set_defaults(run=export)
     _add_tokenize(commands.add_parser(
         "tokenize", help="documents -> shards with a manifest",
         description="Tokenise jsonl, parquet and text files, compressed or not, into WebDataset shards. The same "

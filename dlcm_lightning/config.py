@@ -348,8 +348,8 @@ class TrainConfig:
     offload: bool = False
     """zero3: parameters, gradients and moments live in the host's memory."""
     recompute: Recompute = "none"
-    """Activation checkpointing, per block of every stack. full: a block keeps its input and runs again in the
-    backward. selective: it keeps what its matrix products and attention gave and recomputes the rest."""
+    """Activation checkpointing, per block of every stack. full: a block keeps its input alone and runs again in the
+    backward. selective: it keeps its attention and runs its feed-forward, which keeps most, again."""
     log_every_steps: int = 10
     """Optimizer steps between two lines of metrics."""
     validate_every_steps: int = 1000

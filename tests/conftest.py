@@ -1,17 +1,33 @@
-"""A small synthetic corpus: four kinds of text, a BPE trained on them, shards of several blocks. No network."""
+"""A small synthetic corpus, no network; and a run of seconds, the debug model on it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dlcm_lightning.config import DataConfig, SourceConfig
+from dlcm_lightning.config import (
+    BoundaryConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    SourceConfig,
+    TrainConfig,
+)
 from dlcm_lightning.data.building.build import tokenize_documents
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer, train_bpe
 from tests.synthetic import VOCABULARY, make_texts
+
+MODEL = ModelConfig(
+    vocab_size=VOCABULARY, d_token=32, d_concept=64, encoder_layers=1, backbone_layers=1, decoder_layers=1,
+    heads_token=2, kv_heads_token=1, heads_concept=4, kv_heads_concept=2, head_dim=16, ffn_token=64, ffn_concept=64,
+    boundary=BoundaryConfig(form="both"),
+)
+STEPS = 12
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +60,16 @@ def config(build_corpus: Callable[[Path], DataConfig], tmp_path_factory: pytest.
 @pytest.fixture
 def reader(config: DataConfig) -> Reader:
     return Reader(config, seed=7, vocab_size=VOCABULARY)
+
+
+@pytest.fixture
+def run_config(config: DataConfig, tmp_path: Path) -> Config:
+    """12 steps of 4 rows of 64 tokens, fp32, a checkpoint every third step."""
+    data = replace(config, rows_per_step=4, micro_batch_rows=4)
+    tokens = data.tokens_per_step * STEPS
+    return Config(
+        name="test", seed=3, model=MODEL, data=data,
+        optim=OptimConfig(total_tokens=tokens, warmup_tokens=2 * data.tokens_per_step),
+        train=TrainConfig(runs=str(tmp_path / "runs"), precision="fp32", log_every_steps=2, validate_every_steps=5,
+                          checkpoint_every_steps=3),
+    )

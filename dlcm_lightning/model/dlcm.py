@@ -60,19 +60,20 @@ class Embedding(Tagged):
         return F.embedding(tokens, self.weight).to(dtype)
 
 
-def token_stack(config: ModelConfig, layers: int) -> StackShape:
+def token_stack(config: ModelConfig, layers: int, recompute: str) -> StackShape:
     return StackShape(
         layers=layers, width=config.d_token, heads=config.heads_token, kv_heads=config.kv_heads_token,
         head_dim=config.head_dim, ffn=config.ffn_token, norm_epsilon=config.norm_epsilon, rope_base=config.rope_base,
-        role=Role.TOKEN,
+        role=Role.TOKEN, recompute=recompute,
     )
 
 
-def concept_stack(config: ModelConfig) -> StackShape:
+def concept_stack(config: ModelConfig, recompute: str) -> StackShape:
     return StackShape(
         layers=config.backbone_layers, width=config.d_concept, heads=config.heads_concept,
         kv_heads=config.kv_heads_concept, head_dim=config.head_dim, ffn=config.ffn_concept,
         norm_epsilon=config.norm_epsilon, rope_base=config.rope_base, role=Role.CONCEPT,
+        recompute=recompute,
     )
 
 
@@ -95,13 +96,14 @@ class Unembedding(Matrix):
 class LanguageModel(nn.Module):
     """What DLCM and the dense baseline share: embedding in front, unembedding behind, hidden states between."""
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, backend: str) -> None:
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, backend: str, recompute: str = "none"
+                 ) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
         self.backend = backend
         self.embedding = Embedding(config.vocab_size, config.d_token)
-        self.decoder = Stack(token_stack(config, config.decoder_layers), final_norm=True)
+        self.decoder = Stack(token_stack(config, config.decoder_layers, recompute), final_norm=True)
         self.unembedding = Unembedding(config.d_token, config.vocab_size, mup.logit_scale(config))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -129,12 +131,13 @@ class Dense(LanguageModel):
 class DLCM(LanguageModel):
     """The four stages."""
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, backend: str) -> None:
-        super().__init__(config, compute_dtype, backend)
-        self.encoder = Stack(token_stack(config, config.encoder_layers), final_norm=False)
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, backend: str, recompute: str = "none"
+                 ) -> None:
+        super().__init__(config, compute_dtype, backend, recompute)
+        self.encoder = Stack(token_stack(config, config.encoder_layers, recompute), final_norm=False)
         self.boundary = build_boundary(config.d_token, config.boundary)
         self.pool = Pool(config.d_token, config.d_concept)
-        self.backbone = Stack(concept_stack(config), final_norm=True)
+        self.backbone = Stack(concept_stack(config, recompute), final_norm=True)
         self.cross_attention = CrossAttention(
             config.d_token, config.d_concept, config.heads_token, config.kv_heads_token, config.head_dim,
             config.norm_epsilon,
@@ -156,10 +159,12 @@ class DLCM(LanguageModel):
         return self.output(self.decoder(h, documents, self.backend), targets, segmentation, concepts)
 
 
-def assemble(config: ModelConfig, compute_dtype: torch.dtype, backend: str) -> LanguageModel:
-    """The model that `config.kind` names, its parameters not filled: fp32 (fp64 for fp64)."""
+def assemble(config: ModelConfig, compute_dtype: torch.dtype, backend: str, recompute: str = "none"
+             ) -> LanguageModel:
+    """The model that `config.kind` names, its parameters not filled: fp32 (fp64 for fp64). recompute: what blocks run
+    again in the backward, see `StackShape`."""
     kinds: dict[str, type[LanguageModel]] = {"dlcm": DLCM, "dense": Dense}
-    model = kinds[config.kind](config, compute_dtype, backend)
+    model = kinds[config.kind](config, compute_dtype, backend, recompute)
     return model.double() if compute_dtype == torch.float64 else model
 
 

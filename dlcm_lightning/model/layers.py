@@ -9,12 +9,14 @@ Axes: T positions of a packed axis (tokens or concepts), W width, H heads, K key
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dlcm_lightning.model.mup import Matrix, Role, Tagged
 from dlcm_lightning.ops.attention import attention
@@ -36,6 +38,8 @@ class StackShape:
     rope_base: float
     role: Role
     """TOKEN or CONCEPT: what its hidden matrices are in the muP table."""
+    recompute: str = "none"
+    """What a block runs again in the backward instead of keeping it: none, selective (the feed-forward), full."""
 
 
 def norm_role(role: Role) -> Role:
@@ -114,10 +118,27 @@ class Block(nn.Module):
         self.attention = SelfAttention(shape)
         self.ffn_norm = RMSNorm(role, shape.width, shape.norm_epsilon)
         self.ffn = FeedForward(shape)
+        self.recompute = shape.recompute
 
     def forward(self, x: Tensor, segments: Segments, angles: Rotation, backend: str) -> Tensor:
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return _recomputed(self._whole, x, segments, angles, backend)
+        return self._whole(x, segments, angles, backend)
+
+    def _whole(self, x: Tensor, segments: Segments, angles: Rotation, backend: str) -> Tensor:
         x = x + self.attention(self.attention_norm(x), segments, angles, backend)
-        return x + self.ffn(self.ffn_norm(x))
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            return x + _recomputed(self._feed_forward, x)
+        return x + self._feed_forward(x)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.ffn(self.ffn_norm(x))
+
+
+def _recomputed(run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """run(*arguments), of which the backward keeps the arguments only. Nothing in a block draws random numbers."""
+    result: Tensor = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 class Stack(nn.Module):

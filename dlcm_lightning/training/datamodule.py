@@ -47,6 +47,13 @@ class TrainLoader:
         if error:
             raise error
 
+    def state_dict(self) -> dict[str, int]:
+        """Lightning asks of a loader whether it can be continued; this one begins where it is told."""
+        return {"first_step": self.first_step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.first_step = state["first_step"]
+
     def _step(self, coming: Iterator[Batch]) -> tuple[list[Batch], DataError | None]:
         """The micro-batches of one optimizer step, or none and why. Each names the counts of the step behind it, hence
         a step is read before the one in front of it is trained; what cannot be read is raised in its turn."""

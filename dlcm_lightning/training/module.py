@@ -70,7 +70,7 @@ class PretrainModule(LightningModule):
         construct: an engine's, for a model that is spread over processes."""
         super().__init__()
         self.config = config
-        self._assemble = partial(assemble, config.model, compute_dtype, backend)
+        self._assemble = partial(assemble, config.model, compute_dtype, backend, config.train.recompute)
         self._fill = partial(mup.initialise, model=config.model, seed=config.seed)
         self._construct: Construct | None = construct
         self.register_buffer("previous_counts", torch.zeros(2, dtype=torch.int64))  # no engine casts whole numbers

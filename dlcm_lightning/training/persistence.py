@@ -38,11 +38,11 @@ from dlcm_lightning.checkpoint.folder import (
     sweep,
     unfinished,
 )
+from dlcm_lightning.checkpoint.probe import Probe, difference
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.model.mup import tagged_parameters
 from dlcm_lightning.ops.collectives import Hosts, broadcast
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.probe import Probe, difference
 from dlcm_lightning.training.strategies.engine import MOMENTS, Engine, Moment
 from dlcm_lightning.training.watchers import load_watchers, watchers_state
 
@@ -224,5 +224,6 @@ def set_position(trainer: Trainer, step: int, micro_batches: int) -> None:
         taken["step"][when] = {"ready": step, "completed": step}
         taken["zero_grad"][when] = {"ready": step, "started": step, "completed": step}
     state["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+    state["state_dict"] = {}  # of the loader, which is told where to begin
     trainer.fit_loop.load_state_dict(state)
 

@@ -56,7 +56,8 @@ FOREIGN_WARNINGS = (
 
 
 def _quiet() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     for message, category in FOREIGN_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
 

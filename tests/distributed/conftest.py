@@ -14,7 +14,7 @@ import torch
 from dlcm_lightning.cluster.local import LocalRanks
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import BoundaryConfig, Config, DataConfig, OptimConfig, TrainConfig
-from tests.training.conftest import MODEL
+from tests.conftest import MODEL
 
 ROOT = Path(__file__).parents[2]
 ROWS = 11

@@ -15,7 +15,16 @@ from tests.distributed.conftest import STEPS, STRATEGIES, Do, Task, step_config
 Found = dict[str, torch.Tensor]
 EXACT, ROUNDED = 1e-9, 2e-4
 """Of the largest entry of a gradient, in float64 and in float32."""
+RECOMPUTED = [f"{strategy}-{mode}" for strategy in STRATEGIES for mode in ("selective", "full")]
+PLANTED = {"without_the_factor_w": ("ddp", 1), "without_the_factor_k": ("ddp", 3), "rate_of_one_rank": ("ddp", 1),
+           "counts_of_one_rank": ("ddp", 1), "rows_of_rank_0": ("ddp", 1), "deepspeed_divides_twice": ("zero2", 3),
+           "unsynchronised_micro_batches": ("fsdp2", 3)}
+"""Bugs of mutants.py, each with a strategy and a number of micro-batches under which it lives."""
 MATRIX = [(ranks, micro) for ranks in (1, 2, 4) for micro in (1, 3)]
+
+
+def precision(strategy: str) -> str:
+    return "fp32" if strategy.startswith("zero") else "fp64"
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +41,47 @@ def together(do: Do, config: DataConfig) -> dict[int, dict[str, Found]]:
     found = {}
     for ranks in (1, 2, 4):
         tasks = {f"{strategy}-{micro}": Task("gradients", step_config(
-            config, ranks, micro, strategy=strategy, precision="fp32" if strategy.startswith("zero") else "fp64"))
+            config, ranks, micro, strategy=strategy, precision=precision(strategy)))
             for strategy in STRATEGIES for micro in (1, 3)}
         tasks["autograd"] = Task("by_autograd", step_config(config, ranks, 1))
+        if ranks == 2:
+            tasks |= {f"{strategy}-{mode}": Task("gradients", step_config(
+                config, 2, 3, strategy=strategy, recompute=mode, precision=precision(strategy)))
+                for strategy in STRATEGIES for mode in ("selective", "full")}
+            tasks["zero3-offload"] = Task("gradients", step_config(config, 2, 3, strategy="zero3", offload=True,
+                                                                   precision="fp32"))
+            tasks |= {mutant: Task("gradients", step_config(config, 2, micro, strategy=strategy,
+                                                            precision=precision(strategy)), mutant)
+                      for mutant, (strategy, micro) in PLANTED.items()}
         found[ranks] = do(ranks, tasks)
     return found
 
 
+def gradients_of(found: Found, step: int) -> Found:
+    """By parameter."""
+    prefix = f"{step}/"
+    return {name.removeprefix(prefix): value.double() for name, value in found.items()
+            if name.startswith(prefix) and name.count("/") == 1 and name.endswith(".weight")}
+
+
 def worst(found: Found, expected: Found, step: int) -> tuple[float, str]:
     """The largest deviation from an expected gradient, relative to that gradient's largest entry, and where."""
-    prefix = f"{step}/"
-    names = [name for name in expected if name.startswith(prefix) and "/weight/" not in name
-             and name.removeprefix(prefix) not in ("norm", "rate")]
-    assert len(names) > 20
+    mine, theirs = gradients_of(found, step), gradients_of(expected, step)
+    assert mine.keys() == theirs.keys() and len(theirs) > 20
     errors = []
-    for name in names:
-        size = expected[name].abs().max().item()
-        assert size > 0 or name.startswith(f"{step}/boundary"), name
-        errors.append(((found[name].double() - expected[name].double()).abs().max().item() / (size or 1.0), name))
+    for name, value in theirs.items():
+        size = value.abs().max().item()
+        assert size > 0 or name.startswith("boundary"), name
+        errors.append(((mine[name] - value).abs().max().item() / (size or 1.0), name))
     return max(errors)
+
+
+def deviation(found: Found, expected: Found) -> float:
+    return max(worst(found, expected, step)[0] for step in range(STEPS))
+
+
+def tolerance(name: str) -> float:
+    return ROUNDED if name.startswith("zero") else EXACT
 
 
 @pytest.mark.parametrize(("ranks", "micro"), MATRIX)
@@ -59,10 +90,9 @@ def test_gradients_are_those_of_one_process(
     alone: dict[bool, Found], together: dict[int, dict[str, Found]], strategy: str, ranks: int, micro: int
 ) -> None:
     found, expected = together[ranks][f"{strategy}-{micro}"], alone[micro > 1]
-    tolerance = ROUNDED if strategy.startswith("zero") else EXACT
     for step in range(STEPS):
         error, where = worst(found, expected, step)
-        assert error < tolerance, (step, where)
+        assert error < tolerance(strategy), (step, where)
         assert found[f"{step}/rate"] == expected[f"{step}/rate"]
 
 
@@ -75,17 +105,37 @@ def test_a_collective_that_knows_its_gradient_gives_the_same(
 
 @pytest.mark.parametrize(("ranks", "micro"), MATRIX)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_clipping_knows_the_global_norm_and_the_update_follows_it(
-    alone: dict[bool, Found], together: dict[int, dict[str, Found]], strategy: str, ranks: int, micro: int
+def test_gradients_are_clipped_by_their_global_norm(
+    together: dict[int, dict[str, Found]], strategy: str, ranks: int, micro: int
 ) -> None:
-    found, expected = together[ranks][f"{strategy}-{micro}"], alone[micro > 1]
-    tolerance = ROUNDED if strategy.startswith("zero") else EXACT
+    """The norm is that of all gradients, and what reached AdamW is gradient x limit / norm: its first moment says so,
+    where its update would hide it."""
+    found = together[ranks][f"{strategy}-{micro}"]
     for step in range(STEPS):
-        gradients = [value.double() for name, value in found.items() if name.startswith(f"{step}/")
-                     and "/weight/" not in name and name.split("/", 1)[1] not in ("norm", "rate")]
-        norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
-        assert norm > 1.0, "the limit must bind, or this shows nothing"
-        torch.testing.assert_close(found[f"{step}/norm"].double(), norm, rtol=tolerance, atol=0)
-    for name in (name for name in expected if name.startswith(f"{STEPS - 1}/weight/")):
-        torch.testing.assert_close(found[name].double(), expected[name].double(), rtol=0, atol=100 * tolerance * 1e-2,
-                                   msg=lambda text, name=name: f"{name}: {text}")
+        norm = torch.stack([value.square().sum() for value in gradients_of(found, step).values()]).sum().sqrt()
+        assert norm > 1.5, "the limit of 1 must bind, or this shows nothing"
+        torch.testing.assert_close(found[f"{step}/norm"].double(), norm, rtol=tolerance(strategy), atol=0)
+    norm = found["0/norm"].double()
+    for name, gradient in gradients_of(found, 0).items():
+        torch.testing.assert_close(found[f"0/moment/{name}"].double(), 0.1 * gradient / norm, atol=1e-6,
+                                   rtol=100 * tolerance(strategy), msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_what_is_recomputed_changes_no_gradient(
+    alone: dict[bool, Found], together: dict[int, dict[str, Found]], name: str
+) -> None:
+    assert deviation(together[2][name], alone[True]) < tolerance(name)
+
+
+def test_offloading_changes_no_gradient(alone: dict[bool, Found], together: dict[int, dict[str, Found]]) -> None:
+    assert deviation(together[2]["zero3-offload"], alone[True]) < ROUNDED
+
+
+@pytest.mark.parametrize("mutant", PLANTED)
+def test_a_bug_planted_in_the_sums_over_ranks_is_noticed(
+    alone: dict[bool, Found], together: dict[int, dict[str, Found]], mutant: str
+) -> None:
+    """Each is far from the tolerance that the honest code keeps."""
+    strategy, micro = PLANTED[mutant]
+    assert deviation(together[2][mutant], alone[micro > 1]) > 20 * tolerance(strategy)

@@ -6,7 +6,6 @@ what it found to its file, rank 0 for all.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ from dlcm_lightning.training.objective import rate_loss
 from dlcm_lightning.training.stopwatch import Stopwatch
 from dlcm_lightning.training.strategies.choice import choose_engine
 from dlcm_lightning.training.strategies.engine import Engine
+from tests.distributed.mutants import planted
 
 Found = dict[str, Tensor]
 HOST = torch.device("cpu")
@@ -62,7 +62,8 @@ class Watch(Callback):
             self.found[f"{step}/rate"] = module.last_step.rate.clone()
             trainer.strategy.settle()
             for name, owner in tagged_parameters(module.model):
-                self.found[f"{step}/weight/{name}"] = trainer.strategy.weight(owner.weight).detach().clone()
+                moment = trainer.strategy.moment(owner.weight, "exp_avg")
+                self.found[f"{step}/moment/{name}"] = moment.detach().clone()
 
 
 def open_reader(config: Config) -> Reader:
@@ -138,9 +139,8 @@ def main() -> None:
     run._quiet()
     torch.set_num_threads(1)
     for task in json.loads(Path(sys.argv[1]).read_text()):
-        if mutant := task.get("mutant"):
-            importlib.import_module("tests.distributed.mutants").plant(mutant)
-        found = ACTIONS[task["action"]](load_config(task["config"]))
+        with planted(task["mutant"]):
+            found = ACTIONS[task["action"]](load_config(task["config"]))
         if rank() == 0:
             torch.save(found, task["out"])
     if dist.is_initialized():

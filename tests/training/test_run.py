@@ -20,16 +20,17 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dlcm_lightning.checkpoint.folder import Checkpoint, CheckpointError, Manifest, folders
+from dlcm_lightning.checkpoint.tensors import file_name
 from dlcm_lightning.compose import load_config, save_config
 from dlcm_lightning.config import Config, ConfigError, DataConfig
 from dlcm_lightning.data.errors import DataError
-from dlcm_lightning.training.checkpoints import CheckpointError, checkpoint_folders, newest_checkpoint
+from dlcm_lightning.training.callbacks.metrics import TIMED
 from dlcm_lightning.training.directory import RunError, claimed
 from dlcm_lightning.training.report import Report
 from dlcm_lightning.training.run import pretrain
 
 KILLS = 4
-TIMED = ("tokens_per_second", "data_wait")
 
 
 def quiet(message: str) -> None:
@@ -46,24 +47,24 @@ def lines(config: Config) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in text.splitlines()]
 
 
-def final_state(config: Config) -> dict[str, Any]:
-    checkpoint = newest_checkpoint(run_folder(config), quiet)
-    assert checkpoint is not None and checkpoint.step == config.total_steps
-    return torch.load(checkpoint.state, weights_only=True)
+def last(config: Config) -> Checkpoint:
+    """The newest checkpoint, which must be whole."""
+    folder = folders(run_folder(config))[-1]
+    found = Checkpoint(folder, Manifest.load(folder))
+    assert not found.manifest.damages(folder)
+    return found
 
 
 def assert_same_end(config: Config, other: Config) -> None:
-    """Bit-identical weights, buffers and optimizer, position of the loader, and every logged number."""
-    mine, theirs = final_state(config), final_state(other)
-    assert mine["state_dict"].keys() == theirs["state_dict"].keys()
-    for name, tensor in mine["state_dict"].items():
-        assert torch.equal(tensor, theirs["state_dict"][name]), name
-    moments, expected = (state["optimizer_states"][0]["state"] for state in (mine, theirs))
-    assert len(moments) == len(expected) > 0
-    for index, entry in moments.items():
-        for key, tensor in entry.items():
-            assert torch.equal(tensor, expected[index][key]), (index, key)
-    assert mine["loops"]["fit_loop"]["state_dict"] == theirs["loops"]["fit_loop"]["state_dict"]
+    """Bit-identical weights, buffers and optimizer, what callbacks keep, and every logged number."""
+    mine, theirs = last(config), last(other)
+    assert mine.step == theirs.step == config.total_steps
+    with mine.tensors() as tensors, theirs.tensors() as expected:
+        assert tensors.names() == expected.names()
+        assert {"weight", "exp_avg", "exp_avg_sq", "buffer"} <= {name.split("/")[0] for name in tensors.names()}
+        for name in tensors.names():
+            assert torch.equal(tensors.get(name), expected.get(name)), name
+    assert mine.callbacks == theirs.callbacks
     assert lines(config) == lines(other)
 
 
@@ -195,11 +196,12 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
     run_config: Config, undisturbed: Config
 ) -> None:
     stop_after(run_config, 7)
-    newest = checkpoint_folders(run_folder(run_config))[-1]
+    newest = folders(run_folder(run_config))[-1]
     assert newest.name == "step-00000006"
-    content = bytearray((newest / "state.ckpt").read_bytes())
+    state = newest / file_name(0, 1)
+    content = bytearray(state.read_bytes())
     content[1000] ^= 255
-    (newest / "state.ckpt").write_bytes(content)
+    state.write_bytes(content)
     heard: list[str] = []
     pretrain(run_config, heard.append)
     assert any("step-00000006 is not used" in message for message in heard)
@@ -236,11 +238,30 @@ def test_a_directory_of_another_run_is_refused_with_the_fields_that_differ(undis
                     optim=replace(undisturbed.optim, eta_token=1.0))
     with pytest.raises(ConfigError, match=r"differs in .*model\.d_token.*optim\.eta_token.*choose another name"):
         pretrain(other, quiet)
-    for fields in ({"devices": 2}, {"nodes": 2}, {"precision": "bf16"}):
-        with pytest.raises(ConfigError, match=r"differs in .*train\."):
-            pretrain(replace(undisturbed, train=replace(undisturbed.train, **fields)), quiet)
-    relaxed = replace(undisturbed, train=replace(undisturbed.train, log_every_steps=7, keep_last=3))
-    pretrain(relaxed, quiet)  # how often one looks may change
+    with pytest.raises(ConfigError, match=r"differs in train\.precision"):
+        pretrain(replace(undisturbed, train=replace(undisturbed.train, precision="bf16")), quiet)
+    relaxed = replace(undisturbed, train=replace(undisturbed.train, log_every_steps=7, keep_last=3, strategy="fsdp2"))
+    pretrain(relaxed, quiet)  # how often one looks may change, and how the model is spread
+
+
+def test_the_rule_for_F_may_not_change_between_two_lives(run_config: Config) -> None:
+    """One micro-batch a step takes F of the current step, several that of the previous one."""
+    stop_after(run_config, 4)
+    split = replace(run_config, data=replace(run_config.data, micro_batch_rows=2))
+    with pytest.raises(ConfigError, match=r"takes F of the current step.*2 micro-batches.*data\.micro_batch_rows"):
+        pretrain(split, quiet)
+
+
+def test_a_step_may_be_split_otherwise_between_two_lives_where_the_rule_for_F_is_kept(run_config: Config) -> None:
+    previous = replace(run_config, train=replace(run_config.train, precision="fp64"), model=replace(
+        run_config.model, boundary=replace(run_config.model.boundary, previous_rate=True)))
+    straight = replace(previous, name="straight")
+    pretrain(straight, quiet)
+    stop_after(previous, 4)
+    pretrain(replace(previous, data=replace(previous.data, micro_batch_rows=2)), quiet)
+    for line, expected in zip(lines(previous), lines(straight), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+        assert line.get("samples") == expected.get("samples")
 
 
 def test_a_checkpoint_of_another_model_is_refused_even_without_the_runs_own_config(
@@ -295,7 +316,7 @@ def test_a_full_disk_while_saving_is_a_clear_error_and_the_run_continues_afterwa
 ) -> None:
     """A file-size limit makes the kernel refuse the write in the middle of the file, as a full disk does."""
     stop_after(run_config, 4)
-    size = (checkpoint_folders(run_folder(run_config))[-1] / "state.ckpt").stat().st_size
+    size = (folders(run_folder(run_config))[-1] / file_name(0, 1)).stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dlcm_lightning.checkpoint.folder import folders
 from dlcm_lightning.config import Config, ConfigError, SourceConfig, WeightChange
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.reader import Reader
-from dlcm_lightning.training.checkpoints import checkpoint_folders
 from dlcm_lightning.training.run import pretrain
 from tests.synthetic import VOCABULARY
 
@@ -42,7 +42,7 @@ def stopped_after(config: Config, step: int, report: Callable[[str], None] = qui
     """Trains, and leaves the directory as a kill behind the checkpoint of `step` leaves it."""
     pretrain(config, report)
     run = Path(config.train.runs) / config.name
-    for folder in checkpoint_folders(run):
+    for folder in folders(run):
         if int(folder.name.removeprefix("step-")) > step:
             shutil.rmtree(folder)
     (run / "report.json").unlink()

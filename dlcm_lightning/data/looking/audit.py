@@ -5,7 +5,7 @@ No log of samples is needed. The order of samples is a function of the configura
 other text than the run's would be a lie, so a fingerprint that differs is an error.
 
     <run>/config.yaml                           the plan
-    <run>/checkpoints/step-*/manifest.json      step, data_fingerprint; config.yaml beside it: what held until then
+    <run>/checkpoints/step-*/manifest.json      step, identity; config.yaml beside it: what held until then
     <run>/unreadable-*.jsonl                    rows that were consumed but could not be read: sample, source
 
 A position is a number of steps; what it has consumed are the samples before it, and those alone.
@@ -158,7 +158,7 @@ def open_audit(run: str | Path, overrides: Sequence[str] = (), at_step: int | No
     if not 0 <= position <= config.total_steps:
         raise DataError(f"--at-step {position}: the run has {config.total_steps} steps")
     reader = Reader(config.data, config.seed, config.model.vocab_size, verify_all=False, report=report)
-    if reader.fingerprint != found["data_fingerprint"]:
+    if reader.fingerprint != found["identity"]["data_fingerprint"]:
         raise DataError(f"data.root = {config.data.root!r}: its shards or their order are not those that {folder} was "
                         "trained on; give the data of the run as data.root=..., or restore them")
     reader.check_lasts(config.total_steps * config.data.rows_per_step)
@@ -182,7 +182,7 @@ def _newest(run: Path) -> tuple[Path, dict[str, Any]]:
     for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
         try:
             found = json.loads((folder / MANIFEST).read_bytes())
-            if isinstance(found["step"], int) and isinstance(found["data_fingerprint"], str):
+            if isinstance(found["step"], int) and isinstance(found["identity"]["data_fingerprint"], str):
                 return folder, found
         except (OSError, ValueError, KeyError, TypeError):
             continue

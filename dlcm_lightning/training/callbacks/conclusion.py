@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from dlcm_lightning.cluster.processes import first_process
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.ngram import Floor, floors
 from dlcm_lightning.data.reader import Reader
@@ -27,7 +29,7 @@ class Conclude(Callback):
                  report: Callable[[str], None]) -> None:
         """rate: measures FLOP/s of large products."""
         self.run, self.data, self.metrics, self.rate, self.report = run, data, metrics, rate, report
-        self.rate_before = rate()
+        self.rate_before = self._rate()
         self.outcome: Report | None = None
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -35,7 +37,7 @@ class Conclude(Callback):
         config, model = module.config, module.model
         tally = validate(module, self.data.validation_loader(), progress=trainer.is_global_zero)
         validation = metrics_of(tally, config.data.domains, module.target_ratio)
-        rate = (self.rate_before + self.rate()) / 2
+        rate = (self.rate_before + self._rate()) / 2
         tokens = config.total_steps * config.data.tokens_per_step
         self.outcome = Report(
             steps=config.total_steps, tokens=tokens, hardware=machine.describe(config.train, module.device),
@@ -49,6 +51,10 @@ class Conclude(Callback):
             self.metrics.writer.board.flush()
             self.outcome.save(self.run)
             self.report(summary(config, self.outcome))
+
+    def _rate(self) -> float:
+        """Of one process while the others wait, or they would take each other's time."""
+        return self.rate() if first_process() else math.inf
 
     def _floors(self, reader: Reader) -> list[Floor]:
         """None where shards that the floors count are damaged: the model is trained all the same."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dlcm_lightning.checkpoint.folder import Identity, sweep
+from dlcm_lightning.checkpoint.probe import Probe
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
@@ -22,7 +23,6 @@ from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.directory import check_same_data, check_same_run
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.persistence import Persistence
-from dlcm_lightning.training.probe import Probe
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"

@@ -12,7 +12,7 @@ parameters, gradients and moments are fp32 everywhere, and the model casts what 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 
 import torch
@@ -109,13 +109,14 @@ class TorchEngine(Engine):
             copy_whole(self.torch_optimizer.state[parameter][name], value)
 
     def begin(self, steps: int) -> None:
-        begin_adamw(self.torch_optimizer, steps)
+        optimizer = self.torch_optimizer
+        begin_adamw(optimizer, [one for group in optimizer.param_groups for one in group["params"]], steps)
 
 
-def begin_adamw(optimizer: Optimizer, steps: int) -> None:
-    """AdamW makes its state in its first step; this is that state, after so many steps of zero gradients."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            count = torch.full((), float(steps), dtype=torch.float32,
-                               device=parameter.device if group["fused"] else "cpu")
-            optimizer.state[parameter] = {"step": count, **{name: torch.zeros_like(parameter) for name in MOMENTS}}
+def begin_adamw(optimizer: Optimizer, held: Iterable[Tensor], steps: int) -> None:
+    """AdamW makes its state in its first step; this is that state, after so many steps of zero gradients. held: the
+    tensors that it updates."""
+    for tensor in held:
+        device = tensor.device if optimizer.defaults["fused"] else torch.device("cpu")
+        count = torch.full((), float(steps), dtype=torch.float32, device=device)
+        optimizer.state[tensor] = {"step": count, **{name: torch.zeros_like(tensor) for name in MOMENTS}}

@@ -185,4 +185,5 @@ class Zero(DeepSpeedStrategy, Engine):
 
     def begin(self, steps: int) -> None:
         optimizer: Any = self.optimizers[0]
-        begin_adamw(optimizer.optimizer, steps)
+        held = optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+        begin_adamw(optimizer.optimizer, held, steps)
