@@ -65,16 +65,6 @@ def rows_of_rank_0(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(datamodule, "rank", lambda: 0)
 
 
-def unsynchronised_micro_batches(patch: pytest.MonkeyPatch) -> None:
-    """FSDP2 is not told that a micro-batch is the last one, and never reduces."""
-    @contextmanager
-    def never(self: Any) -> Iterator[None]:
-        self._root.set_requires_gradient_sync(False)
-        yield
-
-    patch.setattr(sharded.Sharded, "block_backward_sync", never)
-
-
 def cursor_of_one_rank(patch: pytest.MonkeyPatch) -> None:
     """On resuming, only rank 0 is told where the run stands; the others read from the beginning."""
     honest = datamodule.PretrainData.train_dataloader
@@ -109,7 +99,7 @@ def a_forgotten_count(patch: pytest.MonkeyPatch) -> None:
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     one.__name__: one for one in (
         without_the_factor_w, without_the_factor_k, deepspeed_divides_twice, rate_of_one_rank, counts_of_one_rank,
-        rows_of_rank_0, unsynchronised_micro_batches, cursor_of_one_rank, a_dropped_shard, a_forgotten_count)}
+        rows_of_rank_0, cursor_of_one_rank, a_dropped_shard, a_forgotten_count)}
 
 
 @contextmanager
