@@ -10,7 +10,7 @@ Bases may have bases. Later wins: each base over the one before it, the file ove
 command line (`optim.total_tokens=1000`, `data.sources[0].weight=0.5`) over everything. Sections merge; lists are
 replaced whole. `${model.d_token}` refers to another field.
 
-Every value is checked against the dataclasses of `config.py` while its file is still known, so that a typo or a
+Every value is checked against the dataclasses of `config` while its file is still known, so that a typo or a
 wrong type is answered with the full field, the value, where it stands and what to do. What fields demand of each
 other is checked by the dataclasses themselves, whose `ConfigError` passes through untouched.
 """

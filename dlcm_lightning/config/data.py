@@ -1,0 +1,121 @@
+"""Knobs of the token stream: which shards, in what shares, cut into rows of what length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dlcm_lightning.config.checks import require, require_member
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of the mixture: a folder of shards with a manifest."""
+
+    name: str = ""
+    """Unique; also the name of its folder below data.root."""
+    domain: str = ""
+    """What metrics are grouped by: web-en, web-zh, math, code."""
+    weight: float = 0.0
+    """Share of the training tokens. The weights of all sources sum to one; 0 leaves a source out."""
+    max_epochs: float = 0.0
+    """Times the source may be read; 0 for no limit. Where it is reached, its weight goes to the others."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name) and "/" not in self.name, "data.sources[].name", self.name,
+                "give every source a name without slashes")
+        require(bool(self.domain), "data.sources[].domain", self.domain, f"name the domain of source {self.name!r}")
+        require(0 <= self.weight <= 1, f"data.sources[{self.name}].weight", self.weight, "a share lies in [0, 1]")
+        require(self.max_epochs >= 0, f"data.sources[{self.name}].max_epochs", self.max_epochs, "use 0 or more")
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """Other weights from a point of the run on."""
+
+    at_tokens: int = 0
+    """Consumed tokens at which they begin to hold, rounded up to the next block of `block_rows` rows."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of every source by its name; they sum to one, and a source that is not named gets none."""
+
+    def __post_init__(self) -> None:
+        require(self.at_tokens > 0, "data.weight_changes[].at_tokens", self.at_tokens, "must be positive")
+        total = math.fsum(self.weights.values())
+        require(abs(total - 1) < 1e-6 and min(self.weights.values(), default=0) >= 0,
+                "data.weight_changes[].weights", dict(self.weights), "give shares that sum to 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The token stream: which shards, in what shares, cut into rows of what length."""
+
+    corpus: Literal["sample", "shards"] = "shards"
+    """sample: fetched and tokenised into data.root on first use. shards: data.root must hold them already."""
+    root: str = "data/built/sample"
+    """Folder with tokenizer.json and one folder of shards per source and split."""
+    tokenizer: Literal["bpe", "deepseek"] = "deepseek"
+    """What the sample corpus is tokenised with: a byte-level BPE of model.vocab_size trained on the corpus itself,
+    or DeepSeek-V3's 128,815 ids. Shards made by `dlcm tokenize` carry their own tokenizer."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    row_tokens: int = 8192
+    """Tokens a row feeds to the model. The row is the sample; documents are cut at its ends."""
+    rows_per_step: int = 512
+    """Rows of one optimizer step over all ranks."""
+    micro_batch_rows: int = 1
+    """Rows in one forward pass of one rank."""
+    block_rows: int = 4096
+    """Rows over which every source gets its exact share; also the range of the shuffle between sources."""
+    shuffle_shards: int = 16
+    """Shards of a source whose rows are shuffled together. Shards come in random order, in groups of so many; a
+    source of fewer is shuffled whole."""
+    weight_changes: list[WeightChange] = field(default_factory=list)
+    """In ascending order of at_tokens. One that still lies ahead may be added or changed when a run continues."""
+    validation_rows: int = 64
+    """At most so many rows per source are read for one validation."""
+    workers: int = 0
+    """Loader processes per rank; 0 reads in the training process."""
+    cache_megabytes: int = 1024
+    """Of a remote data.root (s3://...): memory for fetched pieces of shards, per process that reads."""
+    read_ahead_steps: int = 4
+    """Of a remote data.root: optimizer steps whose rows are fetched in advance."""
+    unreadable: Literal["stop", "mask"] = "stop"
+    """What a row that cannot be read does. stop: ends the run with an error that names shard and sample. mask: the
+    row predicts nothing, is counted and logged, and every other row stays where it is."""
+    max_unreadable: float = 0.001
+    """mask: the largest share of such rows among those consumed, or in the first block; above it the run ends."""
+
+    def __post_init__(self) -> None:
+        require_member("data.corpus", self.corpus, Literal["sample", "shards"])
+        require_member("data.tokenizer", self.tokenizer, Literal["bpe", "deepseek"])
+        require_member("data.unreadable", self.unreadable, Literal["stop", "mask"])
+        for name in ("row_tokens", "rows_per_step", "micro_batch_rows", "block_rows", "validation_rows",
+                     "shuffle_shards", "cache_megabytes"):
+            require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
+        for name in ("workers", "read_ahead_steps"):
+            require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "use 0 or more")
+        require(0 <= self.max_unreadable <= 1, "data.max_unreadable", self.max_unreadable, "a share lies in [0, 1]")
+        require(self.micro_batch_rows <= self.rows_per_step, "data.micro_batch_rows", self.micro_batch_rows,
+                f"must not exceed data.rows_per_step = {self.rows_per_step}")
+        require(bool(self.sources), "data.sources", self.sources, "name at least one source")
+        names = [source.name for source in self.sources]
+        require(len(set(names)) == len(names), "data.sources", names, "give every source its own name")
+        total = math.fsum(source.weight for source in self.sources)
+        require(abs(total - 1) < 1e-6, "data.sources[].weight", [source.weight for source in self.sources],
+                f"the weights sum to {total:g}; make them sum to 1")
+        points = [change.at_tokens for change in self.weight_changes]
+        require(points == sorted(set(points)), "data.weight_changes[].at_tokens", points,
+                "put them in ascending order")
+        for change in self.weight_changes:
+            unknown = [name for name in change.weights if name not in names]
+            require(not unknown, "data.weight_changes[].weights", unknown, f"data.sources has {', '.join(names)}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.rows_per_step * self.row_tokens
+
+    @property
+    def domains(self) -> list[str]:
+        """Domains in the order of their first source; a batch's domain numbers index this list."""
+        return list(dict.fromkeys(source.domain for source in self.sources))

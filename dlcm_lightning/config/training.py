@@ -1,0 +1,111 @@
+"""Knobs of training: the optimizer and its schedule; where and how a run executes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dlcm_lightning.config.checks import require, require_member
+
+Strategy = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule. Rates are base rates at width d_base; muP turns them into each group's own."""
+
+    total_tokens: int = 1_000_000_000_000
+    """Length of the run. The last step may pass it by less than one step."""
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    """wsd: warm-up, stable, linear decay. cosine: warm-up, then half a cosine."""
+    warmup_tokens: int = 8_388_608_000
+    """Tokens of linear warm-up from zero."""
+    decay_fraction: float = 0.2
+    """wsd: the share of total_tokens over which the rate falls linearly at the end."""
+    final_fraction: float = 0.1
+    """Where the schedule ends, as a share of the peak."""
+    eta_token: float = 1.8e-3
+    """Base rate of encoder and decoder matrices and of bridges that read token width (3e-4 at D = 1536)."""
+    eta_concept: float = 1.8e-3
+    """Base rate of backbone matrices and of bridges that read concept width."""
+    eta_other: float = 3e-4
+    """Rate of embedding, unembedding and norms."""
+    eta_boundary: float = 1.8e-3
+    """Base rate of the boundary's W_q, W_k. The knob of the segmentation: AdamW divides lambda out."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        require_member("optim.schedule", self.schedule, Literal["wsd", "cosine"])
+        require(self.total_tokens > 0, "optim.total_tokens", self.total_tokens, "must be positive")
+        require(0 <= self.warmup_tokens <= self.total_tokens, "optim.warmup_tokens", self.warmup_tokens,
+                f"must lie between 0 and optim.total_tokens = {self.total_tokens}")
+        for name in ("decay_fraction", "final_fraction"):
+            require(0 <= getattr(self, name) <= 1, f"optim.{name}", getattr(self, name), "a share lies in [0, 1]")
+        if self.schedule == "wsd":
+            decay = self.decay_fraction * self.total_tokens
+            require(self.warmup_tokens + decay <= self.total_tokens, "optim.decay_fraction", self.decay_fraction,
+                     f"warm-up ({self.warmup_tokens} tokens) and decay ({decay:.0f}) are longer than "
+                     f"optim.total_tokens = {self.total_tokens}")
+        for name in ("eta_token", "eta_concept", "eta_other", "eta_boundary", "epsilon"):
+            require(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "must be positive")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
+        for name in ("weight_decay", "clip_norm"):
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "use 0 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Where and how the run executes: precision, devices, what is written how often."""
+
+    runs: str = "runs"
+    """Folder that holds one directory per run, named by `name`."""
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """Arithmetic of the matrix products; parameters and their gradients stay fp32. auto: bf16 where the device
+    multiplies it fast (GPUs since Ampere, CPUs with avx512_bf16 or amx_bf16), else fp32. fp64 is for proofs."""
+    devices: int = 1
+    """Processes per node, one per GPU."""
+    nodes: int = 1
+    strategy: Strategy = "ddp"
+    """How the model is spread over them. ddp: whole on every one. fsdp2: parameters, gradients and moments cut into
+    rows. zero1, zero2, zero3: DeepSpeed; moments, gradients too, parameters too in pieces. All compute the same."""
+    offload: bool = False
+    """zero3: parameters, gradients and moments live in the host's memory."""
+    recompute: Recompute = "none"
+    """Activation checkpointing, per block of every stack. full: a block keeps its input alone and runs again in the
+    backward. selective: it keeps its attention and runs its feed-forward, which keeps most, again."""
+    log_every_steps: int = 10
+    """Optimizer steps between two lines of metrics."""
+    validate_every_steps: int = 1000
+    """Optimizer steps between validations; the run's end always validates."""
+    checkpoint_every_steps: int = 1000
+    """Optimizer steps between checkpoints; the run's end always writes one."""
+    keep_last: int = 2
+    """Newest complete checkpoints that are kept. At least two: the newest may turn out damaged."""
+    keep_every_tokens: int = 0
+    """Beside them, for good, the first checkpoint in every so many consumed tokens; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        require_member("train.precision", self.precision, Literal["auto", "bf16", "fp32", "fp64"])
+        for name in ("devices", "nodes", "log_every_steps", "validate_every_steps", "checkpoint_every_steps"):
+            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
+        require_member("train.strategy", self.strategy, Strategy)
+        require_member("train.recompute", self.recompute, Recompute)
+        require(not self.offload or self.strategy == "zero3", "train.offload", self.offload,
+                f"goes with train.strategy = 'zero3', not {self.strategy!r}")
+        require(self.precision != "fp64" or not self.strategy.startswith("zero"), "train.precision", self.precision,
+                f"train.strategy = {self.strategy!r} keeps fp32; use ddp or fsdp2")
+        require(self.keep_every_tokens >= 0, "train.keep_every_tokens", self.keep_every_tokens, "use 0 or more")
+        require(self.keep_last >= 2, "train.keep_last", self.keep_last,
+                "keep at least 2, so that a damaged newest checkpoint has one before it")
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the whole run."""
+        return self.devices * self.nodes
