@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test check tensorboard clean
+.PHONY: help setup pretrain test test-distributed check tensorboard clean
 
 help:
 	@echo 'make setup        make the environment in $(VENV) (every other target does it when needed)'
@@ -19,6 +19,7 @@ help:
 	@echo '                  other values:  make pretrain ARGS="seed=1 optim.total_tokens=1000000"'
 	@echo 'make tensorboard  show the curves of all runs in $(RUNS)/'
 	@echo 'make test         run the test suite      (part of it: make test ARGS="tests/test_compose.py")'
+	@echo 'make test-distributed  gradients, resuming, other ranks and strategies in full (several processes, a quarter of an hour)'
 	@echo 'make check        lint and check the types'
 	@echo 'make clean        remove caches and build files; the environment, data and runs stay'
 
@@ -39,6 +40,9 @@ pretrain: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-distributed: $(STAMP)
+	@$(BIN)/python -m pytest -q -m '' tests/distributed $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/python -m ruff check .
