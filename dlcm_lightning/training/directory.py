@@ -2,7 +2,7 @@
 
     <train.runs>/<name>/
         config.yaml      the resolved configuration
-        checkpoints/     see checkpoints.py; each carries the configuration that wrote it
+        checkpoints/     see checkpoint/folder.py; each carries the configuration that wrote it
         metrics.jsonl    one line per logged step and per validation
         tensorboard/     the same as curves, on an axis of consumed tokens; histograms; boundaries as text
         report.json      the table at the end

@@ -97,6 +97,11 @@ class PretrainModule(LightningModule):
         return (batch_idx + 1) % self.config.micro_batches == 0
 
     @property
+    def device(self) -> torch.device:
+        """Where its buffers are. Lightning's own answer is not told of a model that ZeRO-3 has cut."""
+        return self.previous_counts.device
+
+    @property
     def target_ratio(self) -> float | None:
         """R; None for a dense model."""
         return self.config.model.boundary.target_ratio if self.config.model.kind == "dlcm" else None

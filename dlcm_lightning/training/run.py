@@ -48,18 +48,14 @@ from dlcm_lightning.training.strategies.choice import choose_engine
 from dlcm_lightning.training.strategies.engine import Engine
 
 Say = Callable[[str], None]
-FOREIGN_WARNINGS = (
-    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
-    (r"barrier\(\): using the device under current context", UserWarning),
-)
-"""Of libraries among themselves, which no user can mend."""
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
+    """Silences Lightning's banner, and the one warning that it causes inside torch and that no user can mend."""
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    for message, category in FOREIGN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=category)
+    deprecated = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
 
 
 def build_trainer(config: Config, where: torch.device, engine: Engine, callbacks: list[Callback]) -> Trainer:
@@ -93,7 +89,7 @@ def pretrain(config: Config, report: Say = print) -> Report:
     Every process of the run calls it. Raises ConfigError, DataError, CheckpointError, RunError or Stopped; each message
     says what to do.
     """
-    _quiet()
+    quiet_libraries()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
     # Would cost a write of every buffer; none is read unset. The attribute is dynamic, which types cannot see.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

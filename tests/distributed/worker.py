@@ -136,7 +136,7 @@ ACTIONS = {"gradients": gradients, "by_autograd": by_autograd, "initial": initia
 
 
 def main() -> None:
-    run._quiet()
+    run.quiet_libraries()
     torch.set_num_threads(1)
     for task in json.loads(Path(sys.argv[1]).read_text()):
         with planted(task["mutant"]):

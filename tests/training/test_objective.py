@@ -7,14 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dlcm_lightning.batch import Batch
+from dlcm_lightning.batch import Batch, StepCounts
 from dlcm_lightning.config import BoundaryConfig, Config
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.model.boundary import LearnedBoundary
 from dlcm_lightning.model.dlcm import DLCM
+from dlcm_lightning.training.datamodule import TrainLoader
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.objective import COUNTS, counts_of, rate_loss, rate_slope
+from dlcm_lightning.training.stopwatch import Stopwatch
 from tests import reference as oracle
 from tests.synthetic import VOCABULARY
 
@@ -186,3 +188,36 @@ def test_the_prior_mean_follows_the_mean_hidden_state_of_past_steps(run_config: 
     module.after_step()
     expected = 0.9 * prior + 0.1 * tally.features / 256
     torch.testing.assert_close(boundary.prior_mean, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_ranks_speak_once_an_optimizer_step(run_config: Config, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """In its last micro-batch, whatever their number; and once more at the beginning of a life."""
+    config = replace(run_config, data=replace(run_config.data, micro_batch_rows=rows))
+    module, spoken = module_for(config), []
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        spoken.append(len(tensor))
+        return tensor.clone()
+
+    monkeypatch.setattr("dlcm_lightning.training.objective.all_reduce_sum", counted)
+    monkeypatch.setattr("dlcm_lightning.training.module.all_reduce_sum", counted)
+    loader = TrainLoader(Reader(config.data, config.seed, config.model.vocab_size), config, 0, False, Stopwatch())
+    batches = iter(loader)
+    for step in range(3):
+        for number in range(config.micro_batches):
+            assert len(spoken) == step + (step > 0 or number > 0)
+            module.training_step(next(batches), step * config.micro_batches + number)
+        module.after_step()
+        assert len(spoken) == step + 2
+    assert spoken[0] == len(COUNTS) and max(spoken) < 200 + config.model.d_token, "a small vector"
+
+
+def test_every_micro_batch_names_the_counts_of_the_step_behind_it(run_config: Config) -> None:
+    config = replace(run_config, data=replace(run_config.data, micro_batch_rows=2))
+    reader = Reader(config.data, config.seed, config.model.vocab_size)
+    seen = list(TrainLoader(reader, config, 3, False, Stopwatch()))
+    assert len(seen) == 2 * (config.total_steps - 3)
+    for number, batch in enumerate(seen):
+        later = seen[number // 2 * 2 + 2].step if number < len(seen) - 2 else StepCounts()
+        assert batch.following == later and batch.step.tokens == 256

@@ -25,8 +25,8 @@ from dlcm_lightning.training.stopwatch import Stopwatch
 from dlcm_lightning.training.strategies.engine import Engine
 
 TENSORBOARD = "tensorboard"
-TIMED = ("tokens_per_second", "data_wait")
-"""The numbers of a line that a clock is in."""
+TIMED = ("tokens_per_second", "data_wait", "peak_memory_gib")
+"""The numbers of a line that say how a step went, not what it computed."""
 
 
 class MetricsWriter:
@@ -137,6 +137,8 @@ class Metrics(Callback):
         metrics["gradient_norm"] = engine.gradient_norm.item()
         for group in trainer.optimizers[0].param_groups:
             metrics[f"learning_rate_{group['role']}"] = group["lr"]
+        if module.device.type == "cuda":
+            metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated(module.device) / 2**30
         seconds, waited = self.stopwatch.lap()
         self.training_seconds += seconds
         self.waiting_seconds += waited

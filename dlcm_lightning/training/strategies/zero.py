@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 from torch import Tensor, nn, zeros
@@ -127,6 +127,15 @@ class Zero(DeepSpeedStrategy, Engine):
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+
+    def setup(self, trainer: Trainer) -> None:
+        """DeepSpeed does not move what `zero.Init` has made, and so forgets the buffers beside it."""
+        assert self.lightning_module is not None
+        for module in self.lightning_module.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(name, buffer.to(self.root_device),
+                                       persistent=name not in module._non_persistent_buffers_set)
+        super().setup(trainer)
 
     def construct(self, assemble: Callable[[], LanguageModel], fill: Fill) -> LanguageModel:
         """Stage 3: called inside `zero.Init`, which cuts every parameter as soon as its module is made."""
