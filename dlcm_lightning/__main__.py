@@ -1,7 +1,7 @@
 """`python -m dlcm_lightning` is the `dlcm` command."""
 
-import sys
+from __future__ import annotations
 
-from dlcm_lightning.cli import main
+from dlcm_lightning.cli import entry
 
-sys.exit(main())
+entry()

@@ -10,13 +10,14 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dlcm_lightning import __version__
-from dlcm_lightning.cluster.processes import first_process
+from dlcm_lightning.cluster.processes import first_process, leave, one_of_several
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import ConfigError
 from dlcm_lightning.data.errors import DataError
@@ -300,3 +301,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"dlcm: {harmless(str(error))}", file=sys.stderr)
         return _load("training.callbacks.checkpoint", "STOPPED_CODE") if stopped else 2
     return 0
+
+
+def entry() -> NoReturn:
+    """The command as a process."""
+    try:
+        code = main()
+    except Exception:
+        if not one_of_several():
+            raise
+        traceback.print_exc()
+        code = 1
+    leave(code)

@@ -96,9 +96,12 @@ class Manifest:
 
     def damages(self, folder: Path, part: int = 0, parts: int = 1) -> list[str]:
         """What is wrong with every parts-th file from `part` on: readers share the hashing."""
-        return [said for name in sorted(self.files)[part::parts] if (said := self._damage(folder / name))]
+        return [said for name in sorted(self.files)[part::parts] if (said := self.damage(folder / name))]
 
-    def _damage(self, file: Path) -> str:
+    def damage(self, file: Path) -> str:
+        """What is wrong with one file, or nothing."""
+        if file.name not in self.files:
+            return f"{file} is not in {MANIFEST}"
         expected = self.files[file.name]
         try:
             size = file.stat().st_size

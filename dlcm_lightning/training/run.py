@@ -22,7 +22,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
 
-from dlcm_lightning.checkpoint.folder import Checkpoint, CheckpointError, Identity, Manifest, folders
+from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, CheckpointError, Identity, Manifest, folders
 from dlcm_lightning.cluster.processes import first_process
 from dlcm_lightning.cluster.signals import Wish
 from dlcm_lightning.config import Config
@@ -122,9 +122,11 @@ def _finished(config: Config, run: Path, precision: str) -> Report | None:
     for folder in reversed(folders(run)):
         try:
             newest = Checkpoint(folder, Manifest.load(folder))
-            check_same_run(newest, config, precision)
-        except (CheckpointError, OSError):
+        except CheckpointError:
             continue
+        if newest.manifest.damage(folder / CONFIG):
+            continue
+        check_same_run(newest, config, precision)
         return Report.load(run) if newest.step >= config.total_steps else None
     return None
 
@@ -146,7 +148,7 @@ def _train(config: Config, run: Path, where: torch.device, dtype: torch.dtype, b
     data = PretrainData(config, reader, where.type == "cuda", stopwatch)
     writer = MetricsWriter(run)
     metrics = Metrics(writer, stopwatch)
-    checkpoints = Checkpoints(stopwatch, wish)
+    checkpoints = Checkpoints(writer, stopwatch, wish)
     conclude = Conclude(run, data, metrics, partial(machine.matrix_product_rate, dtype, where), say)
     opening = OpenRun(run, Identity(reader.fingerprint, precision), reader, data, writer, checkpoints, say)
     trainer = build_trainer(config, where, engine, [

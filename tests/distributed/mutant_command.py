@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 
-from dlcm_lightning.cli import main
+from dlcm_lightning.cli import entry
 from tests.distributed.mutants import plant
 
 if __name__ == "__main__":
     plant(os.environ["MUTANT"])
-    sys.exit(main())
+    entry()

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
 from dlcm_lightning.batch import Batch
+from dlcm_lightning.cluster.processes import leave
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.loader import TrainingBatches
@@ -150,3 +151,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -164,6 +164,10 @@ def test_a_run_that_is_killed_anywhere_ends_bit_identical(run_config: Config, tm
     process = start(config, tmp_path)
     assert process.wait(timeout=120) == 0
     assert_same_end(config, straight)
+    events = EventAccumulator(str(run_folder(config) / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    per_step = config.data.tokens_per_step
+    assert [event.step for event in events.Scalars("train/loss")] == [done * per_step for done in range(2, 61, 2)]
 
 
 class Stop(Exception):

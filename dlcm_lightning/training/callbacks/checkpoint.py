@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.cluster.signals import Wish
+from dlcm_lightning.training.callbacks.metrics import MetricsWriter
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.persistence import Persistence
 from dlcm_lightning.training.stopwatch import Stopwatch
@@ -26,8 +27,8 @@ class Stopped(Exception):
 class Checkpoints(Callback):
     """Saving, and leaving when asked. At every optimizer step all ranks agree whether any of them was asked."""
 
-    def __init__(self, stopwatch: Stopwatch, wish: Wish) -> None:
-        self.stopwatch, self.wish = stopwatch, wish
+    def __init__(self, writer: MetricsWriter, stopwatch: Stopwatch, wish: Wish) -> None:
+        self.writer, self.stopwatch, self.wish = writer, stopwatch, wish
         self.persistence: Persistence | None = None
 
     def take(self, persistence: Persistence) -> None:
@@ -48,6 +49,7 @@ class Checkpoints(Callback):
         due = step % config.train.checkpoint_every_steps == 0 or step == config.total_steps
         if due or asked:
             with self.stopwatch.paused():
+                self.writer.flush()  # curves up to here are not written again
                 self.persistence.save(trainer, module)
         if asked and step < config.total_steps:
             raise Stopped(f"{signal.Signals(asked).name}: saved at step {step} of {config.total_steps}; the same "

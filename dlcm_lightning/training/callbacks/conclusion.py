@@ -48,7 +48,7 @@ class Conclude(Callback):
         )
         if trainer.is_global_zero:
             self.metrics.writer.write("validation", config.total_steps, tokens, validation)
-            self.metrics.writer.board.flush()
+            self.metrics.writer.flush()
             self.outcome.save(self.run)
             self.report(summary(config, self.outcome))
 

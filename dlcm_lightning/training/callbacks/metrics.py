@@ -42,6 +42,11 @@ class MetricsWriter:
         assert self._board is not None
         return self._board
 
+    def flush(self) -> None:
+        """What was written is on its way to the disk; nothing on other ranks."""
+        if self._board is not None:
+            self._board.flush()
+
     def begin(self, step: int, tokens: int, total_steps: int) -> None:
         """The run goes on behind optimizer step `step`: what lies behind it is dropped."""
         self._cut_back(step, total_steps)
