@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dlcm_lightning import __version__
-from dlcm_lightning.cluster.processes import first_process, leave, one_of_several
+from dlcm_lightning.cluster.processes import first_process, leave
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import ConfigError
 from dlcm_lightning.data.errors import DataError
@@ -308,8 +308,6 @@ def entry() -> NoReturn:
     try:
         code = main()
     except Exception:
-        if not one_of_several():
-            raise
         traceback.print_exc()
         code = 1
     leave(code)
