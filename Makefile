@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-distributed check tensorboard clean
+.PHONY: help setup pretrain test test-distributed test-slurm check tensorboard clean
 
 help:
 	@echo 'make setup        make the environment in $(VENV) (every other target does it when needed)'
@@ -19,7 +19,8 @@ help:
 	@echo '                  other values:  make pretrain ARGS="seed=1 optim.total_tokens=1000000"'
 	@echo 'make tensorboard  show the curves of all runs in $(RUNS)/'
 	@echo 'make test         run the test suite      (part of it: make test ARGS="tests/test_compose.py")'
-	@echo 'make test-distributed  gradients, resuming, other ranks and strategies in full (several processes, a quarter of an hour)'
+	@echo 'make test-distributed  gradients, resuming, other ranks and strategies in full (several processes, ten minutes)'
+	@echo 'make test-slurm   jobs on a real SLURM of this machine: preempted, out of time, cancelled, hung (needs root, minutes)'
 	@echo 'make check        lint and check the types'
 	@echo 'make clean        remove caches and build files; the environment, data and runs stay'
 
@@ -35,14 +36,20 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Inside an allocation of SLURM, but not inside one of its steps, it starts a process per GPU on every node.
 pretrain: $(STAMP)
-	@$(BIN)/dlcm pretrain $(CONFIG) $(ARGS)
+	@if [ -n "$$SLURM_JOB_ID" ] && [ -z "$$SLURM_STEP_ID" ]; then \
+	    DLCM_PYTHON="$(abspath $(BIN)/python)" CONFIG=$(CONFIG) bash slurm/job.sh $(CONFIG) $(ARGS); \
+	else $(BIN)/dlcm pretrain $(CONFIG) $(ARGS); fi
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q $(ARGS)
 
 test-distributed: $(STAMP)
 	@$(BIN)/python -m pytest -q -m '' tests/distributed $(ARGS)
+
+test-slurm: $(STAMP)
+	@$(BIN)/python -m pytest -q -m '' tests/slurm $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/python -m ruff check .

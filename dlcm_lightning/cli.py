@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dlcm_lightning import __version__
+from dlcm_lightning.cluster.lives import recorded, this_life
+from dlcm_lightning.cluster.placement import placed
 from dlcm_lightning.cluster.processes import first_process, leave
+from dlcm_lightning.cluster.signals import print_stacks_when_asked
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import ConfigError
 from dlcm_lightning.data.errors import DataError
@@ -35,8 +38,28 @@ def _load(module: str, name: str) -> Any:
 
 
 def pretrain(arguments: argparse.Namespace) -> None:
+    with recorded(first_process()):
+        print_stacks_when_asked()
+        config = placed(load_config(arguments.config, arguments.overrides))
+        _load("training.run", "pretrain")(config)
+
+
+def job(arguments: argparse.Namespace) -> None:
+    raise SystemExit(_load("cluster.job", "run_job")(arguments.config, arguments.overrides))
+
+
+def submit(arguments: argparse.Namespace) -> None:
+    number = _load("cluster.snapshot", "submit")(arguments.script, arguments.config, arguments.overrides,
+                                                 arguments.sbatch)
+    print(f"Submitted batch job {number}")
+
+
+def doctor(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    _load("training.run", "pretrain")(config)
+    if arguments.in_job:
+        _say_all(_load("training.doctor", "answer_in_job")(config).lines())
+    elif not _load("training.doctor", "examine")(placed(config), _say):
+        raise SystemExit(1)
 
 
 def verify_resume(arguments: argparse.Namespace) -> None:
@@ -51,6 +74,10 @@ def verify_resume(arguments: argparse.Namespace) -> None:
     print(verdict.table())
     if not verdict.good:
         raise SystemExit(1)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    _load("training.evaluate", "evaluate")(Path(arguments.run_folder), arguments.step, arguments.overrides, _say)
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -172,11 +199,32 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
 
     configured("pretrain", pretrain, "train, or continue an unfinished run")
+    configured("job", job, "one life of a run inside a SLURM job; what slurm/*.sh call")
+    command = commands.add_parser("submit", help="what slurm/*.sh call where they are started without sbatch",
+                                  description="Check a configuration, copy the code into the run's directory, sbatch.")
+    command.add_argument("script", help="such as slurm/dlcm_1t.sh")
+    _add_run_file(command)
+    command.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="of sbatch; may be repeated")
+    command.set_defaults(run=submit)
+    command = commands.add_parser(
+        "doctor", help="what would go wrong later, asked now",
+        description="Check versions, disk, data, run directory and device of this machine for a run; in a job, of all "
+                    "nodes.")
+    _add_run_file(command)
+    command.add_argument("--in-job", action="store_true", help=argparse.SUPPRESS)
+    command.set_defaults(run=doctor)
     configured("prepare", prepare, "fetch and tokenise the sample corpus without training")
     _add_verify_resume(commands.add_parser(
         "verify-resume", help="prove that a disturbed run ends as one left alone",
         description="Run a configuration twice, once straight and once disturbed by kills and signals, and compare "
                     "everything that both leave, bit for bit."))
+    command = commands.add_parser(
+        "evaluate", help="the validation table of any checkpoint",
+        description="Bits per byte and tokens per concept by domain, of a checkpoint of a run, on one process.")
+    command.add_argument("run_folder", metavar="RUN", help="directory of a run, such as runs/quickstart")
+    command.add_argument("overrides", nargs="*", metavar="field=value", help="such as data.validation_rows=512")
+    command.add_argument("--step", type=_count, help="of a checkpoint (the newest)")
+    command.set_defaults(run=evaluate)
     command = commands.add_parser(
         "export", help="a checkpoint as a model that plain PyTorch loads",
         description="Write model.safetensors, config.yaml and tokenizer.json of a run's checkpoint, whatever strategy "
@@ -299,6 +347,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if first_process():  # an error of one process is an error of all
             print(f"dlcm: {harmless(str(error))}", file=sys.stderr)
+        if stopped and this_life() is not None:
+            return 0  # a job reads how its run left; another code would end the ranks that are still leaving
         return _load("training.callbacks.checkpoint", "STOPPED_CODE") if stopped else 2
     return 0
 

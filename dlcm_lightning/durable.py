@@ -24,7 +24,7 @@ def flush(path: Path) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that after a crash it is there in full or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     try:
         temporary.write_bytes(content)
         flush(temporary)

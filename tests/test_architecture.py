@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "dlcm_lightning"
 FLOORS = (
     {"config"},
-    {"compose", "flops", "durable"},
+    {"compose", "flops", "durable", "layout"},
     {"ops", "scaling"},
     {"batch"},
     {"model", "data"},
@@ -29,7 +29,7 @@ FLOORS = (
     {"__main__"},
 )
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-WITHOUT_TORCH = {"config", "compose", "flops", "durable", "scaling"}
+WITHOUT_TORCH = {"config", "compose", "flops", "durable", "layout", "scaling"}
 USING_A_MODEL = {"export", "inference", "evaluation"}
 TRAINING_ONLY = {"lightning", "pytorch_lightning", "lightning_utilities", "torchmetrics", "deepspeed"}
 MAY_IMPORT_INSIDE_FUNCTIONS = {"cli"}  # refuses a wrong configuration before anything heavy loads

@@ -29,10 +29,8 @@ from dlcm_lightning.checkpoint.tensors import SUFFIX, Tensors
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.durable import flush, sha256_of, write_atomically
+from dlcm_lightning.layout import CHECKPOINTS, UNFINISHED, finished, folders, unfinished
 
-FOLDER = "checkpoints"
-PREFIX = "step-"
-UNFINISHED = ".unfinished-"
 DAMAGED = "damaged-"
 CALLBACKS = "callbacks.json"
 CONFIG = "config.yaml"
@@ -141,15 +139,6 @@ class Checkpoint:
         return Tensors(self.folder / name for name in self.manifest.files if name.endswith(SUFFIX))
 
 
-def unfinished(run: Path, step: int) -> Path:
-    """Where the files of a step are written before they count."""
-    return run / FOLDER / f"{UNFINISHED}{step}"
-
-
-def finished(run: Path, step: int) -> Path:
-    return run / FOLDER / f"{PREFIX}{step:08d}"
-
-
 def describe_file(file: Path) -> dict[str, Any]:
     """Flushes a file to the disk; its entry in the manifest."""
     flush(file)
@@ -166,15 +155,10 @@ def complete(run: Path, manifest: Manifest) -> Path:
     return final
 
 
-def folders(run: Path) -> list[Path]:
-    """Of complete checkpoints, oldest first."""
-    return sorted(folder for folder in (run / FOLDER).glob(f"{PREFIX}*") if folder.is_dir())
-
-
 def sweep(run: Path, keep_last: int, keep_every_tokens: int = 0) -> None:
     """Removes unfinished checkpoints and all complete ones but the newest `keep_last` and, of every
     `keep_every_tokens` consumed tokens, the first."""
-    for folder in (run / FOLDER).glob(f"{UNFINISHED}*"):
+    for folder in (run / CHECKPOINTS).glob(f"{UNFINISHED}*"):
         shutil.rmtree(folder, ignore_errors=True)
     kept = folders(run)
     for_good = milestones(kept, keep_every_tokens)

@@ -39,13 +39,15 @@ class LocalRanks:
         port = free_port()
         self.command = " ".join(command)
         self.processes: list[subprocess.Popen[bytes]] = []
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         for rank, log in enumerate(self.logs):
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
-                     "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "OMP_NUM_THREADS": str(threads)}
+                     "LOCAL_WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
+                     "GROUP_RANK": "0", "OMP_NUM_THREADS": str(threads)}
             with log.open("ab") as output:
                 self.processes.append(subprocess.Popen(
                     list(command), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                    env={**os.environ, **place, **(variables or {})}, start_new_session=True))
+                    env={**outside, **place, **(variables or {})}, start_new_session=True))
 
     def __enter__(self) -> LocalRanks:
         return self

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 
 from dlcm_lightning.config.checks import ConfigError, require
 from dlcm_lightning.config.data import DataConfig, SourceConfig, WeightChange
+from dlcm_lightning.config.job import JobConfig
 from dlcm_lightning.config.model import AttentionBackend, BoundaryConfig, BoundaryForm, ModelConfig, MupConfig
 from dlcm_lightning.config.training import OptimConfig, Recompute, Strategy, TrainConfig
 
 __all__ = [
     "AttentionBackend", "BoundaryConfig", "BoundaryForm", "Config", "ConfigError", "DataConfig",
-    "ModelConfig", "MupConfig", "OptimConfig", "Recompute", "SourceConfig", "Strategy",
+    "JobConfig", "ModelConfig", "MupConfig", "OptimConfig", "Recompute", "SourceConfig", "Strategy",
     "TrainConfig", "WeightChange",
 ]
 
@@ -36,6 +37,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    job: JobConfig = field(default_factory=JobConfig)
 
     def __post_init__(self) -> None:
         require(bool(self.name) and "/" not in self.name, "name", self.name, "give the run a name without slashes")

@@ -69,9 +69,10 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """Arithmetic of the matrix products; parameters and their gradients stay fp32. auto: bf16 where the device
     multiplies it fast (GPUs since Ampere, CPUs with avx512_bf16 or amx_bf16), else fp32. fp64 is for proofs."""
-    devices: int = 1
-    """Processes per node, one per GPU."""
-    nodes: int = 1
+    devices: int = 0
+    """Processes per node, one per GPU. 0: as many as were started there, by srun or torchrun; alone, one."""
+    nodes: int = 0
+    """0: as many as processes were started on; alone, one."""
     strategy: Strategy = "ddp"
     """How the model is spread over them. ddp: whole on every one. fsdp2: parameters, gradients and moments cut into
     rows. zero1, zero2, zero3: DeepSpeed; moments, gradients too, parameters too in pieces. All compute the same."""
@@ -93,8 +94,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_member("train.precision", self.precision, Literal["auto", "bf16", "fp32", "fp64"])
-        for name in ("devices", "nodes", "log_every_steps", "validate_every_steps", "checkpoint_every_steps"):
+        for name in ("log_every_steps", "validate_every_steps", "checkpoint_every_steps"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
+        for name in ("devices", "nodes"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "use 0 or more")
         require_member("train.strategy", self.strategy, Strategy)
         require_member("train.recompute", self.recompute, Recompute)
         require(not self.offload or self.strategy == "zero3", "train.offload", self.offload,
@@ -107,5 +110,5 @@ class TrainConfig:
 
     @property
     def ranks(self) -> int:
-        """Processes of the whole run."""
-        return self.devices * self.nodes
+        """Processes of the whole run; until `cluster.placement` has asked who started them, those that are named."""
+        return max(1, self.devices) * max(1, self.nodes)

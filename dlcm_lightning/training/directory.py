@@ -1,11 +1,4 @@
-"""The run's directory: who may write to it, and whether what it holds is this run.
-
-    <train.runs>/<name>/
-        config.yaml      the resolved configuration
-        checkpoints/     see checkpoint/folder.py; each carries the configuration that wrote it
-        metrics.jsonl    one line per logged step and per validation
-        tensorboard/     the same as curves, on an axis of consumed tokens; histograms; boundaries as text
-        report.json      the table at the end
+"""The run's directory: who may write to it, and whether what it holds is this run. What stands in it: layout.py.
 
 A configuration binds a directory only once there is a checkpoint: a run that failed before its first one may be
 corrected and started again. What may change afterwards is where and how often, not what is computed.
@@ -27,8 +20,8 @@ from dlcm_lightning.config import Config, ConfigError
 LOCK = ".lock"
 MAY_DIFFER = ("name", "data.root", "data.workers", "data.cache_megabytes", "data.read_ahead_steps", "data.unreadable",
               "data.max_unreadable", "data.micro_batch_rows", "model.boundary.previous_rate")
-"""Beside most of `train`. Which rows can be read may change, which rows there are may not; how a step is split may,
-as long as the rule for F stays what it was."""
+"""Beside `job` and most of `train`. Which rows can be read may change, which rows there are may not; how a step is
+split may, as long as the rule for F stays what it was."""
 CHANGES_THE_RUN = ("train.precision",)
 """Among the fields of `train`."""
 
@@ -62,7 +55,7 @@ def claimed(run: Path) -> Iterator[None]:
 
 
 def _may_differ(name: str) -> bool:
-    return name in MAY_DIFFER or (name.startswith("train.") and name not in CHANGES_THE_RUN)
+    return name in MAY_DIFFER or (name.startswith(("train.", "job.")) and name not in CHANGES_THE_RUN)
 
 
 def _decided(config: Config, consumed: int) -> Config:

@@ -26,20 +26,18 @@ from dlcm_lightning.checkpoint import tensors
 from dlcm_lightning.checkpoint.folder import (
     CALLBACKS,
     CONFIG,
-    FOLDER,
     Checkpoint,
     CheckpointError,
     Identity,
     Manifest,
     complete,
     describe_file,
-    folders,
     set_aside,
     sweep,
-    unfinished,
 )
 from dlcm_lightning.checkpoint.probe import Probe, difference
 from dlcm_lightning.compose import save_config
+from dlcm_lightning.layout import CHECKPOINTS, folders, unfinished
 from dlcm_lightning.model.mup import tagged_parameters
 from dlcm_lightning.ops.collectives import Hosts, broadcast
 from dlcm_lightning.training.module import PretrainModule
@@ -101,7 +99,7 @@ class Persistence:
     def _not_written(self, step: int, error: str) -> CheckpointError:
         kept = [folder.name for folder in folders(self.run)]
         return CheckpointError(
-            f"checkpoint of step {step} could not be written to {self.run / FOLDER}: {error}. Complete ones kept "
+            f"checkpoint of step {step} could not be written to {self.run / CHECKPOINTS}: {error}. Complete ones kept "
             f"there: {', '.join(kept) or 'none'}. Free space or correct the permissions, then start the run again: it "
             "continues from the newest.")
 
@@ -147,8 +145,8 @@ class Persistence:
             damaged.append(folder)
             report(f"checkpoint {folder.name} is not used: {said}")
         if found:
-            raise CheckpointError(f"all {len(found)} checkpoints in {self.run / FOLDER} are damaged; move the folder "
-                                  "away to train from the beginning")
+            raise CheckpointError(f"all {len(found)} checkpoints in {self.run / CHECKPOINTS} are damaged; move the "
+                                  "folder away to train from the beginning")
         return None
 
     def _opened(self, folder: Path) -> tuple[Checkpoint | None, str]:

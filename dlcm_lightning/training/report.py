@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,29 +77,30 @@ class Report:
         fields["speed"] = Speed(**fields["speed"]) if fields["speed"] else None
         return Report(**fields)
 
-    def table(self) -> str:
-        """Per domain: bits per byte beside the floors of the same rows, tokens per concept."""
-        floors = {floor.domain: floor for floor in self.floors}
-        segmented = "R_sampled" in self.validation
-        header = f"{'validation':<12}{'bits/byte':>10}{'unigram':>10}{'trigram':>10}"
-        lines = [header + (f"{'R sampled':>12}{'R thresh.':>11}" if segmented else "")]
-        for domain, metrics in self.validation["domains"].items():
-            counted = floors.get(domain)
-            figures = f"{counted.unigram:>10.3f}{counted.trigram:>10.3f}" if counted else f"{'-':>10}{'-':>10}"
-            line = f"{domain:<12}{metrics['bits_per_byte']:>10.3f}{figures}"
-            if segmented:
-                line += f"{metrics['R_sampled']:>12.2f}{metrics['R_thresholded']:>11.2f}"
-            lines.append(line)
-        line = f"{'all':<12}{self.validation['bits_per_byte']:>10.3f}{'':>20}"
+
+def validation_table(validation: dict[str, Any], counted: Iterable[Floor]) -> str:
+    """Per domain: bits per byte beside the floors of the same rows, tokens per concept."""
+    floors = {floor.domain: floor for floor in counted}
+    segmented = "R_sampled" in validation
+    header = f"{'validation':<12}{'bits/byte':>10}{'unigram':>10}{'trigram':>10}"
+    lines = [header + (f"{'R sampled':>12}{'R thresh.':>11}" if segmented else "")]
+    for domain, metrics in validation["domains"].items():
+        floor = floors.get(domain)
+        figures = f"{floor.unigram:>10.3f}{floor.trigram:>10.3f}" if floor else f"{'-':>10}{'-':>10}"
+        line = f"{domain:<12}{metrics['bits_per_byte']:>10.3f}{figures}"
         if segmented:
-            line += f"{self.validation['R_sampled']:>12.2f}{self.validation['R_thresholded']:>11.2f}"
-        return "\n".join([*lines, line])
+            line += f"{metrics['R_sampled']:>12.2f}{metrics['R_thresholded']:>11.2f}"
+        lines.append(line)
+    line = f"{'all':<12}{validation['bits_per_byte']:>10.3f}{'':>20}"
+    if segmented:
+        line += f"{validation['R_sampled']:>12.2f}{validation['R_thresholded']:>11.2f}"
+    return "\n".join([*lines, line])
 
 
 def summary(config: Config, report: Report) -> str:
     """The table, the speed, and where to go from here."""
     run = Path(config.train.runs) / config.name
-    parts = ["", report.table(), ""]
+    parts = ["", validation_table(report.validation, report.floors), ""]
     parts.append(f"{report.steps} steps, {report.tokens:,} tokens, {report.parameters:,} parameters, "
                  f"{report.precision}, attention {report.attention}, {report.hardware}")
     if report.speed:

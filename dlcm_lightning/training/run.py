@@ -1,6 +1,6 @@
 """One run from its configuration to its report: `pretrain` begins it, continues it, or says that it is finished.
 
-What stands in the run's directory is described in directory.py.
+What stands in the run's directory is described in layout.py.
 
 Everything random is a function of the seed (initialisation), of the sample's index (order, noise) or of nothing, so
 that continuing from a checkpoint is the same computation as never having stopped, bit for bit on the same machine. How
@@ -9,10 +9,11 @@ many processes share it, and under which strategy, enters nowhere but here.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -22,17 +23,22 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
 
-from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, CheckpointError, Identity, Manifest, folders
+from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, CheckpointError, Identity, Manifest
+from dlcm_lightning.cluster.heartbeat import HEARTBEATS, Pulse
+from dlcm_lightning.cluster.lives import NOTICE, this_life
+from dlcm_lightning.cluster.placement import placed
 from dlcm_lightning.cluster.processes import first_process
 from dlcm_lightning.cluster.signals import Wish
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.building.prepare import prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.layout import STOP, folders
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.training import machine
 from dlcm_lightning.training.callbacks.boundaries import ShowBoundaries
 from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
 from dlcm_lightning.training.callbacks.conclusion import Conclude
+from dlcm_lightning.training.callbacks.heartbeat import Heartbeat
 from dlcm_lightning.training.callbacks.metrics import Metrics, MetricsWriter
 from dlcm_lightning.training.callbacks.opening import OpenRun
 from dlcm_lightning.training.callbacks.progress import Progress
@@ -44,7 +50,7 @@ from dlcm_lightning.training.loop import StepLoop
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.report import Report, summary
 from dlcm_lightning.training.stopwatch import Stopwatch
-from dlcm_lightning.training.strategies.choice import choose_engine
+from dlcm_lightning.training.strategies.choice import choose_engine, choose_environment
 from dlcm_lightning.training.strategies.engine import Engine
 
 Say = Callable[[str], None]
@@ -66,6 +72,7 @@ def build_trainer(config: Config, where: torch.device, engine: Engine, callbacks
         strategy=cast(Strategy, engine),
         devices=config.train.devices,
         num_nodes=config.train.nodes,
+        plugins=choose_environment(),
         logger=False,
         callbacks=callbacks,
         max_steps=config.total_steps,
@@ -89,6 +96,7 @@ def pretrain(config: Config, report: Say = print) -> Report:
     Every process of the run calls it. Raises ConfigError, DataError, CheckpointError, RunError or Stopped; each message
     says what to do.
     """
+    config = placed(config)
     quiet_libraries()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
     # Would cost a write of every buffer; none is read unset. The attribute is dynamic, which types cannot see.
@@ -100,16 +108,26 @@ def pretrain(config: Config, report: Say = print) -> Report:
     backend = choose_backend(config.model.attention, where, dtype)
     run = Path(config.train.runs) / config.name
     say = report if first_process() else _nothing
-    with claimed(run), Wish() as wish:
+    life = this_life()
+    with claimed(run), Wish(*([life / NOTICE] if life else []), run / STOP) as wish, _pulse(config, life) as pulse:
         if (done := _finished(config, run, str(dtype).removeprefix("torch."))) is not None:
             say(f"{run} is finished: {done.steps} of {config.total_steps} steps. For another run choose name=...")
             say(summary(config, done))
             return done
         try:
-            return _train(config, run, where, dtype, backend, wish, say)
+            return _train(config, run, where, dtype, backend, wish, pulse, say)
         finally:
             if dist.is_available() and dist.is_initialized():
                 dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _pulse(config: Config, life: Path | None) -> Iterator[Pulse]:
+    """Heard by the job, where there is one."""
+    pulse = Pulse(life / HEARTBEATS if life else None, int(os.environ.get("SLURM_PROCID", "0")),
+                  config.job.heartbeat_seconds)
+    yield pulse
+    pulse.end()
 
 
 def _nothing(message: str) -> None:
@@ -131,8 +149,8 @@ def _finished(config: Config, run: Path, precision: str) -> Report | None:
     return None
 
 
-def _train(config: Config, run: Path, where: torch.device, dtype: torch.dtype, backend: str, wish: Wish, say: Say
-           ) -> Report:
+def _train(config: Config, run: Path, where: torch.device, dtype: torch.dtype, backend: str, wish: Wish, pulse: Pulse,
+           say: Say) -> Report:
     if config.data.corpus == "sample":
         prepare_sample_corpus(config.data, config.model.vocab_size, say)
     reader = Reader(config.data, config.seed, config.model.vocab_size, report=say)
@@ -144,7 +162,7 @@ def _train(config: Config, run: Path, where: torch.device, dtype: torch.dtype, b
 
     engine = choose_engine(config.train, where)
     module = PretrainModule(config, dtype, backend, torch.from_numpy(reader.token_bytes), engine.construct)
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch(pulse)
     data = PretrainData(config, reader, where.type == "cuda", stopwatch)
     writer = MetricsWriter(run)
     metrics = Metrics(writer, stopwatch)
@@ -152,8 +170,8 @@ def _train(config: Config, run: Path, where: torch.device, dtype: torch.dtype, b
     conclude = Conclude(run, data, metrics, partial(machine.matrix_product_rate, dtype, where), say)
     opening = OpenRun(run, Identity(reader.fingerprint, precision), reader, data, writer, checkpoints, say)
     trainer = build_trainer(config, where, engine, [
-        opening, metrics, Progress(metrics), Validate(writer, stopwatch), ShowBoundaries(reader, writer, stopwatch),
-        WatchUnreadable(run, say), checkpoints, conclude,
+        Heartbeat(pulse), opening, metrics, Progress(metrics), Validate(writer, stopwatch),
+        ShowBoundaries(reader, writer, stopwatch), WatchUnreadable(run, say), checkpoints, conclude,
     ])
     try:
         trainer.fit(module, datamodule=data)

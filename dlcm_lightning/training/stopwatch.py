@@ -1,10 +1,14 @@
-"""Where the wall-clock time of training goes: steps, waiting for data, and what is neither."""
+"""Where the wall-clock time of training goes: steps, waiting for data, and what is neither; and the sign of life that
+says in which of them this rank is.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
+
+from dlcm_lightning.cluster.heartbeat import Phase, Pulse
 
 
 class Stopwatch:
@@ -13,7 +17,8 @@ class Stopwatch:
     What is not training (validation, checkpoints) runs inside `paused`; what is waiting for data inside `waiting`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pulse: Pulse | None = None) -> None:
+        self.pulse = pulse or Pulse()
         self._mark = time.perf_counter()
         self._waited = 0.0
 
@@ -25,13 +30,23 @@ class Stopwatch:
         return elapsed, waited
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, phase: Phase) -> Iterator[None]:
+        """phase: what is done meanwhile."""
         began = time.perf_counter()
-        yield
+        with self._in(phase):
+            yield
         self._mark += time.perf_counter() - began
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         began = time.perf_counter()
-        yield
+        with self._in("data"):
+            yield
         self._waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def _in(self, phase: Phase) -> Iterator[None]:
+        before = self.pulse.phase
+        self.pulse.enter(phase)
+        yield
+        self.pulse.enter(before)

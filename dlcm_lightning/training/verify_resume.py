@@ -27,12 +27,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dlcm_lightning.checkpoint.folder import FOLDER, UNFINISHED, Checkpoint, Manifest, folders
+from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
 from dlcm_lightning.cluster.local import LocalRanks
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.building.prepare import prepare_sample_corpus
 from dlcm_lightning.durable import write_atomically
+from dlcm_lightning.layout import CHECKPOINTS, UNFINISHED, folders
 from dlcm_lightning.training.callbacks.checkpoint import STOPPED_CODE
 from dlcm_lightning.training.callbacks.metrics import TIMED
 
@@ -178,7 +179,7 @@ class Life:
             return running and all(code == STOPPED_CODE for code in codes)
 
     def _saving(self) -> bool:
-        return any((self.run / FOLDER).glob(f"{UNFINISHED}*"))
+        return any((self.run / CHECKPOINTS).glob(f"{UNFINISHED}*"))
 
     def _steps(self) -> int:
         """The last step that was logged."""

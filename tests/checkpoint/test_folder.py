@@ -14,21 +14,18 @@ import torch
 from dlcm_lightning.checkpoint import tensors
 from dlcm_lightning.checkpoint.folder import (
     CONFIG,
-    FOLDER,
     MANIFEST,
     Checkpoint,
     CheckpointError,
     Fingerprint,
     Manifest,
     complete,
-    finished,
-    folders,
     milestones,
     set_aside,
     sweep,
-    unfinished,
 )
 from dlcm_lightning.config import Config, DataConfig, SourceConfig
+from dlcm_lightning.layout import CHECKPOINTS, finished, folders, unfinished
 from tests.checkpoints import OTHER, STATE, leave_checkpoint
 
 CONFIGURED = Config(name="x", data=DataConfig(sources=[SourceConfig("a", "d", 1.0)]))
@@ -114,7 +111,7 @@ def test_what_a_kill_leaves_behind_is_never_taken_and_swept_away(run: Path) -> N
     (half / STATE).write_bytes(b"half")
     assert folders(run)[-1] == finished(run, 3)
     sweep(run, keep_last=2)
-    assert sorted(folder.name for folder in (run / FOLDER).iterdir()) == ["step-00000002", "step-00000003"]
+    assert sorted(folder.name for folder in (run / CHECKPOINTS).iterdir()) == ["step-00000002", "step-00000003"]
 
 
 def test_one_of_the_same_step_is_replaced(run: Path) -> None:
@@ -126,11 +123,11 @@ def test_one_of_the_same_step_is_replaced(run: Path) -> None:
 def test_damaged_ones_are_set_aside_and_no_longer_count_among_those_kept(run: Path) -> None:
     set_aside([finished(run, 3)])
     sweep(run, keep_last=2)
-    assert sorted(folder.name for folder in (run / FOLDER).iterdir()) == [
+    assert sorted(folder.name for folder in (run / CHECKPOINTS).iterdir()) == [
         "damaged-step-00000003", "step-00000001", "step-00000002"]
     leave_checkpoint(run, 3, CONFIGURED)
     set_aside([finished(run, 3)])
-    assert sorted(folder.name for folder in (run / FOLDER).iterdir()) == [
+    assert sorted(folder.name for folder in (run / CHECKPOINTS).iterdir()) == [
         "damaged-step-00000003", "step-00000001", "step-00000002"]
 
 

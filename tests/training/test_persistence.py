@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dlcm_lightning.checkpoint import tensors
-from dlcm_lightning.checkpoint.folder import MANIFEST, Checkpoint, CheckpointError, Manifest, describe_file, folders
+from dlcm_lightning.checkpoint.folder import MANIFEST, Checkpoint, CheckpointError, Manifest, describe_file
 from dlcm_lightning.config import Config
+from dlcm_lightning.layout import folders
 from dlcm_lightning.training.run import pretrain
 
 ONE, OTHER = "weight/encoder.layers.0.attention.out.weight", "weight/decoder.layers.0.attention.out.weight"

@@ -20,11 +20,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dlcm_lightning.checkpoint.folder import Checkpoint, CheckpointError, Manifest, folders
+from dlcm_lightning.checkpoint.folder import Checkpoint, CheckpointError, Manifest
 from dlcm_lightning.checkpoint.tensors import file_name
 from dlcm_lightning.compose import load_config, save_config
 from dlcm_lightning.config import Config, ConfigError, DataConfig
 from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.layout import folders
 from dlcm_lightning.training.callbacks.metrics import TIMED
 from dlcm_lightning.training.directory import RunError, claimed
 from dlcm_lightning.training.report import Report

@@ -63,7 +63,7 @@ class ShowBoundaries(Callback):
             return
         if step % config.train.validate_every_steps and step != config.total_steps:
             return
-        with self.stopwatch.paused():
+        with self.stopwatch.paused("validate"):
             for domain, texts in self.documents.items():
                 # On all ranks: where the model is spread over them, its forward is theirs together.
                 shown = [marked_text(module.model, self.tokenizer, text, self.max_tokens, module.device)

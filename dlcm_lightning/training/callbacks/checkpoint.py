@@ -4,7 +4,6 @@ of a step: only between optimizer steps, so no gradient is ever under way.
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,7 +20,7 @@ STOPPED_CODE = 75
 
 
 class Stopped(Exception):
-    """The run was asked to leave and has saved itself. Names the signal."""
+    """The run was asked to leave and has saved itself. Names the signal, or the file."""
 
 
 class Checkpoints(Callback):
@@ -36,7 +35,10 @@ class Checkpoints(Callback):
         self.persistence = persistence
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, PretrainModule)
         self.wish.listen()  # Lightning has taken the handlers in the meantime
+        if asked := self._asked():
+            raise self._stopped(asked, trainer.global_step, module.config.total_steps)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -45,12 +47,20 @@ class Checkpoints(Callback):
         if not module.finishes_step(batch_idx):
             return
         config, step = module.config, trainer.global_step
-        asked = self.persistence.hosts.largest(self.wish.noted)
+        asked = self._asked()
         due = step % config.train.checkpoint_every_steps == 0 or step == config.total_steps
         if due or asked:
-            with self.stopwatch.paused():
+            with self.stopwatch.paused("save"):
                 self.writer.flush()  # curves up to here are not written again
                 self.persistence.save(trainer, module)
         if asked and step < config.total_steps:
-            raise Stopped(f"{signal.Signals(asked).name}: saved at step {step} of {config.total_steps}; the same "
-                          "command continues")
+            raise self._stopped(asked, step, config.total_steps)
+
+    def _asked(self) -> int:
+        """What any rank was asked, on all of them."""
+        assert self.persistence is not None
+        hosts = self.persistence.hosts
+        return hosts.largest(self.wish.noted(look=hosts.rank == 0))
+
+    def _stopped(self, asked: int, step: int, last: int) -> Stopped:
+        return Stopped(f"{self.wish.named(asked)}: saved at step {step} of {last}; the same command continues")

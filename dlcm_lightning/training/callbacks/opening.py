@@ -16,6 +16,7 @@ from dlcm_lightning.checkpoint.probe import Probe
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.layout import CONFIG_FILE, TOKENIZER_FILE
 from dlcm_lightning.ops.collectives import Hosts
 from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
 from dlcm_lightning.training.callbacks.metrics import MetricsWriter
@@ -23,9 +24,6 @@ from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.directory import check_same_data, check_same_run
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.persistence import Persistence
-
-CONFIG_FILE = "config.yaml"
-TOKENIZER_FILE = "tokenizer.json"
 
 
 class OpenRun(Callback):

@@ -35,7 +35,7 @@ class Validate(Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, PretrainData)
-        with self.stopwatch.paused():
+        with self.stopwatch.paused("validate"):
             tally = validate(module, data.validation_loader(), progress=trainer.is_global_zero)
         if trainer.is_global_zero:
             metrics = metrics_of(tally, config.data.domains, module.target_ratio)

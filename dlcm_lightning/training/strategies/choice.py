@@ -1,4 +1,4 @@
-"""From `train.strategy` to an engine."""
+"""From `train.strategy` to an engine, and from whoever started the processes to Lightning's name for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import importlib
 import importlib.util
 
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
+from dlcm_lightning.cluster.placement import launched
 from dlcm_lightning.config import ConfigError, TrainConfig
 from dlcm_lightning.training.strategies.engine import Engine
 from dlcm_lightning.training.strategies.replicated import OneProcess, Replicated
@@ -25,3 +30,12 @@ def choose_engine(train: TrainConfig, where: torch.device) -> Engine:
     zero = importlib.import_module("dlcm_lightning.training.strategies.zero")
     engine: Engine = zero.Zero(int(train.strategy[-1]), train.offload, where.type == "cuda")
     return engine
+
+
+def choose_environment() -> ClusterEnvironment:
+    """Lightning's own guess takes some processes that SLURM did not start for its own; and it must not requeue the job,
+    which it does inside a signal handler."""
+    start = launched()
+    if start is None:
+        return LightningEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if start.by == "srun" else TorchElasticEnvironment()

@@ -1,16 +1,23 @@
-"""One process, or DDP: every rank holds the whole model, gradients are averaged in buckets while they come."""
+"""One process, or DDP: every rank holds the whole model, gradients are averaged in buckets while they come.
+
+DDP fills its buckets anew after the first backward of a process, in the order in which gradients came. Where a gradient
+lies in its bucket decides in which order the contributions of more than two ranks are added, so that the first step of
+every life of a run would round differently from the same step of a run that was not interrupted. Hence one backward
+through a sum of nothing in front of the first step: from there on the buckets are what they stay.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlcm_lightning.model.dlcm import LanguageModel
-from dlcm_lightning.training.module import whole_model
+from dlcm_lightning.training.module import PretrainModule, whole_model
 from dlcm_lightning.training.strategies.engine import Fill, TorchEngine
 from dlcm_lightning.training.strategies.precision import Clipping
 
@@ -40,6 +47,16 @@ class Replicated(DDPStrategy, TorchEngine):
     def __init__(self) -> None:
         self._clipping = Clipping()
         super().__init__(precision_plugin=self._clipping, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        module = self.lightning_module
+        assert isinstance(module, PretrainModule) and isinstance(self.model, nn.Module)
+        nothing = self._forward_redirection(self.model, module, "sum_of_nothing")
+        assert isinstance(nothing, Tensor)
+        nothing.backward()
+        for parameter in module.parameters():
+            parameter.grad = None
 
     def construct(self, assemble: Callable[[], LanguageModel], fill: Fill) -> LanguageModel:
         return whole_model(assemble, fill)

@@ -1,0 +1,174 @@
+"""What is asked before the first step, and what follows from the answers: a mistake of the user ends the job with its
+remedy; a bad node is left out of the next life. A node is bad where it has not answered, or found something that most
+others have not, or is much slower than the median: one slow node makes all of them slow.
+
+Ranks answer on their standard output, which srun carries to the job: that works where the file system or the network
+is what is broken. The measuring itself is in training/doctor.py.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+from dlcm_lightning.config import Config
+from dlcm_lightning.flops import matrix_parameters, norm_parameters
+
+MARK = "DLCM-CHECK "
+"""Before an answer, among whatever else a rank prints."""
+LONGEST_WORDS = 250
+STATE_BYTES = 12
+"""Of a parameter in a checkpoint: weight and two moments in fp32."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table."""
+
+    what: str
+    good: bool
+    said: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one rank."""
+
+    rank: int
+    node: str
+    findings: list[Finding] = field(default_factory=list)
+    product_flops: float = 0.0
+    """Rate of a large matrix product; 0 where it was not reached."""
+    reduce_seconds: float = 0.0
+    """Of an all-reduce within the node."""
+
+    def lines(self) -> list[str]:
+        """One a finding and one behind them: srun breaks lines of more than a kilobyte and mixes them."""
+        where = {"rank": self.rank, "node": self.node}
+        found = [where | {"finding": {name: value[:LONGEST_WORDS] if isinstance(value, str) else value
+                                      for name, value in asdict(finding).items()}} for finding in self.findings]
+        closing = where | {"product_flops": self.product_flops, "reduce_seconds": self.reduce_seconds}
+        return [MARK + json.dumps(one) for one in [*found, closing]]
+
+
+def answers_in(text: bytes) -> list[Answer]:
+    """Those that are complete, among whatever else ranks print."""
+    findings: dict[int, list[Finding]] = {}
+    answers: dict[int, Answer] = {}
+    for line in text[:text.rfind(b"\n") + 1].decode(errors="replace").splitlines():
+        if MARK not in line:
+            continue
+        said = json.loads(line.partition(MARK)[2])
+        mine = findings.setdefault(said["rank"], [])
+        if "finding" in said:
+            mine.append(Finding(**said["finding"]))
+        else:
+            answers[said["rank"]] = Answer(findings=mine, **said)
+    return list(answers.values())
+
+
+@dataclass
+class Verdict:
+    """What the answers of all ranks come to."""
+
+    rows: list[tuple[str, Finding]] = field(default_factory=list)
+    """Where, and what."""
+    bad_nodes: dict[str, str] = field(default_factory=dict)
+    """And why."""
+    mistakes: list[Finding] = field(default_factory=list)
+    """What no other node would make better."""
+
+    def table(self) -> list[str]:
+        lines = [f"  {'where':<12}{'what':<22}{'':<5}found"]
+        for where, one in self.rows:
+            lines.append(f"  {where:<12}{one.what:<22}{'ok' if one.good else 'NO':<5}{one.said}")
+            if one.remedy and not one.good:
+                lines.append(f"  {'':<39}{one.remedy}")
+        return lines
+
+
+def judge(answers: Iterable[Answer], nodes: Sequence[str], tasks: int, slowest_share: float) -> Verdict:
+    """answers: those that came. tasks: of every node."""
+    verdict = Verdict()
+    of_node: dict[str, list[Answer]] = {node: [] for node in nodes}
+    for answer in answers:
+        of_node.setdefault(answer.node, []).append(answer)
+    for node, found in of_node.items():
+        seen: set[Finding] = set()
+        for answer in found:
+            for finding in answer.findings:
+                if finding not in seen:
+                    seen.add(finding)
+                    verdict.rows.append((node, finding))
+        if len(found) < tasks:
+            missing = Finding("answer", False, f"{tasks - len(found)} of {tasks} ranks did not answer",
+                              "look at the job's log; is the environment there on this node?")
+            verdict.rows.append((node, missing))
+    verdict.rows += _speeds(of_node, slowest_share)
+    wrong = {where: finding for where, finding in reversed(verdict.rows) if not finding.good}
+    for cause in (lambda what: what not in FOLLOWS, lambda what: what == "answer", lambda what: True):
+        blamed = {where: finding for where, finding in wrong.items() if cause(finding.what)}
+        if blamed:
+            break
+    others = set(nodes[1:]) <= set(blamed) and all(finding.what in OF_THE_FIRST for finding in blamed.values())
+    if blamed and 2 * len(blamed) <= len(nodes) and not others:
+        verdict.bad_nodes = {node: f"{finding.what}: {finding.said}" for node, finding in blamed.items()}
+    verdict.mistakes = [] if verdict.bad_nodes else list(blamed.values())
+    return verdict
+
+
+FOLLOWS = ("answer", "all-reduce")
+"""What may be missing on a good node because of another."""
+OF_THE_FIRST = ("shared directory", "first node")
+"""What all nodes but the first find where the directory, or the address of the first, is at fault."""
+
+
+def _speeds(of_node: dict[str, list[Answer]], slowest_share: float) -> Iterator[tuple[str, Finding]]:
+    """A node is as fast as its slowest rank."""
+    products = {node: min(answer.product_flops for answer in found) for node, found in of_node.items() if found}
+    reduces = {node: max(answer.reduce_seconds for answer in found) for node, found in of_node.items() if found}
+    for what, rates, unit, scale in (
+        ("matrix products", products, "TFLOP/s", 1e-12),
+        ("all-reduce", {node: 1 / seconds for node, seconds in reduces.items() if seconds}, "a second", 1.0),
+    ):
+        measured = {node: rate for node, rate in rates.items() if rate}
+        if not measured:
+            continue
+        middle = median(measured.values())
+        for node, rate in measured.items():
+            slow = rate < slowest_share * middle
+            finding = Finding(what, not slow, f"{rate * scale:,.3g} {unit}, {rate / middle:.2f} of the median")
+            yield node, finding
+
+
+def parameters(config: Config) -> int:
+    """Of the model."""
+    return matrix_parameters(config.model).total + norm_parameters(config.model)
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Of one checkpoint, but for kilobytes."""
+    return STATE_BYTES * parameters(config)
+
+
+def kept_bytes(config: Config) -> int:
+    """Of all checkpoints that there are at once at most: the last ones, the one being written, those kept for good."""
+    train = config.train
+    for_good = config.optim.total_tokens // train.keep_every_tokens if train.keep_every_tokens else 0
+    return checkpoint_bytes(config) * (train.keep_last + 1 + for_good)
+
+
+def room(config: Config, run: Path) -> Finding:
+    """Whether the checkpoints of the run will find room; what they take already counts as free. A quota that the file
+    system does not show is not seen."""
+    there = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
+    used = sum(file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file())
+    free, needed = shutil.disk_usage(there).free + used, kept_bytes(config)
+    said = f"{free / 1e9:,.1f} GB for {needed / 1e9:,.1f} GB of checkpoints of {checkpoint_bytes(config) / 1e9:,.2f}"
+    return Finding("room", free >= needed, said, "free space, choose another train.runs=..., or keep fewer: "
+                                                 "train.keep_last, train.keep_every_tokens")

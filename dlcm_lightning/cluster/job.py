@@ -1,0 +1,361 @@
+"""`dlcm job`: one life of a run inside a SLURM job. It checks the nodes, starts one rank per GPU, listens to them, and
+decides what comes after.
+
+It is the batch process itself and does no arithmetic. Of a signal it only takes note: SIGUSR1, which announces that the
+time of the job is nearly over, and SIGTERM put a file where the first rank sees it, all save and leave, and srun ends.
+What then happens follows from files and from what SLURM says of the job, never from an exit code:
+
+    the run is finished; STOP is there; the mistake is a person's           the end
+    SLURM has ended the job: cancelled, requeued by hand, a node failed     nothing: SLURM starts the next life, or none
+    several lives in a row ended badly and left no newer checkpoint         the end, with the reason
+    else: nearly out of time, preempted, a dead rank, a hung one            another life
+
+Another life is asked for with `scontrol requeue`, and where a site forbids that, with a job that waits for this one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from dlcm_lightning.cluster import slurm
+from dlcm_lightning.cluster.checks import FOLLOWS, Answer, Verdict, answers_in, judge
+from dlcm_lightning.cluster.heartbeat import HEARTBEATS, Heard, Listener
+from dlcm_lightning.cluster.lives import (
+    LIVES,
+    NOTICE,
+    VARIABLE,
+    How,
+    Life,
+    Outcome,
+    first_crash,
+    fruitless_in_a_row,
+    load_lives,
+    save_lives,
+)
+from dlcm_lightning.cluster.placement import allocated
+from dlcm_lightning.cluster.snapshot import CODE, NAME, POINTERS, describe_life, job_folder, take
+from dlcm_lightning.compose import load_config
+from dlcm_lightning.config import Config, ConfigError
+from dlcm_lightning.layout import CONFIG_FILE, LOGS, STOP, newest_step
+
+TOKEN = "token"
+SRUN_SAID = "srun.txt"
+BRAKE_CODE, MISTAKE_CODE, UNFINISHED_CODE = 3, 2, 75
+STACKS_SECONDS = 3.0
+OTHERS_SECONDS = 15.0
+"""That the other ranks are given to answer when one has found something wrong."""
+FIRST_PORT, PORTS = 15_000, 10_000
+Action = Literal["end", "leave", "again"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What comes after a life."""
+
+    action: Action
+    why: str
+    code: int = 0
+
+
+def decide(life: Life, stop: bool, may_go_on: bool, fruitless: int, limit: int) -> Decision:
+    """life: that ended just now. stop: somebody wants no more. may_go_on: as SLURM sees the job. fruitless: lives in a
+    row, this one included."""
+    if life.how == "finished":
+        return Decision("end", "the run is finished")
+    if life.how == "refused":
+        return Decision("end", "a mistake that the next life would meet again", MISTAKE_CODE)
+    if stop:
+        return Decision("end", f"{STOP} is there; remove it and submit again to go on")
+    if not may_go_on:
+        return Decision("leave", "SLURM has ended this job, and decides")
+    if fruitless >= limit:
+        return Decision("end", f"{fruitless} lives in a row brought no newer checkpoint than step {life.from_step}; "
+                               f"the last: {life.reason}", BRAKE_CODE)
+    return Decision("again", "goes on from the newest checkpoint")
+
+
+def run_job(config_file: str, overrides: Sequence[str]) -> int:
+    """One life; the exit code of the batch script. ConfigError: outside a job, or a wrong configuration."""
+    if "SLURM_JOB_ID" not in os.environ:
+        raise ConfigError("dlcm job: runs inside a SLURM job; submit one: sbatch slurm/dlcm_1t.sh RUN_FILE")
+    name = os.environ.get(NAME, os.environ["SLURM_JOB_ID"])
+    pointer = POINTERS / name
+    begun = NAME in os.environ or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    if begun and (pointer / CONFIG_FILE).is_file():
+        config = load_config(pointer / CONFIG_FILE)
+        folder = pointer.resolve()
+    else:
+        config = load_config(config_file, overrides)
+        folder = job_folder(config, name)
+        take(folder, config)
+    return Job(config, folder, [config_file, *overrides]).live()
+
+
+@dataclass
+class Job:
+    """One life."""
+
+    config: Config
+    folder: Path
+    arguments: list[str]
+    """Of the batch script, for a follow-up job."""
+    signals: list[int] = field(default_factory=list)
+    """That came, in order."""
+
+    def __post_init__(self) -> None:
+        self.id = os.environ["SLURM_JOB_ID"]
+        self.run = self.folder.parents[1]
+        self.lives = load_lives(self.folder)
+        self.folder_of_life = self.folder / f"life-{len(self.lives):03d}"
+        self.nodes = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
+        self.tasks = allocated()[1]
+        self.life = Life(job=self.id, began=_now(), nodes=self.nodes, from_step=newest_step(self.run))
+
+    def say(self, line: str) -> None:
+        print(f"[{_now()} life {len(self.lives) - 1}] {line}", flush=True)
+
+    def live(self) -> int:
+        """Exit code of the batch script."""
+        try:
+            return self._live()
+        except (OSError, ValueError, slurm.SlurmError) as error:
+            traceback.print_exc()
+            return self._close("crashed", f"dlcm job: {type(error).__name__}: {error}")
+
+    def _live(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+        if self.lives and self.lives[-1].to_step is None:  # it could not say how it ended
+            self.lives[-1] = replace(self.lives[-1], to_step=self.life.from_step)
+        before = fruitless_in_a_row(self.lives)
+        self.lives.append(self.life)
+        self.folder_of_life.mkdir(parents=True)
+        (self.run / LOGS).mkdir(exist_ok=True)
+        save_lives(self.folder, self.lives)
+        describe_life(self.folder_of_life, self.nodes)
+        self.say(f"job {self.id} on {', '.join(self.nodes)}, {self.tasks} ranks each: {self.run} from step "
+                 f"{self.life.from_step} of {self.config.total_steps}; tail -f {self.run / LOGS}/rank-00000.log")
+        if (self.run / STOP).exists():
+            return self._close("stopped", f"{self.run / STOP} is there")
+        if before >= self.config.job.lives_without_progress:  # of lives that could not count themselves
+            self.lives.pop()
+            self.life = replace(self.lives[-1], from_step=self.life.from_step)
+            return self._end(decide(self.life, False, True, before, self.config.job.lives_without_progress))
+        verdict = self._check()
+        if verdict.bad_nodes:
+            return self._without(verdict)
+        if verdict.mistakes:
+            first = verdict.mistakes[0]
+            said = f"{first.what}: {first.said}. {first.remedy}"
+            return self._close(*(self._taken_or(said) if first.what in FOLLOWS else ("refused", said)))
+        return self._close(*self._train())
+
+    # One life
+
+    def _check(self) -> Verdict:
+        """Asks every rank about its node before the first step."""
+        (self.folder_of_life / TOKEN).write_text(secrets.token_hex(8))
+        process = self._start("doctor", ["--in-job"], 1, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        deadline = time.monotonic() + 60 * self.config.job.check_minutes
+        text, answers = b"", list[Answer]()
+        while process.poll() is None and time.monotonic() < deadline and not self._told_to_leave():
+            time.sleep(0.1)
+            text += process.stdout.read() or b""
+            answers = answers_in(text)
+            if any(not finding.good for answer in answers for finding in answer.findings):
+                deadline = min(deadline, time.monotonic() + OTHERS_SECONDS)  # they may wait for the one that failed
+        self._kill_steps(process)
+        answers = answers_in(text + (process.stdout.read() or b""))
+        verdict = judge(answers, self.nodes, self.tasks, self.config.job.slowest_share)
+        for line in verdict.table():
+            self.say(line)
+        if not self._told_to_leave():
+            return verdict
+        return Verdict()
+
+    def _train(self) -> tuple[How, str]:
+        """How the run left, and why."""
+        if self._told_to_leave():
+            return "taken", "told to leave before the first step"
+        listener = Listener(self.folder_of_life / HEARTBEATS, len(self.nodes) * self.tasks, self.config.job,
+                            time.monotonic())
+        process = self._start("pretrain", [], 0)
+        pause = min(1.0, self.config.job.heartbeat_seconds)
+        answered, heard_at = 0, time.monotonic()
+        while process.poll() is None:
+            time.sleep(pause)
+            if len(self.signals) > answered:
+                answered = len(self.signals)
+                self._pass_on(self.signals[-1])
+            now = time.monotonic()
+            if now - heard_at >= self.config.job.heartbeat_seconds:
+                heard_at = now
+                listener.listen(now)
+                if (blamed := listener.hung(now)) is not None:
+                    return "hung", self._end_hanging(blamed, blamed.silence(now), process)
+        if (outcome := Outcome.load(self.folder_of_life)) is not None:
+            return outcome.how, outcome.reason
+        return self._taken_or(first_crash(self.folder_of_life) or self._what_srun_said(process.returncode))
+
+    def _taken_or(self, reason: str) -> tuple[How, str]:
+        """What to call an end without a word of the ranks. reason: where it was not SLURM that ended them."""
+        info = self._info()
+        if info is None or info.taken:
+            return "taken", f"SLURM took the job ({info.state if info else 'it does not say how it stands'})"
+        return "crashed", reason
+
+    def _start(self, command: str, options: list[str], port: int, stdout: int | None = None) -> subprocess.Popen[bytes]:
+        """srun of a sub-command on all ranks; what they say goes to their logs, or comes here where it is asked for,
+        over SLURM's own connections and no file system."""
+        if stdout is None:
+            logs = [f"--output={self.run / LOGS}/rank-%5t.log", "--open-mode=append", "--kill-on-bad-exit=1"]
+        else:
+            logs = ["--kill-on-bad-exit=0"]
+        started = [os.environ.get("DLCM_PYTHON", sys.executable), "-m", "dlcm_lightning", command,
+                   str(self.folder / CONFIG_FILE), *options]
+        number = (int(self.id) * 101 + 2 * len(self.lives)) % PORTS + port
+        variables = {VARIABLE: str(self.folder_of_life), "PYTHONPATH": str(self.folder / CODE), "PYTHONSAFEPATH": "1",
+                     "MASTER_ADDR": os.environ.get("DLCM_MASTER_ADDR", self.nodes[0]),
+                     "MASTER_PORT": str(FIRST_PORT + number)}
+        with (self.folder_of_life / SRUN_SAID).open("ab") as said:
+            return subprocess.Popen(
+                [*slurm.srun(self.tasks, len(self.nodes), int(os.environ.get("SLURM_CPUS_ON_NODE", "1"))), *logs,
+                 *started],
+                stdin=subprocess.DEVNULL, stdout=stdout, stderr=said, start_new_session=True,
+                env={**os.environ, **variables})
+
+    def _what_srun_said(self, code: int) -> str:
+        said = (self.folder_of_life / SRUN_SAID).read_text(errors="replace").splitlines()
+        told = [line for line in said if line.startswith("srun: error: ")]
+        first = told[0].removeprefix("srun: error: ") if told else f"srun ended with {code}"
+        return f"{first}; see {self.run / LOGS}"
+
+    # Signals
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signals.append(number)
+
+    def _told_to_leave(self) -> bool:
+        return bool(self.signals)
+
+    def _pass_on(self, number: int) -> None:
+        """The ranks read a file; SLURM may have told them too, or not yet."""
+        self.say(f"{signal.Signals(number).name}: the ranks save and leave")
+        (self.folder_of_life / NOTICE).touch()
+        if number == signal.SIGTERM:  # this process may not live to say more
+            self.life.how, self.life.reason = "taken", "SLURM ended the job"
+            self.life.to_step = newest_step(self.run)
+            save_lives(self.folder, self.lives)
+
+    # Hanging
+
+    def _end_hanging(self, blamed: Heard, silence: float, process: subprocess.Popen[bytes]) -> str:
+        """Stacks to the logs, then the end; names the one to blame."""
+        reason = (f"rank {blamed.rank} on {blamed.node} has been in {blamed.phase} of step {blamed.step + 1} for "
+                  f"{silence:.0f} s")
+        self.say(f"{reason}; the stacks of all ranks go to {self.run / LOGS}")
+        for number in ("USR2", "CONT"):
+            self._signal_steps(number)
+        time.sleep(STACKS_SECONDS)
+        self._kill_steps(process)
+        return reason
+
+    def _signal_steps(self, name: str) -> None:
+        for step in slurm.call("squeue", "--noheader", "--steps", f"--jobs={self.id}", "--format=%i").split():
+            if step.rpartition(".")[2].isdecimal():
+                try:
+                    slurm.call("scancel", f"--signal={name}", step)
+                except slurm.SlurmError as error:
+                    self.say(f"signal {name}: {error}")
+
+    def _kill_steps(self, process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is None:
+            self._signal_steps("KILL")
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    # The end of a life
+
+    def _info(self) -> slurm.JobInfo | None:
+        """How SLURM sees this job; None where it does not say."""
+        try:
+            return slurm.JobInfo.of(self.id)
+        except slurm.SlurmError as error:
+            self.say(str(error))
+            return None
+
+    def _may_go_on(self) -> bool:
+        info = self._info()
+        return info is not None and info.may_go_on
+
+    def _close(self, how: How, reason: str) -> int:
+        self.life.how, self.life.reason = how, reason
+        self.life.to_step = newest_step(self.run)
+        stop = (self.run / STOP).exists()
+        return self._end(decide(self.life, stop, self._may_go_on(), fruitless_in_a_row(self.lives),
+                                self.config.job.lives_without_progress))
+
+    def _without(self, verdict: Verdict) -> int:
+        """Another life without bad nodes."""
+        named = "; ".join(f"{node}: {why}" for node, why in verdict.bad_nodes.items())
+        self.life.how, self.life.reason, self.life.to_step = "crashed", f"bad nodes: {named}", self.life.from_step
+        decision = decide(self.life, False, self._may_go_on(), fruitless_in_a_row(self.lives),
+                          self.config.job.lives_without_progress)
+        return self._end(decision, list(verdict.bad_nodes))
+
+    def _end(self, decision: Decision, excluded: Sequence[str] = ()) -> int:
+        self.life.ended = _now()
+        self.life.decision = decision.why
+        self.lives[-1] = self.life
+        self.say(f"{self.life.how}: {self.life.reason}")
+        self.say(f"{decision.action}: {decision.why}; steps {self.life.from_step} to {self.life.to_step}, see "
+                 f"{self.folder / LIVES}")
+        code = decision.code
+        if decision.action == "again":
+            save_lives(self.folder, self.lives)  # this process may be gone as soon as it has asked
+            code = self._again(excluded)
+        save_lives(self.folder, self.lives)
+        return code
+
+    def _again(self, excluded: Sequence[str]) -> int:
+        try:
+            if slurm.JobInfo.of(self.id).fields.get("BatchFlag") != "1":
+                self.say("this allocation is not a batch job: the same command continues")
+                return UNFINISHED_CODE
+            if excluded:
+                slurm.exclude(self.id, excluded)
+                self.say(f"without {', '.join(excluded)} from now on")
+            slurm.requeue(self.id)
+            return 0
+        except slurm.SlurmError as error:
+            self.say(f"not requeued ({error}); another job follows this one")
+        try:
+            script = self.folder / "script.sh"
+            script.write_text(slurm.call("scontrol", "write", "batch_script", self.id, "-"))
+            following = slurm.chain(self.id, script, self.arguments, {NAME: self.folder.name}, excluded, os.getcwd())
+            self.say(f"job {following} follows")
+            return 0
+        except slurm.SlurmError as error:
+            self.life.decision = f"no other life could be had: {error}; the same command continues"
+            self.say(self.life.decision)
+            return UNFINISHED_CODE
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")

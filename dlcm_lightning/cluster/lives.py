@@ -1,0 +1,146 @@
+"""What a job knows of a run's lives, in files that survive them: a life begins when a job is started and ends when it
+ends, is preempted, or dies, and the next one goes on where it stopped.
+
+    <run>/jobs/<id>/                 of one submission; <id> is that of its first job
+        code/  config.yaml           the package and the configuration as they were submitted
+        lives.json                   every life: when, where, from and to which step, how it ended, what was decided
+        life-000/                    of the first
+            environment.txt          variables, those that look secret blanked
+            packages.txt  nodes.txt
+            checks.json              what was found before the first step: checks.py
+            heartbeat/rank-00000     see heartbeat.py
+            NOTICE                   made by the job: its time is nearly over
+            outcome.json             how the run left, written by its first rank; none where it was killed
+
+Exit codes do not carry any of this: srun replaces them as soon as one rank dies before the others. Files are published
+by renaming them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dlcm_lightning.config import ConfigError
+from dlcm_lightning.durable import write_atomically
+
+VARIABLE = "DLCM_LIFE"
+"""Environment of a rank: the folder of its life."""
+NOTICE, OUTCOME, LIVES = "NOTICE", "outcome.json", "lives.json"
+How = Literal["finished", "stopped", "refused", "crashed", "hung", "taken", "vanished"]
+"""finished: to its end. stopped: asked to, and saved. refused: a mistake that only a person can mend. crashed: an error
+or a dead rank. hung: a rank gave no sign of life. taken: SLURM ended the job before the run had saved. vanished:
+nothing is known, the job was gone at once."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run left."""
+
+    how: How
+    reason: str
+
+    def save(self, life: Path) -> None:
+        write_atomically(life / OUTCOME, json.dumps(asdict(self)).encode())
+
+    @staticmethod
+    def load(life: Path) -> Outcome | None:
+        try:
+            return Outcome(**json.loads((life / OUTCOME).read_bytes()))
+        except FileNotFoundError:
+            return None
+
+
+@dataclass
+class Life:
+    """One entry of lives.json."""
+
+    job: str
+    """SLURM's number of the job."""
+    began: str
+    nodes: list[str]
+    from_step: int
+    """Of the newest checkpoint when it began."""
+    to_step: int | None = None
+    ended: str | None = None
+    how: How = "vanished"
+    """Until it is known better."""
+    reason: str = "the job ended without a word: its node failed, or it was killed"
+    decision: str = ""
+
+    @property
+    def fruitless(self) -> bool:
+        """Whether it ended badly and left no newer checkpoint."""
+        return self.how in ("crashed", "hung", "vanished") and (self.to_step or self.from_step) <= self.from_step
+
+
+def load_lives(job: Path) -> list[Life]:
+    file = job / LIVES
+    return [Life(**one) for one in json.loads(file.read_text())] if file.is_file() else []
+
+
+def save_lives(job: Path, lives: list[Life]) -> None:
+    write_atomically(job / LIVES, (json.dumps([asdict(life) for life in lives], indent=1) + "\n").encode())
+
+
+def fruitless_in_a_row(lives: list[Life]) -> int:
+    """Of the last lives, those that brought nothing."""
+    count = 0
+    for life in reversed(lives):
+        if not life.fruitless:
+            break
+        count += 1
+    return count
+
+
+def this_life(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """The folder of this life; None outside a job."""
+    folder = environment.get(VARIABLE)
+    return Path(folder) if folder else None
+
+
+@contextlib.contextmanager
+def recorded(first: bool) -> Iterator[None]:
+    """Around a run: leaves its outcome for the job. first: whether this process speaks for all."""
+    life = this_life()
+    if life is None:
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        how = _how(error)
+        if how == "crashed":  # one rank's own; the others only lose a peer
+            write_atomically(life / f"crash-{os.environ.get('SLURM_PROCID', '0')}.txt",
+                             f"{type(error).__name__}: {error}\n".encode())
+        elif first or how == "refused":  # whoever is refused may be ended by the exit code of another
+            Outcome(how, str(error)).save(life)
+        raise
+    if first:
+        Outcome("finished", "to its end").save(life)
+
+
+def _how(error: BaseException) -> How:
+    if type(error).__name__ == "Stopped":
+        return "stopped"
+    return "refused" if isinstance(error, ConfigError) else "crashed"  # a disk may have room again, a store answer
+
+
+def first_crash(life: Path) -> str:
+    """What the first rank that raised something said, and nothing where none did."""
+    found = sorted(life.glob("crash-*.txt"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        return ""
+    rank = found[0].stem.removeprefix("crash-")
+    lines: list[str] = found[0].read_text(errors="replace").splitlines()
+    return f"rank {rank}: {lines[0][:300] if lines else ''}"
+
+
+def details(of: Mapping[str, Any]) -> str:
+    """Names and values, a line each, in order."""
+    return "".join(f"{name}={value}\n" for name, value in sorted(of.items()))

@@ -1,0 +1,247 @@
+"""`dlcm doctor`: what would go wrong later, asked now. By hand on any machine, and on every rank before the first step
+of a job, where it costs seconds and saves the hours after which one slow or blind node would have been noticed.
+
+Of the run, asked by the first rank: versions, room for checkpoints, whether the directory can be written, shards and
+tokenizer against the configuration. Of each node, asked by all ranks: whether it sees the run's directory, reaches the
+first node, has a device for every rank; how fast it multiplies, and how fast its ranks sum.
+
+Nothing waits for ever: the first rank says in a file that it listens before anyone calls it, and a call that is not
+answered within seconds is an answer too.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dlcm_lightning.cluster.checks import Answer, Finding, judge, room
+from dlcm_lightning.cluster.job import TOKEN
+from dlcm_lightning.cluster.lives import this_life
+from dlcm_lightning.cluster.placement import placed
+from dlcm_lightning.config import Config, ConfigError
+from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.training import machine
+
+CALL_SECONDS = 10.0
+"""Until a call to the first node that is not answered counts as none."""
+SEEN_SECONDS = 10.0
+"""Until a file of another node has to be seen."""
+REDUCED_NUMBERS = 2**22
+PRODUCT_SECONDS = 0.3
+BAD_VERSIONS = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}
+"""Malicious uploads, withdrawn since."""
+
+
+def examine(config: Config, report: Callable[[str], None]) -> bool:
+    """By hand: this machine and this run; the table is reported. Whether everything is good."""
+    findings = [*of_run(config), of_device(config, 0)]
+    where = machine.device()
+    rate = machine.matrix_product_rate(machine.compute_dtype(config.train.precision, where), where, PRODUCT_SECONDS)
+    node = socket.gethostname()
+    verdict = judge([Answer(0, node, findings, rate)], [node], 1, config.job.slowest_share)
+    for line in verdict.table():
+        report(line)
+    return not verdict.mistakes
+
+
+def answer_in_job(config: Config) -> Answer:
+    """Of this rank, before the first step of a job."""
+    life = this_life()
+    assert life is not None
+    rank, node = int(os.environ["SLURM_PROCID"]), socket.gethostname()
+    findings: list[Finding] = []
+    answer = Answer(rank, node, findings)
+    try:
+        config = placed(config)
+    except ConfigError as error:
+        findings.append(Finding("tasks", False, str(error)))
+        return answer
+    findings.append(of_shared(life))
+    if not findings[0].good:
+        return answer
+    findings.append(of_first_node(life, rank, config.train.ranks))
+    if rank == 0:
+        findings += of_run(config)
+    local_rank, where = int(os.environ["SLURM_LOCALID"]), machine.device()
+    findings.append(of_device(config, local_rank))
+    if not all(finding.good for finding in findings):
+        return answer
+    if where.type == "cuda":
+        torch.cuda.set_device(local_rank)
+    rate = machine.matrix_product_rate(machine.compute_dtype(config.train.precision, where), where, PRODUCT_SECONDS)
+    seconds, reduced = of_reduce(rank, config, where)
+    return Answer(rank, node, [*findings, *reduced], rate, seconds)
+
+
+def of_run(config: Config) -> list[Finding]:
+    """What is the same on all nodes."""
+    run = Path(config.train.runs) / config.name
+    return [*of_versions(config), of_directory(run), room(config, run), of_data(config)]
+
+
+def of_versions(config: Config) -> Iterator[Finding]:
+    packages = ["torch", "lightning", "webdataset", "tokenizers", "tensorboard", "omegaconf"]
+    packages += ["deepspeed"] if config.train.strategy.startswith("zero") else []
+    found, wrong = [], []
+    for package in packages:
+        try:
+            there = version(package)
+        except PackageNotFoundError:
+            wrong.append(f"{package} is missing")
+            continue
+        found.append(f"{package} {there}")
+        wrong += [f"{package} {there} must not be used"] if there in BAD_VERSIONS.get(package, ()) else []
+    yield Finding("versions", not wrong, "; ".join(wrong) or ", ".join(found),
+                  "pip install -c constraints.txt -e '.[deepspeed]' in the environment of the job")
+    if config.model.attention == "flash":
+        try:
+            yield Finding("flash-attn", True, version("flash-attn"))
+        except PackageNotFoundError:
+            yield Finding("flash-attn", False, "is missing", "pip install 'dlcm-lightning[gpu]', or "
+                                                             "model.attention=auto, which takes what there is")
+
+
+def of_directory(run: Path) -> Finding:
+    """Whether this process may write there."""
+    probe = run / f".probe-{secrets.token_hex(4)}"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        return Finding("run directory", False, f"{run}: {error}", "correct the permissions, or choose another "
+                                                                  "train.runs=...")
+    return Finding("run directory", True, f"{run} can be written")
+
+
+def of_data(config: Config) -> Finding:
+    """Manifests, tokenizer and length of the mixture; every byte is compared by `dlcm data verify`."""
+    said: list[str] = []
+    try:
+        reader = Reader(config.data, config.seed, config.model.vocab_size, verify_all=False, report=said.append)
+        reader.check_lasts(config.total_steps * config.data.rows_per_step)
+    except DataError as error:
+        if config.data.corpus == "sample":
+            return Finding("data", True, "the sample corpus is not there; the start, or dlcm prepare, fetches it")
+        return Finding("data", False, str(error), "dlcm data inspect shows the mixture")
+    tokens = reader.config.tokens_per_step * config.total_steps
+    return Finding("data", True, "; ".join([f"{len(reader.sources)} sources last for {tokens:,} tokens", *said]))
+
+
+def of_device(config: Config, local_rank: int) -> Finding:
+    """A rank and its device."""
+    count = torch.cuda.device_count()
+    where = machine.device()
+    try:
+        machine.compute_dtype(config.train.precision, where)
+    except ConfigError as error:
+        return Finding("device", False, str(error))
+    if count == 0:
+        return Finding("device", True, f"no GPU: {machine.describe(config.train, where)}")
+    return Finding("device", local_rank < count, f"{count} x {torch.cuda.get_device_name(0)}",
+                   "start one task per GPU: srun --ntasks-per-node")
+
+
+def of_shared(life: Path) -> Finding:
+    """Whether this node sees what the first node has written."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while True:
+        try:
+            if (life / TOKEN).read_text():
+                return Finding("shared directory", True, "seen by this node")
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return Finding("shared directory", False, f"{life / TOKEN} is not seen by this node",
+                           "train.runs has to be on a file system that all nodes share, and be mounted there")
+        time.sleep(0.2)
+
+
+def of_first_node(life: Path, rank: int, ranks: int) -> Finding:
+    """Whether this rank reaches rank 0 under the address that the run will use."""
+    address = os.environ["MASTER_ADDR"]
+    if rank == 0:
+        with _listening(life, ranks) as port:
+            return Finding("first node", True, f"{address}, listening at port {port}")
+    deadline = time.monotonic() + 6 * CALL_SECONDS
+    while not (life / "listening").exists():
+        if time.monotonic() > deadline:
+            return Finding("first node", False, "its rank 0 did not come up in a minute", "see the log of rank 0")
+        time.sleep(0.1)
+    port = int((life / "listening").read_text())
+    try:
+        with socket.create_connection((address, port), CALL_SECONDS):
+            return Finding("first node", True, f"{address} answers")
+    except OSError as error:
+        return Finding("first node", False, f"{address} does not answer: {error}",
+                       "name its address or the interface in slurm/site.sh: DLCM_MASTER_ADDR, GLOO_SOCKET_IFNAME, "
+                       "NCCL_SOCKET_IFNAME")
+
+
+@contextmanager
+def _listening(life: Path, ranks: int) -> Iterator[int]:
+    """Says where it listens; left when all others have called, or have had the time."""
+    with socket.create_server(("", 0), backlog=ranks) as server:
+        server.settimeout(CALL_SECONDS)
+        called = threading.Event()
+
+        def accept() -> None:
+            for _ in range(ranks - 1):
+                try:
+                    server.accept()[0].close()
+                except OSError:
+                    break
+            called.set()
+
+        threading.Thread(target=accept, daemon=True).start()
+        port = int(server.getsockname()[1])
+        unfinished = life / ".listening"
+        unfinished.write_text(str(port))
+        unfinished.replace(life / "listening")
+        yield port
+        called.wait(2 * CALL_SECONDS)
+
+
+def of_reduce(rank: int, config: Config, where: torch.device) -> tuple[float, list[Finding]]:
+    """Seconds of an all-reduce among the ranks of this node, after one among all."""
+    ranks, devices = config.train.ranks, config.train.devices
+    if ranks == 1:
+        return 0.0, []
+    try:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", rank=rank, world_size=ranks,
+                                timeout=datetime.timedelta(seconds=6 * CALL_SECONDS))  # at MASTER_ADDR, as the run will
+        try:
+            groups = [dist.new_group(list(range(first, first + devices))) for first in range(0, ranks, devices)]
+            numbers = torch.ones(REDUCED_NUMBERS, device=where)
+            dist.all_reduce(numbers)
+            if numbers[0].item() != ranks:
+                return 0.0, [Finding("all-reduce", False, f"the sum of {ranks} ones is {numbers[0].item():g}",
+                                     "this network or this device computes wrongly")]
+            seconds = min(_timed(numbers, groups[rank // devices], where) for _ in range(3))
+        finally:
+            dist.destroy_process_group()
+    except (RuntimeError, ValueError) as error:
+        return 0.0, [Finding("all-reduce", False, str(error).partition("\n")[0],
+                             "name the interface in slurm/site.sh: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME")]
+    return seconds, []
+
+
+def _timed(numbers: torch.Tensor, group: dist.ProcessGroup, where: torch.device) -> float:
+    dist.barrier(group)
+    began = time.perf_counter()
+    dist.all_reduce(numbers, group=group)
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+    return time.perf_counter() - began

@@ -1,0 +1,124 @@
+"""What follows a life, and what follows from the answers of nodes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dlcm_lightning.cluster.checks import Answer, Finding, answers_in, judge, kept_bytes, room
+from dlcm_lightning.cluster.job import decide
+from dlcm_lightning.cluster.lives import Life, Outcome, fruitless_in_a_row, load_lives, save_lives
+from dlcm_lightning.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
+
+
+def life(how: str, before: int = 10, after: int | None = 10) -> Life:
+    return Life("7", "now", ["n1"], before, after, "now", how, "why")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("how", "stop", "may_go_on", "fruitless", "action", "code"), [
+    ("finished", False, True, 0, "end", 0),
+    ("refused", False, True, 0, "end", 2),
+    ("stopped", True, True, 0, "end", 0),
+    ("stopped", False, True, 0, "again", 0),
+    ("stopped", False, False, 0, "leave", 0),  # cancelled, or requeued by hand: SLURM decides
+    ("taken", False, False, 0, "leave", 0),
+    ("taken", False, True, 0, "again", 0),  # out of time
+    ("crashed", False, True, 2, "again", 0),
+    ("crashed", False, True, 3, "end", 3),
+    ("hung", False, True, 3, "end", 3),
+    ("crashed", False, False, 3, "leave", 0),
+])
+def test_what_follows_a_life(how: str, stop: bool, may_go_on: bool, fruitless: int, action: str, code: int) -> None:
+    decision = decide(life(how), stop, may_go_on, fruitless, 3)
+    assert (decision.action, decision.code) == (action, code)
+
+
+def test_only_bad_ends_without_a_newer_checkpoint_are_counted() -> None:
+    assert fruitless_in_a_row([]) == 0
+    assert fruitless_in_a_row([life("crashed"), life("hung"), life("vanished")]) == 3
+    assert fruitless_in_a_row([life("crashed"), life("crashed", 10, 20), life("hung", 20, 20)]) == 1
+    assert fruitless_in_a_row([life("crashed"), life("taken")]) == 0
+    assert fruitless_in_a_row([life("crashed"), life("stopped", 10, 10)]) == 0
+    assert life("vanished", 10, None).fruitless
+
+
+def test_lives_and_outcomes_survive_as_files(tmp_path: Path) -> None:
+    assert load_lives(tmp_path) == [] and Outcome.load(tmp_path) is None
+    lives = [life("crashed"), replace(life("stopped"), decision="again")]
+    save_lives(tmp_path, lives)
+    assert load_lives(tmp_path) == lives
+    Outcome("stopped", "SIGTERM").save(tmp_path)
+    assert Outcome.load(tmp_path) == Outcome("stopped", "SIGTERM")
+
+
+NODES = ["n1", "n2", "n3", "n4"]
+BAD = Finding("device", False, "gone", "mend it")
+
+
+def answers(**changed: list[Answer]) -> list[Answer]:
+    good = {node: [Answer(2 * index, node, [Finding("device", True, "there")], 1e12, 0.01),
+                   Answer(2 * index + 1, node, [], 1.1e12, 0.01)] for index, node in enumerate(NODES)}
+    return [answer for found in {**good, **changed}.values() for answer in found]
+
+
+def test_good_answers_leave_nothing_to_say() -> None:
+    verdict = judge(answers(), NODES, 2, 0.5)
+    assert not verdict.bad_nodes and not verdict.mistakes
+    assert all(finding.good for _, finding in verdict.rows)
+
+
+def test_a_node_that_fails_alone_is_bad_and_what_all_find_is_a_mistake() -> None:
+    one = judge(answers(n2=[Answer(2, "n2", [BAD]), Answer(3, "n2")]), NODES, 2, 0.5)
+    assert one.bad_nodes == {"n2": "device: gone"} and not one.mistakes
+    everyone = judge([Answer(rank, node, [BAD]) for rank, node in enumerate(NODES)], NODES, 1, 0.5)
+    assert not everyone.bad_nodes and everyone.mistakes[0] == BAD
+
+
+def test_a_node_that_does_not_answer_is_blamed_and_not_those_that_waited_for_it() -> None:
+    waited = Finding("all-reduce", False, "timed out")
+    found = [Answer(rank, node, [waited]) for rank, node in enumerate(NODES) if node != "n3"]
+    assert list(judge(found, NODES, 1, 0.5).bad_nodes) == ["n3"]
+
+
+def test_a_slow_node_is_bad_and_slow_nodes_among_equals_are_not() -> None:
+    slow = judge(answers(n4=[Answer(6, "n4", [], 1e12, 0.01), Answer(7, "n4", [], 0.4e12, 0.01)]), NODES, 2, 0.5)
+    assert list(slow.bad_nodes) == ["n4"] and "0.40 of the median" in slow.bad_nodes["n4"]
+    wire = judge(answers(n1=[Answer(0, "n1", [], 1e12, 0.03), Answer(1, "n1", [], 1e12, 0.01)]), NODES, 2, 0.5)
+    assert list(wire.bad_nodes) == ["n1"]
+    assert not judge(answers(n4=[Answer(6, "n4", [], 0.4e12, 0.01), Answer(7, "n4", [], 1e12, 0.01)]), NODES, 2,
+                     0.0).bad_nodes
+
+
+def test_what_all_but_the_first_node_find_is_the_first_ones_fault() -> None:
+    for what in ("shared directory", "first node"):
+        blind = Finding(what, False, "not seen")
+        found = [Answer(0, "n1", [Finding(what, True, "seen")]), Answer(1, "n2", [blind])]
+        verdict = judge(found, ["n1", "n2"], 1, 0.5)
+        assert not verdict.bad_nodes and verdict.mistakes == [blind]
+    some = judge(answers(n3=[Answer(4, "n3", [blind]), Answer(5, "n3")]), NODES, 2, 0.5)
+    assert list(some.bad_nodes) == ["n3"]
+
+
+def test_answers_are_found_among_what_ranks_print_when_they_are_complete() -> None:
+    answer, other = Answer(3, "n2", [BAD, BAD], 1.0, 2.0), Answer(0, "n1", [Finding("x", True, "y" * 5000)])
+    mixed = [line for pair in zip(answer.lines(), [*other.lines(), "a warning"], strict=True) for line in pair]
+    text = "\n".join(mixed) + "\n"
+    found = {one.rank: one for one in answers_in(text.encode())}
+    assert found[3] == answer and found[0].findings[0].said in "y" * 5000
+    assert max(len(line) for line in other.lines()) < 1024
+    assert answers_in(text[:-20].encode()) != answers_in(text.encode())
+
+
+def test_room_counts_the_checkpoints_that_are_there_and_will_be(tmp_path: Path) -> None:
+    data = DataConfig(sources=[SourceConfig("a", "en", 1.0)], row_tokens=100, rows_per_step=10)
+    small = ModelConfig(vocab_size=300, d_token=32, d_concept=64, encoder_layers=1, backbone_layers=1,
+                        decoder_layers=1, heads_token=2, kv_heads_token=1, heads_concept=4, kv_heads_concept=2,
+                        head_dim=16, ffn_token=64, ffn_concept=64)
+    config = Config(name="x", model=small, data=data, train=TrainConfig(keep_last=2))
+    assert room(config, tmp_path / "runs/x").good
+    good = replace(config, train=TrainConfig(keep_every_tokens=10**9))
+    assert kept_bytes(good) == kept_bytes(config) // 3 * (3 + 1000)
+    wrong = replace(config, train=TrainConfig(keep_last=10**9))
+    assert not room(wrong, tmp_path).good and "keep_last" in room(wrong, tmp_path).remedy

@@ -1,0 +1,189 @@
+"""Jobs on a real SLURM: whatever is done to them, the run ends as if left alone, or not at all where it was told so."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
+from dlcm_lightning.cluster.local import LocalRanks
+from dlcm_lightning.compose import save_config
+from dlcm_lightning.layout import STOP, folders
+from dlcm_lightning.training.verify_resume import lines_of
+from tests.slurm.conftest import Desk, kill, processes
+
+pytestmark = pytest.mark.whole
+TWO_BY_TWO = ("--nodes=2", "--gpus-per-node=2", "--time=30", "--signal=B:USR1@50")
+GOES_ON = ("", "goes on from the newest checkpoint", "SLURM has ended this job, and decides")
+ONE = ("--nodes=1", "--gpus-per-node=1", "--time=30", "--signal=B:USR1@50")
+
+
+def trains_on(desk: Desk, behind: int = -1, seconds: float = 150.0) -> int:
+    """Waits until a life behind the one of that number has made some steps; its number."""
+    reached = desk.step()
+
+    def trains() -> bool:
+        lives = desk.lives()
+        assert not lives or lives[-1]["decision"] in GOES_ON, desk.story()
+        return len(lives) > behind + 1 and desk.step() > reached + 2
+
+    desk.until(f"a life behind {behind} trains", trains, seconds)
+    return len(desk.lives()) - 1
+
+
+def test_a_run_that_everything_happens_to_ends_with_the_weights_of_one_left_alone(desk: Desk) -> None:
+    cluster, ends = desk.cluster, dict[str, int]()
+    job = desk.submit(*TWO_BY_TWO, overrides=("job.step_minutes=0.1",))
+    life = -1
+    for number in range(3):
+        ends[f"preempted {number}"] = life = trains_on(desk, life)
+        urgent = cluster.call("sbatch", "--parsable", "--partition=urgent", "--exclusive", "--nodes=3",
+                              "--output=/dev/null", "--wrap=sleep 1").strip()
+        desk.ended(urgent)
+    ends["out of time"] = life = trains_on(desk, life)
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    desk.until("the time is over", lambda: desk.lives()[life]["ended"] is not None)
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    ends["requeued by hand"] = life = trains_on(desk, life)
+    cluster.call("scontrol", "requeue", job)
+    ends["lost a node"] = life = trains_on(desk, life)
+    second = desk.lives()[life]["nodes"][1]
+    cluster.crash(second)
+    desk.until(f"{second} is missed", lambda: cluster.job(job)["JobState"] != "RUNNING")
+    cluster.boot(second)
+    ends["lost a rank"] = life = trains_on(desk, life)
+    kill(processes(job, 2), signal.SIGKILL)
+    ends["hung"] = life = trains_on(desk, life)
+    kill(processes(job, 3), signal.SIGSTOP)
+    ends["finished"] = trains_on(desk, life)
+    assert desk.ended(job, 300)["JobState"] == "COMPLETED", desk.story()
+
+    lives = {what: desk.lives()[number] for what, number in ends.items()}
+    for number in range(3):
+        assert lives[f"preempted {number}"]["how"] == "stopped", lives
+        assert "SIGTERM" in lives[f"preempted {number}"]["reason"], lives
+    assert lives["out of time"]["how"] == "stopped" and "NOTICE is there" in lives["out of time"]["reason"], lives
+    assert lives["lost a rank"]["how"] == "crashed", lives
+    assert lives["hung"]["how"] == "hung" and "rank 3 on" in lives["hung"]["reason"], lives
+    assert lives["finished"]["how"] == "finished" and len({one["job"] for one in lives.values()}) == 1
+    assert "most recent call first" in (desk.run / "logs/rank-00000.log").read_text()  # stacks, of the life that hung
+
+    alone = replace(desk.config, name="alone", train=replace(desk.config.train, devices=4))
+    save_config(alone, desk.folder / "alone.yaml")
+    command = [sys.executable, "-m", "dlcm_lightning", "pretrain", str(desk.folder / "alone.yaml")]
+    with LocalRanks(command, 4, desk.folder / "alone-logs") as ranks:
+        assert ranks.wait(300) == [0] * 4, ranks.tail()
+    assert_same(desk.run, Path(alone.train.runs) / alone.name)
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Weights, moments, buffers; every number of every step that no clock is in."""
+    ends = [Checkpoint(folder, Manifest.load(folder)) for folder in (folders(run)[-1], folders(other)[-1])]
+    with ends[0].tensors() as mine, ends[1].tensors() as theirs:
+        assert mine.names() == theirs.names()
+        assert all(torch.equal(mine.get(name), theirs.get(name)) for name in mine.names())
+    assert lines_of(run) == lines_of(other)
+
+
+def test_a_cancelled_job_stays_dead_and_has_saved(desk: Desk) -> None:
+    job = desk.submit(*ONE)
+    trains_on(desk)
+    desk.cluster.call("scancel", job)
+    assert desk.ended(job)["JobState"] == "CANCELLED"
+    time.sleep(8)  # longer than a requeued job waits here
+    assert desk.cluster.job(job)["JobState"] == "CANCELLED" and len(desk.lives()) == 1
+    assert desk.lives()[0]["to_step"] > 0 and desk.lives()[0]["to_step"] == desk.step()
+
+
+def test_a_stop_file_ends_the_run_and_keeps_the_next_job_from_starting_it(desk: Desk) -> None:
+    job = desk.submit(*ONE)
+    trains_on(desk)
+    (desk.run / STOP).touch()
+    assert desk.ended(job)["JobState"] == "COMPLETED"
+    assert desk.lives()[0]["how"] == "stopped" and desk.lives()[0]["to_step"] == desk.step()
+    again = desk.submit(*ONE)
+    assert desk.ended(again)["JobState"] == "COMPLETED"
+    assert f"{STOP} is there" in desk.lives()[0]["reason"] and desk.lives()[0]["from_step"] == desk.step()
+
+
+def test_a_crash_at_the_same_step_ends_the_chain_with_the_reason(desk: Desk) -> None:
+    obstacle = desk.run / "checkpoints/.unfinished-20"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.touch()  # where the checkpoint of step 20 will be written
+    job = desk.submit(*ONE)
+    desk.ended(job, 240)
+    assert desk.cluster.job(job)["ExitCode"] == "3:0", desk.story()
+    assert [(one["how"], one["from_step"], one["to_step"]) for one in desk.lives()] == [
+        ("crashed", 0, 10), ("crashed", 10, 10), ("crashed", 10, 10), ("crashed", 10, 10)]
+    assert "3 lives in a row brought no newer checkpoint than step 10" in desk.lives()[-1]["decision"]
+    assert "checkpoint of step 20 could not be written" in desk.lives()[-1]["decision"]
+
+
+def test_a_site_that_forbids_requeueing_gets_a_chain_of_jobs(desk: Desk) -> None:
+    first = desk.submit(*ONE, "--no-requeue")
+    trains_on(desk)
+    kill(processes(first, 0), signal.SIGKILL)
+    trains_on(desk, 0)
+    lives = desk.lives()
+    assert lives[0]["job"] == first != lives[1]["job"]
+    assert lives[1]["from_step"] == lives[0]["to_step"]
+    assert len(list((desk.run / "jobs").iterdir())) == 1
+
+
+def test_a_node_on_which_nothing_runs_is_left_out(desk: Desk) -> None:
+    python = desk.folder / "python"
+    python.write_text(f'#!/bin/bash\n[ "$SLURMD_NODENAME" = n2 ] && exit 1\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    job = desk.submit(*TWO_BY_TWO, DLCM_PYTHON=str(python))
+    trains_on(desk, 0)
+    assert desk.lives()[0]["nodes"] == ["n1", "n2"] and desk.lives()[1]["nodes"] == ["n1", "n3"]
+    assert "n2: answer: 2 of 2 ranks did not answer" in desk.lives()[0]["reason"]
+    assert desk.cluster.job(job)["ExcNodeList"] == "n2"
+
+
+@pytest.mark.parametrize(("overrides", "variables", "said"), [
+    (("train.keep_last=1000000000",), {}, "room: "),
+    (("train.runs=/dev/shm/runs",), {}, "shared directory: "),
+    ((), {"DLCM_MASTER_ADDR": "10.87.0.250"}, "first node: 10.87.0.250 does not answer"),
+    (("model.vocab_size=300",), {}, "data: "),
+    (("train.devices=4",), {}, "tasks: train.devices = 4"),
+], ids=["no room", "run directory of one node", "unreachable first node", "other tokenizer", "other number of tasks"])
+def test_what_would_go_wrong_later_ends_the_job_at_once_with_the_remedy(
+    desk: Desk, overrides: tuple[str, ...], variables: dict[str, str], said: str
+) -> None:
+    job = desk.submit(*TWO_BY_TWO, overrides=overrides, **variables)
+    began = time.monotonic()
+    state = desk.ended(job, 90)
+    assert state["JobState"] == "FAILED" and state["ExitCode"] == "2:0", desk.story()
+    assert f"refused: {said}" in desk.output() and "Restarts=0" in f"Restarts={state['Restarts']}"
+    print(f"{said} {time.monotonic() - began:.0f} s")
+
+
+def test_tasks_that_do_not_fit_the_gpus_and_a_missing_srun_are_refused_by_every_process(desk: Desk) -> None:
+    for prefix, said in (("srun --ntasks=2 --ntasks-per-node=1 ", "this node has 2 GPUs"),
+                         ("", "was not started by srun")):
+        script = desk.folder / "own.sh"
+        script.write_text(f"#!/bin/bash\n{prefix}{sys.executable} -m dlcm_lightning pretrain run.yaml\n")
+        job = desk.cluster.call("sbatch", "--parsable", *TWO_BY_TWO, "--exclusive", "--output=slurm-own.out",
+                                str(script), cwd=desk.folder).strip()
+        assert desk.ended(job, 60)["JobState"] == "FAILED"
+        assert said in desk.output(), desk.output()
+
+
+def test_every_life_leaves_what_it_was(desk: Desk) -> None:
+    desk.submit(*ONE, SOME_SECRET_KEY="abc")
+    trains_on(desk)
+    folder = next((desk.run / "jobs").glob("*/life-000"))
+    assert (folder / "nodes.txt").read_text() == "n1\n"
+    assert "torch=" in (folder / "packages.txt").read_text()
+    variables = (folder / "environment.txt").read_text()
+    assert "SLURM_JOB_ID=" in variables and "SOME_SECRET_KEY=(not shown)" in variables
+    assert (folder.parent / "code/dlcm_lightning/cluster/job.py").is_file()
+    assert json.loads((folder.parent / "lives.json").read_text())[0]["from_step"] == 0
