@@ -55,10 +55,9 @@ def submit(arguments: argparse.Namespace) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.overrides)
     if arguments.in_job:
-        _say_all(_load("training.doctor", "answer_in_job")(config).lines())
-    elif not _load("training.doctor", "examine")(placed(config), _say):
+        _say_all(_load("training.doctor", "answer_in_job")(arguments.config).lines())
+    elif not _load("training.doctor", "examine")(placed(load_config(arguments.config, arguments.overrides)), _say):
         raise SystemExit(1)
 
 

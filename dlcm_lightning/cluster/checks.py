@@ -33,6 +33,8 @@ class Finding:
     good: bool
     said: str
     remedy: str = ""
+    of_run: bool = False
+    """Whether it is the same on all nodes and asked by one rank."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,9 @@ def judge(answers: Iterable[Answer], nodes: Sequence[str], tasks: int, slowest_s
             verdict.rows.append((node, missing))
     verdict.rows += _speeds(of_node, slowest_share)
     wrong = {where: finding for where, finding in reversed(verdict.rows) if not finding.good}
+    if of_run := [finding for finding in wrong.values() if finding.of_run]:
+        verdict.mistakes = of_run
+        return verdict
     for cause in (lambda what: what not in FOLLOWS, lambda what: what == "answer", lambda what: True):
         blamed = {where: finding for where, finding in wrong.items() if cause(finding.what)}
         if blamed:
@@ -171,4 +176,4 @@ def room(config: Config, run: Path) -> Finding:
     free, needed = shutil.disk_usage(there).free + used, kept_bytes(config)
     said = f"{free / 1e9:,.1f} GB for {needed / 1e9:,.1f} GB of checkpoints of {checkpoint_bytes(config) / 1e9:,.2f}"
     return Finding("room", free >= needed, said, "free space, choose another train.runs=..., or keep fewer: "
-                                                 "train.keep_last, train.keep_every_tokens")
+                                                 "train.keep_last, train.keep_every_tokens", of_run=True)

@@ -16,6 +16,7 @@ Another life is asked for with `scontrol requeue`, and where a site forbids that
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -175,8 +176,10 @@ class Job:
             time.sleep(0.1)
             text += process.stdout.read() or b""
             answers = answers_in(text)
-            if any(not finding.good for answer in answers for finding in answer.findings):
-                deadline = min(deadline, time.monotonic() + OTHERS_SECONDS)  # they may wait for the one that failed
+            failed = [finding for answer in answers for finding in answer.findings if not finding.good]
+            if failed or self._complaints():  # the others may wait for the one that failed
+                patience = 0 if any(finding.of_run for finding in failed) else OTHERS_SECONDS
+                deadline = min(deadline, time.monotonic() + patience)
         self._kill_steps(process)
         answers = answers_in(text + (process.stdout.read() or b""))
         verdict = judge(answers, self.nodes, self.tasks, self.config.job.slowest_share)
@@ -237,11 +240,13 @@ class Job:
                 stdin=subprocess.DEVNULL, stdout=stdout, stderr=said, start_new_session=True,
                 env={**os.environ, **variables})
 
+    def _complaints(self) -> list[str]:
+        """What srun said of tasks that ended badly."""
+        said = (self.folder_of_life / SRUN_SAID).read_text(errors="replace")
+        return re.findall(r"^srun: error: (\S+: tasks? .+)$", said, re.MULTILINE)
+
     def _what_srun_said(self, code: int) -> str:
-        said = (self.folder_of_life / SRUN_SAID).read_text(errors="replace").splitlines()
-        told = [line for line in said if line.startswith("srun: error: ")]
-        first = told[0].removeprefix("srun: error: ") if told else f"srun ended with {code}"
-        return f"{first}; see {self.run / LOGS}"
+        return f"{[*self._complaints(), f'srun ended with {code}'][0]}; see {self.run / LOGS}"
 
     # Signals
 
@@ -338,10 +343,10 @@ class Job:
             if slurm.JobInfo.of(self.id).fields.get("BatchFlag") != "1":
                 self.say("this allocation is not a batch job: the same command continues")
                 return UNFINISHED_CODE
-            if excluded:
-                slurm.exclude(self.id, excluded)
-                self.say(f"without {', '.join(excluded)} from now on")
             slurm.requeue(self.id)
+            if excluded:
+                slurm.exclude(self.id, excluded)  # of a job that waits; a running one keeps its nodes
+                self.say(f"without {', '.join(excluded)} from now on")
             return 0
         except slurm.SlurmError as error:
             self.say(f"not requeued ({error}); another job follows this one")

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from dlcm_lightning.cluster.checks import Answer, Finding, judge, room
 from dlcm_lightning.cluster.job import TOKEN
 from dlcm_lightning.cluster.lives import this_life
 from dlcm_lightning.cluster.placement import placed
+from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.reader import Reader
@@ -56,20 +58,19 @@ def examine(config: Config, report: Callable[[str], None]) -> bool:
     return not verdict.mistakes
 
 
-def answer_in_job(config: Config) -> Answer:
+def answer_in_job(config_file: str) -> Answer:
     """Of this rank, before the first step of a job."""
     life = this_life()
     assert life is not None
     rank, node = int(os.environ["SLURM_PROCID"]), socket.gethostname()
-    findings: list[Finding] = []
+    findings = [of_shared(life)]
     answer = Answer(rank, node, findings)
+    if not findings[0].good:
+        return answer
     try:
-        config = placed(config)
+        config = placed(load_config(config_file))
     except ConfigError as error:
         findings.append(Finding("tasks", False, str(error)))
-        return answer
-    findings.append(of_shared(life))
-    if not findings[0].good:
         return answer
     findings.append(of_first_node(life, rank, config.train.ranks))
     if rank == 0:
@@ -88,7 +89,8 @@ def answer_in_job(config: Config) -> Answer:
 def of_run(config: Config) -> list[Finding]:
     """What is the same on all nodes."""
     run = Path(config.train.runs) / config.name
-    return [*of_versions(config), of_directory(run), room(config, run), of_data(config)]
+    found = [*of_versions(config), of_directory(run), room(config, run), of_data(config)]
+    return [replace(finding, of_run=True) for finding in found]
 
 
 def of_versions(config: Config) -> Iterator[Finding]:

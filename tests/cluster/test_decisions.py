@@ -76,6 +76,12 @@ def test_a_node_that_fails_alone_is_bad_and_what_all_find_is_a_mistake() -> None
     assert not everyone.bad_nodes and everyone.mistakes[0] == BAD
 
 
+def test_what_one_rank_found_of_the_run_is_a_mistake_and_no_node_is_blamed() -> None:
+    full = Finding("room", False, "none", "make some", of_run=True)
+    verdict = judge([Answer(0, "n1", [full])], NODES, 1, 0.5)
+    assert not verdict.bad_nodes and verdict.mistakes == [full]
+
+
 def test_a_node_that_does_not_answer_is_blamed_and_not_those_that_waited_for_it() -> None:
     waited = Finding("all-reduce", False, "timed out")
     found = [Answer(rank, node, [waited]) for rank, node in enumerate(NODES) if node != "n3"]
