@@ -61,6 +61,18 @@ def doctor(arguments: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def estimate(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    hardware = _load("scaling.estimate", "Hardware")(
+        arguments.nodes, arguments.gpus_per_node, arguments.gpu_gigabytes * 1e9, arguments.peak_tflops * 1e12,
+        arguments.mfu)
+    lines = _load("scaling.estimate", "estimate")(
+        config, hardware, arguments.document_tokens or config.data.row_tokens, arguments.config, arguments.overrides)
+    _say_all(lines)
+    if arguments.dry_run:
+        _say_all(_load("rehearsal", "dry_run")(config))
+
+
 def verify_resume(arguments: argparse.Namespace) -> None:
     given = arguments.overrides
     if arguments.config == SMOKE:
@@ -205,6 +217,10 @@ def parser() -> argparse.ArgumentParser:
     _add_run_file(command)
     command.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="of sbatch; may be repeated")
     command.set_defaults(run=submit)
+    _add_estimate(commands.add_parser(
+        "estimate", help="memory, time and space of a run, without a GPU",
+        description="Count parameters, FLOPs, memory by strategy and micro-batch, checkpoints, steps and time of a "
+                    "configuration on hardware that need not be there."))
     command = commands.add_parser(
         "doctor", help="what would go wrong later, asked now",
         description="Check versions, disk, data, run directory and device of this machine for a run; in a job, of all "
@@ -283,6 +299,19 @@ def _add_looking(actions: Any) -> None:
     which.add_argument("--number", metavar="SOURCE:N", help="find document N of a source, from 0; validation: "
                                                             "SOURCE/validation:N")
     command.set_defaults(run=audit)
+
+
+def _add_estimate(command: argparse.ArgumentParser) -> None:
+    _add_run_file(command)
+    command.add_argument("--nodes", type=_count, default=1, help="(1)")
+    command.add_argument("--gpus-per-node", type=_count, default=8, help="(8)")
+    command.add_argument("--gpu-gigabytes", type=float, default=80, help="memory of a GPU (80)")
+    command.add_argument("--peak-tflops", type=float, default=989, help="dense bf16 peak of a GPU (989, an H100)")
+    command.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (0.4)")
+    command.add_argument("--document-tokens", type=float, help="mean length of documents by tokens (a whole row)")
+    command.add_argument("--dry-run", action="store_true",
+                         help="also run one step, validation, save, load and export at debug width")
+    command.set_defaults(run=estimate)
 
 
 def _add_verify_resume(command: argparse.ArgumentParser) -> None:

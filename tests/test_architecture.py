@@ -24,7 +24,7 @@ FLOORS = (
     {"checkpoint", "cluster"},
     {"export", "training"},
     {"inference"},
-    {"evaluation"},
+    {"evaluation", "rehearsal"},
     {"cli", "benchmarks"},
     {"__main__"},
 )

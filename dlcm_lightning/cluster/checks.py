@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 
 from dlcm_lightning.config import Config
-from dlcm_lightning.flops import matrix_parameters, norm_parameters
+from dlcm_lightning.layout import CHECKPOINTS
+from dlcm_lightning.scaling.memory import checkpoint_bytes, kept_bytes
 
 MARK = "DLCM-CHECK "
 """Before an answer, among whatever else a rank prints."""
 LONGEST_WORDS = 250
-STATE_BYTES = 12
-"""Of a parameter in a checkpoint: weight and two moments in fp32."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,9 @@ class Verdict:
         return lines
 
 
-def judge(answers: Iterable[Answer], nodes: Sequence[str], tasks: int, slowest_share: float) -> Verdict:
-    """answers: those that came. tasks: of every node."""
+def judge(answers: Iterable[Answer], nodes: Sequence[str], tasks: int, slowest_share: float,
+          ended: Mapping[str, str] = MappingProxyType({})) -> Verdict:
+    """answers: those that came. tasks: of every node. ended: nodes whose tasks ended by themselves without one."""
     verdict = Verdict()
     of_node: dict[str, list[Answer]] = {node: [] for node in nodes}
     for answer in answers:
@@ -107,9 +108,11 @@ def judge(answers: Iterable[Answer], nodes: Sequence[str], tasks: int, slowest_s
                 if finding not in seen:
                     seen.add(finding)
                     verdict.rows.append((node, finding))
-        if len(found) < tasks:
+        if node in ended and len(found) < tasks:
+            verdict.rows.append((node, Finding("start", False, ended[node], LOOK)))
+        elif len(found) < tasks:
             missing = Finding("answer", False, f"{tasks - len(found)} of {tasks} ranks did not answer",
-                              "look at the job's log; is the environment there on this node?")
+                              LOOK)
             verdict.rows.append((node, missing))
     verdict.rows += _speeds(of_node, slowest_share)
     wrong = {where: finding for where, finding in reversed(verdict.rows) if not finding.good}
@@ -127,6 +130,7 @@ def judge(answers: Iterable[Answer], nodes: Sequence[str], tasks: int, slowest_s
     return verdict
 
 
+LOOK = "look at srun.txt of this life; is the environment there on this node?"
 FOLLOWS = ("answer", "all-reduce")
 """What may be missing on a good node because of another."""
 OF_THE_FIRST = ("shared directory", "first node")
@@ -151,28 +155,11 @@ def _speeds(of_node: dict[str, list[Answer]], slowest_share: float) -> Iterator[
             yield node, finding
 
 
-def parameters(config: Config) -> int:
-    """Of the model."""
-    return matrix_parameters(config.model).total + norm_parameters(config.model)
-
-
-def checkpoint_bytes(config: Config) -> int:
-    """Of one checkpoint, but for kilobytes."""
-    return STATE_BYTES * parameters(config)
-
-
-def kept_bytes(config: Config) -> int:
-    """Of all checkpoints that there are at once at most: the last ones, the one being written, those kept for good."""
-    train = config.train
-    for_good = config.optim.total_tokens // train.keep_every_tokens if train.keep_every_tokens else 0
-    return checkpoint_bytes(config) * (train.keep_last + 1 + for_good)
-
-
 def room(config: Config, run: Path) -> Finding:
     """Whether the checkpoints of the run will find room; what they take already counts as free. A quota that the file
     system does not show is not seen."""
     there = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
-    used = sum(file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file())
+    used = sum(file.stat().st_size for file in (run / CHECKPOINTS).rglob("*") if file.is_file())
     free, needed = shutil.disk_usage(there).free + used, kept_bytes(config)
     said = f"{free / 1e9:,.1f} GB for {needed / 1e9:,.1f} GB of checkpoints of {checkpoint_bytes(config) / 1e9:,.2f}"
     return Finding("room", free >= needed, said, "free space, choose another train.runs=..., or keep fewer: "

@@ -180,9 +180,10 @@ class Job:
             if failed or self._complaints():  # the others may wait for the one that failed
                 patience = 0 if any(finding.of_run for finding in failed) else OTHERS_SECONDS
                 deadline = min(deadline, time.monotonic() + patience)
+        ended = {node: said for nodes, said in self._complaints() for node in slurm.hosts(nodes)}
         self._kill_steps(process)
         answers = answers_in(text + (process.stdout.read() or b""))
-        verdict = judge(answers, self.nodes, self.tasks, self.config.job.slowest_share)
+        verdict = judge(answers, self.nodes, self.tasks, self.config.job.slowest_share, ended)
         for line in verdict.table():
             self.say(line)
         if not self._told_to_leave():
@@ -240,13 +241,14 @@ class Job:
                 stdin=subprocess.DEVNULL, stdout=stdout, stderr=said, start_new_session=True,
                 env={**os.environ, **variables})
 
-    def _complaints(self) -> list[str]:
-        """What srun said of tasks that ended badly."""
+    def _complaints(self) -> list[tuple[str, str]]:
+        """Nodes, and what srun said of tasks that ended badly there."""
         said = (self.folder_of_life / SRUN_SAID).read_text(errors="replace")
-        return re.findall(r"^srun: error: (\S+: tasks? .+)$", said, re.MULTILINE)
+        return re.findall(r"^srun: error: (\S+): (tasks? .+)$", said, re.MULTILINE)
 
     def _what_srun_said(self, code: int) -> str:
-        return f"{[*self._complaints(), f'srun ended with {code}'][0]}; see {self.run / LOGS}"
+        said = [f"{nodes}: {what}" for nodes, what in self._complaints()]
+        return f"{[*said, f'srun ended with {code}'][0]}; see {self.run / LOGS}"
 
     # Signals
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dlcm_lightning.cluster.checks import Answer, Finding, answers_in, judge, kept_bytes, room
+from dlcm_lightning.cluster.checks import Answer, Finding, answers_in, judge, room
 from dlcm_lightning.cluster.job import decide
 from dlcm_lightning.cluster.lives import Life, Outcome, fruitless_in_a_row, load_lives, save_lives
 from dlcm_lightning.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
+from dlcm_lightning.scaling.memory import kept_bytes
 
 
 def life(how: str, before: int = 10, after: int | None = 10) -> Life:
@@ -86,6 +87,11 @@ def test_a_node_that_does_not_answer_is_blamed_and_not_those_that_waited_for_it(
     waited = Finding("all-reduce", False, "timed out")
     found = [Answer(rank, node, [waited]) for rank, node in enumerate(NODES) if node != "n3"]
     assert list(judge(found, NODES, 1, 0.5).bad_nodes) == ["n3"]
+
+
+def test_a_node_whose_tasks_ended_at_once_is_blamed_before_those_that_were_ended_while_they_waited() -> None:
+    verdict = judge([], ["n1", "n2"], 2, 0.5, {"n2": "tasks 2-3: Exited with exit code 1"})
+    assert verdict.bad_nodes == {"n2": "start: tasks 2-3: Exited with exit code 1"} and not verdict.mistakes
 
 
 def test_a_slow_node_is_bad_and_slow_nodes_among_equals_are_not() -> None:

@@ -144,7 +144,7 @@ def test_a_node_on_which_nothing_runs_is_left_out(desk: Desk) -> None:
     job = desk.submit(*TWO_BY_TWO, DLCM_PYTHON=str(python))
     trains_on(desk, 0)
     assert desk.lives()[0]["nodes"] == ["n1", "n2"] and desk.lives()[1]["nodes"] == ["n1", "n3"]
-    assert "n2: answer: 2 of 2 ranks did not answer" in desk.lives()[0]["reason"]
+    assert "n2: start: tasks 2-3: Exited with exit code 1" in desk.lives()[0]["reason"]
     assert desk.cluster.job(job)["ExcNodeList"] == "n2"
 
 

@@ -1,0 +1,197 @@
+"""Memory of a rank, counted from shapes: what the optimizer keeps, what a strategy gathers, what a backward needs.
+
+The backward needs what the forward saves. A block of width W, with H heads and K key-value heads of width d and a
+feed-forward of I, computing in bf16, saves for each of its positions, in bytes:
+
+    two norms         2 (4 W + 4)     their input in fp32, and the root mean square
+    what they give    2 (2 W)         read by the products behind them
+    attention         2 (3 H + 3 K) d   turned queries and keys, values and what they are a view of, the result
+    feed-forward      2 (3 I)         gate and up, their product
+
+and once, whatever the positions, the matrices in bf16. With `selective` the feed-forward and its norm save
+their input only, with `full` a block its input only; one block at a time is then saved in full while it runs backward.
+The numbers are those of the fused attention kernels (flash, varlen), which keep no map of queries by keys; a test
+counts what autograd really holds. What an allocator wastes, and what libraries take for themselves, is not counted.
+
+Concepts are not as many as hoped at the beginning: before the boundary has learnt its rate, R is near 2, and nothing
+keeps every token from being one. So memory is counted at the target and at M = T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dlcm_lightning.config import Config, ModelConfig, Strategy, TrainConfig
+from dlcm_lightning.flops import matrix_parameters, norm_parameters
+
+BF16, FP32 = 2, 4
+STATE_BYTES = 12
+"""Of a parameter in a checkpoint: weight and two moments in fp32."""
+HEAD_CHUNK = 2**28
+"""Logits that a GPU holds at a time: ops/cross_entropy.py."""
+LOGITS_BYTES = 10
+"""Of one of them at the worst moment: twice in fp32, once in bf16."""
+BUCKET_BYTES = FP32 * 2**27
+"""Of a bucket of DeepSpeed: training/strategies/zero.py. Two are in use."""
+
+
+def parameters(model: ModelConfig) -> int:
+    """All of them."""
+    return matrix_parameters(model).total + norm_parameters(model)
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Of one checkpoint, but for kilobytes."""
+    return STATE_BYTES * parameters(config.model)
+
+
+def kept_bytes(config: Config) -> int:
+    """Of all checkpoints that there are at once at most: the last ones, the one being written, those kept for good."""
+    train = config.train
+    for_good = config.optim.total_tokens // train.keep_every_tokens if train.keep_every_tokens else 0
+    return checkpoint_bytes(config) * (train.keep_last + 1 + for_good)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that a forward saves for its backward."""
+
+    per_token: float
+    per_concept: float
+    matrices: float
+    """Copies of the weights in bf16; what does not depend on the batch."""
+    block: float = 0.0
+    """Of the largest block, per position of its axis, while it is run again."""
+
+    def total(self, tokens: int, concepts: float) -> float:
+        return self.per_token * tokens + self.per_concept * concepts + self.matrices
+
+
+@dataclass(frozen=True)
+class _Shape:
+    width: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    head_dim: int
+
+    @property
+    def parameters(self) -> int:
+        """Of the matrices of a block."""
+        attention = 2 * self.width * (self.heads + self.kv_heads) * self.head_dim
+        return attention + 3 * self.width * self.ffn
+
+
+def _shapes(model: ModelConfig) -> tuple[_Shape, _Shape]:
+    return (_Shape(model.d_token, model.heads_token, model.kv_heads_token, model.ffn_token, model.head_dim),
+            _Shape(model.d_concept, model.heads_concept, model.kv_heads_concept, model.ffn_concept, model.head_dim))
+
+
+def _norm(width: int, kept: int) -> float:
+    return kept * FP32 * width + FP32
+
+
+def _attention(shape: _Shape) -> float:
+    """Turned queries and keys, the joint matrix that values are a view of, the result, and a logarithm a head."""
+    numbers = (shape.heads + shape.kv_heads) + (shape.heads + 2 * shape.kv_heads) + shape.heads
+    return BF16 * numbers * shape.head_dim + FP32 * shape.heads
+
+
+def _feed_forward(shape: _Shape, kept: int) -> float:
+    return _norm(shape.width, kept) + BF16 * shape.width + BF16 * 3 * shape.ffn
+
+
+def _block(shape: _Shape, kept: int, recompute: str) -> float:
+    """Bytes per position."""
+    if recompute == "full":
+        return BF16 * shape.width
+    first = _norm(shape.width, kept) + BF16 * shape.width + _attention(shape)
+    return first + (BF16 * shape.width if recompute == "selective" else _feed_forward(shape, kept))
+
+
+def saved(model: ModelConfig, recompute: str = "none", fused_norms: bool = True) -> Saved:
+    """fused_norms: as on a GPU; on a CPU torch computes a norm in steps and keeps two arrays of it instead of one."""
+    kept = 1 if fused_norms else 2
+    token, concept = _shapes(model)
+    weights = matrix_parameters(model)
+    d, e, v = model.d_token, model.d_concept, model.vocab_size
+    head = FP32 * v * d  # the gradient of the head, which its forward computes
+    stacks = {"none": 1.0, "full": 0.0, "selective": 1.0}[recompute]
+    block_weights = BF16 * stacks
+    if recompute == "selective":
+        share = [1 - 3 * shape.width * shape.ffn / shape.parameters for shape in (token, concept)]
+    else:
+        share = [1.0, 1.0]
+    angles = BF16 * model.head_dim  # a sine and a cosine of every pair of a head
+    per_token = model.decoder_layers * _block(token, kept, recompute) + angles
+    per_token += _norm(d, kept) + BF16 * d  # closing norm, gradient of the head's input
+    matrices = head + block_weights * share[0] * weights.decoder
+    block = 0.0 if recompute == "none" else _block(token, kept, "none")
+    per_concept = 0.0
+    if model.kind == "dlcm":
+        per_token += model.encoder_layers * _block(token, kept, recompute) + angles
+        if model.boundary.learned:
+            per_token += FP32 * d * (6 if model.boundary.centred else 5) + 5 * FP32
+        heads, kv_width = model.heads_token * model.head_dim, model.kv_heads_token * model.head_dim
+        per_token += _norm(d, kept) + BF16 * d  # cross-attention: norm of tokens,
+        per_token += kept * FP32 * heads + FP32 * model.heads_token + BF16 * heads  # of queries by head, what it gives,
+        per_token += BF16 * (heads + 2 * kv_width) + FP32 * model.heads_token  # the result, replicated keys and values
+        per_concept += model.backbone_layers * _block(concept, kept, recompute) + angles + _norm(e, kept)
+        per_concept += BF16 * d + FP32 * e + _norm(e, kept) + BF16 * e  # pooled, smoothed, normed
+        per_concept += kept * FP32 * kv_width + FP32 * model.kv_heads_token
+        between = weights.up_projection + weights.cross_attention
+        matrices += block_weights * (share[0] * weights.encoder + share[1] * weights.backbone) + BF16 * between
+        block = 0.0 if recompute == "none" else max(block, _block(concept, kept, "none"))
+    return Saved(per_token, per_concept, matrices, block)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank at its fullest moment."""
+
+    state: float
+    """Weights, gradients, moments, and copies that the engine keeps."""
+    gathered: float
+    """Parameters and gradients that are whole for a moment; buckets."""
+    activations: float
+    head: float
+    """A chunk of logits."""
+
+    @property
+    def total(self) -> float:
+        return self.state + self.gathered + self.activations + self.head
+
+
+def state_bytes(strategy: Strategy, ranks: int, micro_batches: int) -> float:
+    """Of a parameter on each rank."""
+    return {"ddp": 16.0,
+            "fsdp2": 16 / ranks + (4 if micro_batches > 1 else 0),
+            "zero1": 8 + 12 / ranks, "zero2": 4 + 16 / ranks, "zero3": 20 / ranks}[strategy]
+
+
+def _gathered(model: ModelConfig, strategy: Strategy) -> float:
+    """fsdp2 gathers what is outside the blocks for the whole forward and two blocks at a time, each with its gradient;
+    zero3 gathers by block what it needs, within its own bound of about the same."""
+    if strategy in ("zero1", "zero2"):
+        return 2 * BUCKET_BYTES
+    if strategy == "ddp":
+        return 0.0
+    weights = matrix_parameters(model)
+    blocks = max(shape.parameters for shape in _shapes(model))
+    outside = weights.total - weights.body
+    buckets = 2 * BUCKET_BYTES if strategy == "zero3" else 0
+    return 2 * FP32 * (outside + 2 * blocks) + buckets
+
+
+def rank_memory(config: Config, train: TrainConfig, rows: int, concepts_per_token: float, micro_batches: int
+                ) -> RankMemory:
+    """rows: of a micro-batch. concepts_per_token: 1/R, or 1 for the most there can be."""
+    model = config.model
+    what = saved(model, train.recompute)
+    tokens = rows * config.data.row_tokens
+    concepts = tokens * concepts_per_token if model.kind == "dlcm" else 0.0
+    activations = what.total(tokens, concepts) + what.block * tokens
+    return RankMemory(
+        state=parameters(model) * (0.0 if train.offload else state_bytes(train.strategy, train.ranks, micro_batches)),
+        gathered=_gathered(model, train.strategy), activations=activations,
+        head=LOGITS_BYTES * min(HEAD_CHUNK, model.vocab_size * max(tokens, 64)))
