@@ -70,6 +70,6 @@ def run_config(config: DataConfig, tmp_path: Path) -> Config:
     return Config(
         name="test", seed=3, model=MODEL, data=data,
         optim=OptimConfig(total_tokens=tokens, warmup_tokens=2 * data.tokens_per_step),
-        train=TrainConfig(runs=str(tmp_path / "runs"), precision="fp32", log_every_steps=2, validate_every_steps=5,
-                          checkpoint_every_steps=3),
+        train=TrainConfig(runs=str(tmp_path / "runs"), precision="fp32", devices=1, nodes=1, log_every_steps=2,
+                          validate_every_steps=5, checkpoint_every_steps=3),
     )

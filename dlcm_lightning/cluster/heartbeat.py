@@ -9,7 +9,7 @@ ranks wait for each other, all of them are silent; the one to blame is the one t
 from __future__ import annotations
 
 import json
-import os
+import math
 import socket
 import threading
 import time
@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 from dlcm_lightning.config import JobConfig
 
-Phase = Literal["start", "data", "forward", "backward", "update", "validate", "save", "end"]
+Phase = Literal["start", "data", "forward", "backward", "update", "validate", "save", "end", "left"]
 ORDER = {phase: number for number, phase in enumerate(get_args(Phase))}
 """Of the phases of one step."""
 HEARTBEATS = "heartbeat"
@@ -30,7 +30,7 @@ def limits(job: JobConfig) -> Mapping[str, float]:
     """Seconds of silence that each phase may last."""
     minutes = {"start": job.start_minutes, "data": job.data_minutes, "forward": job.step_minutes,
                "backward": job.step_minutes, "update": job.step_minutes, "validate": job.validate_minutes,
-               "save": job.save_minutes, "end": job.validate_minutes}
+               "save": job.save_minutes, "end": job.validate_minutes, "left": math.inf}
     return {phase: 60 * value for phase, value in minutes.items()}
 
 
@@ -58,8 +58,11 @@ class Pulse:
             self.step = step
 
     def end(self) -> None:
-        """The rank leaves; its file stays as it was last."""
+        """The rank leaves, and nobody need wait for it."""
+        self.enter("left")
         self._ended.set()
+        if self._file is not None:
+            self._publish()
 
     def _run(self) -> None:
         while not self._ended.wait(self._seconds):
@@ -70,7 +73,7 @@ class Pulse:
         self._beat += 1
         said = {"rank": self._rank, "node": socket.gethostname(), "phase": self.phase, "step": self.step,
                 "silent": time.monotonic() - self._since, "beat": self._beat}
-        unfinished = self._file.with_name(f".{self._file.name}.{os.getpid()}")
+        unfinished = self._file.with_name(f".{self._file.name}.{threading.get_ident()}")
         try:
             unfinished.write_text(json.dumps(said))
             unfinished.replace(self._file)
@@ -120,8 +123,10 @@ class Listener:
         if not silent:
             return None
 
+        present = [one for one in self.heard if one.phase != "left"]
+
         def behind(one: Heard) -> tuple[bool, int, int, float]:
             still = one.beat > 0 and now - one.at > self.patience
             return (not still, one.step, ORDER[one.phase], -one.silence(now))
 
-        return min(self.heard, key=behind)
+        return min(present, key=behind)

@@ -51,8 +51,8 @@ def estimate(config: Config, hardware: Hardware, document_tokens: float, run_fil
     yield from _memory(config, hardware)
     yield ""
     arguments = " ".join([run_file, *overrides])
-    yield f"submit       bash slurm/dlcm_1t.sh --nodes={hardware.nodes} --gpus-per-node={hardware.gpus_per_node} " + \
-        arguments
+    shape = f"--nodes={hardware.nodes} --gpus-per-node={hardware.gpus_per_node}"
+    yield f"submit       sbatch {shape} slurm/dlcm_1t.sh {arguments}"
 
 
 def _model(config: Config, document_tokens: float) -> Iterator[str]:

@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from packaging.requirements import Requirement
 
 from dlcm_lightning.cluster.checks import Answer, Finding, judge, room
 from dlcm_lightning.cluster.job import TOKEN
@@ -42,8 +43,8 @@ SEEN_SECONDS = 10.0
 """Until a file of another node has to be seen."""
 REDUCED_NUMBERS = 2**22
 PRODUCT_SECONDS = 0.3
-BAD_VERSIONS = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}
-"""Malicious uploads, withdrawn since."""
+DISTRIBUTION = "dlcm-lightning"
+MOST_SHOWN = 6
 
 
 def examine(config: Config, report: Callable[[str], None]) -> bool:
@@ -94,25 +95,24 @@ def of_run(config: Config) -> list[Finding]:
 
 
 def of_versions(config: Config) -> Iterator[Finding]:
-    packages = ["torch", "lightning", "webdataset", "tokenizers", "tensorboard", "omegaconf"]
-    packages += ["deepspeed"] if config.train.strategy.startswith("zero") else []
+    """What is installed against what this package says it works with, versions left out for a reason included."""
+    extra = "gpu" if config.model.attention == "flash" else ""
+    extra = "deepspeed" if config.train.strategy.startswith("zero") else extra
     found, wrong = [], []
-    for package in packages:
-        try:
-            there = version(package)
-        except PackageNotFoundError:
-            wrong.append(f"{package} is missing")
+    for requirement in map(Requirement, requires(DISTRIBUTION) or []):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
-        found.append(f"{package} {there}")
-        wrong += [f"{package} {there} must not be used"] if there in BAD_VERSIONS.get(package, ()) else []
-    yield Finding("versions", not wrong, "; ".join(wrong) or ", ".join(found),
-                  "pip install -c constraints.txt -e '.[deepspeed]' in the environment of the job")
-    if config.model.attention == "flash":
         try:
-            yield Finding("flash-attn", True, version("flash-attn"))
+            there = version(requirement.name)
         except PackageNotFoundError:
-            yield Finding("flash-attn", False, "is missing", "pip install 'dlcm-lightning[gpu]', or "
-                                                             "model.attention=auto, which takes what there is")
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        found.append(f"{requirement.name} {there}")
+        if not requirement.specifier.contains(there, prereleases=True):
+            wrong.append(f"{requirement.name} {there} is not {requirement.specifier}")
+    what = f"[{extra}]" if extra else ""
+    yield Finding("versions", not wrong, "; ".join(wrong) or ", ".join(found[:MOST_SHOWN]),
+                  f"in the environment of the job: pip install -c constraints.txt -e '.{what}'")
 
 
 def of_directory(run: Path) -> Finding:

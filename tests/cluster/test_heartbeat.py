@@ -55,6 +55,16 @@ def test_a_process_that_stands_still_is_blamed_before_those_that_wait(listener: 
     assert blamed.silence(170.0) == pytest.approx(70.0)
 
 
+def test_a_rank_that_has_left_is_not_blamed_while_another_concludes(listener: Listener) -> None:
+    all_say(listener, 100.0, ("end", 9, 0), ("left", 9, 0), ("left", 9, 0))
+    for beat in range(2, 40):
+        say(listener.folder, 0, "end", 9, 300.0 * beat, beat)
+        listener.listen(100.0 + 300 * beat)
+        blamed = listener.hung(100.0 + 300 * beat)
+        assert blamed is None or (blamed.rank == 0 and 300 * beat > 60 * JOB.validate_minutes)
+    assert blamed is not None
+
+
 def test_a_rank_that_never_spoke_is_blamed_after_the_time_for_starting(listener: Listener) -> None:
     for beat in (1, 2):
         for rank in (0, 2):
@@ -83,6 +93,8 @@ def test_a_pulse_says_what_the_main_thread_does_while_that_is_busy(tmp_path: Pat
         time.sleep(0.005)
     assert (listener.heard[2].step, listener.heard[2].rank) == (41, 2)
     pulse.end()
+    listener.listen(time.monotonic())
+    assert listener.heard[2].phase == "left"
     deadline = time.monotonic() + 20
     while any(thread.name == "heartbeat" for thread in threading.enumerate()):
         assert time.monotonic() < deadline

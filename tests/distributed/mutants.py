@@ -93,7 +93,7 @@ def a_forgotten_count(patch: pytest.MonkeyPatch) -> None:
     """The moments are restored and AdamW's step count is not."""
     for engine in (replicated.OneProcess, replicated.Replicated, sharded.Sharded):
         honest = engine.begin
-        patch.setattr(engine, "begin", lambda self, steps, honest=honest: honest(self, 1))
+        patch.setattr(engine, "begin", lambda self, steps, honest=honest: honest(self, 0))
 
 
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

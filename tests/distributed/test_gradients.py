@@ -35,6 +35,12 @@ def alone(do: Do, config: DataConfig) -> dict[bool, Found]:
     return {name == "True": one for name, one in found.items()}
 
 
+@pytest.fixture(scope="module")
+def beginning(do: Do, config: DataConfig) -> Found:
+    """Weights and buffers of one process before its first step."""
+    return do(1, {"initial": Task("initial", step_config(config, precision="fp32"))})["initial"]
+
+
 class Together:
     """What so many ranks found, by strategy and micro-batches; done when it is first asked for."""
 
@@ -58,6 +64,8 @@ class Together:
             tasks |= {f"{strategy}-{mode}": task(strategy, 3, recompute=mode)
                       for strategy in STRATEGIES for mode in ("selective", "full")}
             tasks["zero3-offload"] = task("zero3", 3, offload=True)
+            tasks |= {f"{strategy}-initial": Task("initial", step_config(self.config, ranks, 1, strategy=strategy,
+                                                                         precision="fp32")) for strategy in STRATEGIES}
             tasks |= {mutant: task(strategy, micro, mutant) for mutant, (strategy, micro) in PLANTED.items()}
         return tasks
 
@@ -150,3 +158,11 @@ def test_a_bug_planted_in_the_sums_over_ranks_is_noticed(
     """Each is far from the tolerance that the honest code keeps."""
     strategy, micro = PLANTED[mutant]
     assert deviation(together[2][mutant], alone[micro > 1]) > 20 * tolerance(strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_begins_with_the_weights_of_one_process(together: Together, beginning: Found, strategy: str
+                                                               ) -> None:
+    found = together[2][f"{strategy}-initial"]
+    assert found.keys() == beginning.keys() and len(found) > 30
+    assert all(torch.equal(found[name], beginning[name]) for name in beginning)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
 from dlcm_lightning.batch import Batch
+from dlcm_lightning.cluster.placement import placed
 from dlcm_lightning.cluster.processes import leave
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
@@ -141,7 +142,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for task in json.loads(Path(sys.argv[1]).read_text()):
         with planted(task["mutant"]):
-            found = ACTIONS[task["action"]](load_config(task["config"]))
+            found = ACTIONS[task["action"]](placed(load_config(task["config"])))
         if rank() == 0:
             torch.save(found, task["out"])
     if dist.is_initialized():

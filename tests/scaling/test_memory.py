@@ -109,7 +109,7 @@ def test_an_estimate_says_how_long_and_where_it_fits(run: Config) -> None:
     hours = flops / (128 * 989e12 * 0.4) / 3600
     assert f"{hours:.1f} hours" in text
     assert sum("<- this configuration" in line for line in lines) == 1
-    assert lines[-1].endswith("--nodes=16 --gpus-per-node=8 configs/run/dlcm_2b_1t.yaml seed=1")
+    assert lines[-1].endswith("--nodes=16 --gpus-per-node=8 slurm/dlcm_1t.sh configs/run/dlcm_2b_1t.yaml seed=1")
 
 
 def test_more_ranks_than_rows_are_refused(run: Config) -> None:

@@ -111,6 +111,10 @@ def test_a_stop_file_ends_the_run_and_keeps_the_next_job_from_starting_it(desk: 
     again = desk.submit(*ONE)
     assert desk.ended(again)["JobState"] == "COMPLETED"
     assert f"{STOP} is there" in desk.lives()[0]["reason"] and desk.lives()[0]["from_step"] == desk.step()
+    looked = desk.cluster.call("sbatch", "--parsable", "--gpus-per-node=1", "slurm/evaluate.sh", str(desk.run),
+                               cwd=desk.folder, DLCM_PYTHON=sys.executable).strip()
+    assert desk.ended(looked)["JobState"] == "COMPLETED", desk.output()
+    assert f"step {desk.step()}, " in desk.output() and "bits/byte" in desk.output()
 
 
 def test_a_crash_at_the_same_step_ends_the_chain_with_the_reason(desk: Desk) -> None:

@@ -1,0 +1,66 @@
+"""What would go wrong later is found before the first step, and named with its remedy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dlcm_lightning.cluster.checks import Finding
+from dlcm_lightning.config import Config
+from dlcm_lightning.training import doctor
+
+
+def failing(config: Config) -> dict[str, Finding]:
+    return {finding.what: finding for finding in doctor.of_run(config) if not finding.good}
+
+
+def test_a_run_that_can_begin_has_nothing_against_it(run_config: Config) -> None:
+    lines: list[str] = []
+    assert doctor.examine(run_config, lines.append)
+    table = "\n".join(lines)
+    assert "torch 2." in table and "TFLOP/s" in table and "NO" not in table.replace("NOT", "")
+
+
+def test_shards_that_are_not_there_or_too_few_are_named(run_config: Config) -> None:
+    gone = replace(run_config, data=replace(run_config.data, root="nowhere"))
+    assert "there is no folder nowhere" in failing(gone)["data"].said
+    sources = [replace(source, max_epochs=1.0) for source in run_config.data.sources]
+    longer = replace(run_config, data=replace(run_config.data, sources=sources),
+                     optim=replace(run_config.optim, total_tokens=10**9))
+    assert "max_epochs" in failing(longer)["data"].said
+    sample = replace(gone, data=replace(gone.data, corpus="sample", tokenizer="bpe"))
+    assert "data" not in failing(sample)  # is fetched
+
+
+def test_a_directory_that_cannot_be_made_is_named(run_config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    there = replace(run_config, train=replace(run_config.train, runs=str(tmp_path / "file")))
+    assert "Not a directory" in failing(there)["run directory"].said
+
+
+def test_too_little_room_is_told_in_bytes(run_config: Config) -> None:
+    greedy = replace(run_config, train=replace(run_config.train, keep_last=10**9))
+    assert "GB for" in failing(greedy)["room"].said
+
+
+def test_a_version_that_was_left_out_for_a_reason_is_refused(run_config: Config, monkeypatch: pytest.MonkeyPatch
+                                                            ) -> None:
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "2.6.2" if name == "lightning" else real(name))
+    assert "lightning 2.6.2 is not" in failing(run_config)["versions"].said
+
+
+def test_what_a_strategy_needs_is_asked_for(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor.version
+
+    def without(name: str) -> str:
+        if name == "deepspeed":
+            raise doctor.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(doctor, "version", without)
+    assert "versions" not in failing(run_config)
+    zero = replace(run_config, train=replace(run_config.train, strategy="zero2"))
+    assert failing(zero)["versions"].said == "deepspeed is missing"
