@@ -36,9 +36,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Inside an allocation of SLURM, but not inside one of its steps, it starts a process per GPU on every node.
+# Inside an allocation of SLURM, but not inside one of its steps, it starts a process per GPU on every node. The shell of
+# salloc is a step of its own on some sites, which has this number.
+INTERACTIVE_STEP := 4294967290
 pretrain: $(STAMP)
-	@if [ -n "$$SLURM_JOB_ID" ] && [ -z "$$SLURM_STEP_ID" ]; then \
+	@if [ -n "$$SLURM_JOB_ID" ] && [ "$${SLURM_STEP_ID:-$(INTERACTIVE_STEP)}" = $(INTERACTIVE_STEP) ]; then \
 	    DLCM_PYTHON="$(abspath $(BIN)/python)" CONFIG=$(CONFIG) bash slurm/job.sh $(CONFIG) $(ARGS); \
 	else $(BIN)/dlcm pretrain $(CONFIG) $(ARGS); fi
 

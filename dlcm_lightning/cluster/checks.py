@@ -36,6 +36,11 @@ class Finding:
     of_run: bool = False
     """Whether it is the same on all nodes and asked by one rank."""
 
+    @property
+    def certain(self) -> bool:
+        """Whether it is a person's to mend where it is found on most nodes."""
+        return self.of_run or self.what in ("tasks", *OF_THE_FIRST)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -123,6 +128,11 @@ def judge(answers: Iterable[Answer], nodes: Sequence[str], tasks: int, slowest_s
         blamed = {where: finding for where, finding in wrong.items() if cause(finding.what)}
         if blamed:
             break
+    if len(nodes) == 1:
+        verdict.bad_nodes = {node: f"{finding.what}: {finding.said}" for node, finding in blamed.items()
+                             if not finding.certain}
+        verdict.mistakes = [finding for finding in blamed.values() if finding.certain]
+        return verdict
     others = set(nodes[1:]) <= set(blamed) and all(finding.what in OF_THE_FIRST for finding in blamed.values())
     if blamed and 2 * len(blamed) <= len(nodes) and not others:
         verdict.bad_nodes = {node: f"{finding.what}: {finding.said}" for node, finding in blamed.items()}
@@ -131,7 +141,7 @@ def judge(answers: Iterable[Answer], nodes: Sequence[str], tasks: int, slowest_s
 
 
 LOOK = "look at srun.txt of this life; is the environment there on this node?"
-FOLLOWS = ("answer", "all-reduce")
+FOLLOWS = ("answer", "all-reduce", "rank 0")
 """What may be missing on a good node because of another."""
 OF_THE_FIRST = ("shared directory", "first node")
 """What all nodes but the first find where the directory, or the address of the first, is at fault."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from dlcm_lightning.cluster.placement import node_name
 from dlcm_lightning.config import JobConfig
 
 Phase = Literal["start", "data", "forward", "backward", "update", "validate", "save", "end", "left"]
@@ -71,7 +71,7 @@ class Pulse:
     def _publish(self) -> None:
         assert self._file is not None
         self._beat += 1
-        said = {"rank": self._rank, "node": socket.gethostname(), "phase": self.phase, "step": self.step,
+        said = {"rank": self._rank, "node": node_name(), "phase": self.phase, "step": self.step,
                 "silent": time.monotonic() - self._since, "beat": self._beat}
         unfinished = self._file.with_name(f".{self._file.name}.{threading.get_ident()}")
         try:
@@ -130,3 +130,7 @@ class Listener:
             return (not still, one.step, ORDER[one.phase], -one.silence(now))
 
         return min(present, key=behind)
+
+    def as_far_as(self, one: Heard) -> int:
+        """Other ranks that stand where this one stands: from outside they look the same."""
+        return sum((other.step, other.phase) == (one.step, one.phase) for other in self.heard) - 1

@@ -16,11 +16,9 @@ Another life is asked for with `scontrol requeue`, and where a site forbids that
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import signal
 import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -30,12 +28,11 @@ from types import FrameType
 from typing import Literal
 
 from dlcm_lightning.cluster import slurm
-from dlcm_lightning.cluster.checks import FOLLOWS, Answer, Verdict, answers_in, judge
+from dlcm_lightning.cluster.checks import Answer, Verdict, answers_in, judge
 from dlcm_lightning.cluster.heartbeat import HEARTBEATS, Heard, Listener
 from dlcm_lightning.cluster.lives import (
     LIVES,
     NOTICE,
-    VARIABLE,
     How,
     Life,
     Outcome,
@@ -45,18 +42,17 @@ from dlcm_lightning.cluster.lives import (
     save_lives,
 )
 from dlcm_lightning.cluster.placement import allocated
-from dlcm_lightning.cluster.snapshot import CODE, NAME, POINTERS, describe_life, job_folder, take
+from dlcm_lightning.cluster.snapshot import NAME, POINTERS, describe_life, job_folder, take
+from dlcm_lightning.cluster.steps import Steps, job_name
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.layout import CONFIG_FILE, LOGS, STOP, newest_step
 
 TOKEN = "token"
-SRUN_SAID = "srun.txt"
 BRAKE_CODE, MISTAKE_CODE, UNFINISHED_CODE = 3, 2, 75
 STACKS_SECONDS = 3.0
 OTHERS_SECONDS = 15.0
 """That the other ranks are given to answer when one has found something wrong."""
-FIRST_PORT, PORTS = 15_000, 10_000
 Action = Literal["end", "leave", "again"]
 
 
@@ -90,7 +86,7 @@ def run_job(config_file: str, overrides: Sequence[str]) -> int:
     """One life; the exit code of the batch script. ConfigError: outside a job, or a wrong configuration."""
     if "SLURM_JOB_ID" not in os.environ:
         raise ConfigError("dlcm job: runs inside a SLURM job; submit one: sbatch slurm/dlcm_1t.sh RUN_FILE")
-    name = os.environ.get(NAME, os.environ["SLURM_JOB_ID"])
+    name = os.environ.get(NAME, job_name())
     pointer = POINTERS / name
     begun = NAME in os.environ or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     if begun and (pointer / CONFIG_FILE).is_file():
@@ -115,12 +111,13 @@ class Job:
     """That came, in order."""
 
     def __post_init__(self) -> None:
-        self.id = os.environ["SLURM_JOB_ID"]
+        self.id = job_name()
         self.run = self.folder.parents[1]
         self.lives = load_lives(self.folder)
         self.folder_of_life = self.folder / f"life-{len(self.lives):03d}"
         self.nodes = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
         self.tasks = allocated()[1]
+        self.steps = Steps(self.run, self.folder, self.folder_of_life, len(self.lives), self.nodes, self.tasks)
         self.life = Life(job=self.id, began=_now(), nodes=self.nodes, from_step=newest_step(self.run))
 
     def say(self, line: str) -> None:
@@ -143,7 +140,7 @@ class Job:
         self.lives.append(self.life)
         self.folder_of_life.mkdir(parents=True)
         (self.run / LOGS).mkdir(exist_ok=True)
-        save_lives(self.folder, self.lives)
+        self._save()
         describe_life(self.folder_of_life, self.nodes)
         self.say(f"job {self.id} on {', '.join(self.nodes)}, {self.tasks} ranks each: {self.run} from step "
                  f"{self.life.from_step} of {self.config.total_steps}; tail -f {self.run / LOGS}/rank-00000.log")
@@ -154,12 +151,18 @@ class Job:
             self.life = replace(self.lives[-1], from_step=self.life.from_step)
             return self._end(decide(self.life, False, True, before, self.config.job.lives_without_progress))
         verdict = self._check()
+        if verdict.bad_nodes or verdict.mistakes:
+            info = self._info()
+            if info is not None and info.taken:  # ranks that were ended while they were asked have not answered
+                return self._close("taken", f"SLURM took the job before the first step ({info.state})")
         if verdict.bad_nodes:
-            return self._without(verdict)
+            named = "; ".join(f"{node}: {why}" for node, why in verdict.bad_nodes.items())
+            return self._close("unfit", f"bad nodes: {named}", list(verdict.bad_nodes))
         if verdict.mistakes:
             first = verdict.mistakes[0]
-            said = f"{first.what}: {first.said}. {first.remedy}"
-            return self._close(*(self._taken_or(said) if first.what in FOLLOWS else ("refused", said)))
+            # What once went well may go well again.
+            how: How = "refused" if first.certain and self.life.from_step == 0 else "crashed"
+            return self._close(how, f"{first.what}: {first.said}. {first.remedy}")
         return self._close(*self._train())
 
     # One life
@@ -167,7 +170,7 @@ class Job:
     def _check(self) -> Verdict:
         """Asks every rank about its node before the first step."""
         (self.folder_of_life / TOKEN).write_text(secrets.token_hex(8))
-        process = self._start("doctor", ["--in-job"], 1, stdout=subprocess.PIPE)
+        process = self.steps.start("doctor", ["--in-job"], 1, stdout=subprocess.PIPE)
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
         deadline = time.monotonic() + 60 * self.config.job.check_minutes
@@ -177,11 +180,11 @@ class Job:
             text += process.stdout.read() or b""
             answers = answers_in(text)
             failed = [finding for answer in answers for finding in answer.findings if not finding.good]
-            if failed or self._complaints():  # the others may wait for the one that failed
+            if failed or self.steps.complaints():  # the others may wait for the one that failed
                 patience = 0 if any(finding.of_run for finding in failed) else OTHERS_SECONDS
                 deadline = min(deadline, time.monotonic() + patience)
-        ended = {node: said for nodes, said in self._complaints() for node in slurm.hosts(nodes)}
-        self._kill_steps(process)
+        ended = {node: said for nodes, said in self.steps.complaints() for node in slurm.hosts(nodes)}
+        self.steps.kill(process)
         answers = answers_in(text + (process.stdout.read() or b""))
         verdict = judge(answers, self.nodes, self.tasks, self.config.job.slowest_share, ended)
         for line in verdict.table():
@@ -196,7 +199,7 @@ class Job:
             return "taken", "told to leave before the first step"
         listener = Listener(self.folder_of_life / HEARTBEATS, len(self.nodes) * self.tasks, self.config.job,
                             time.monotonic())
-        process = self._start("pretrain", [], 0)
+        process = self.steps.start("pretrain", [], 0)
         pause = min(1.0, self.config.job.heartbeat_seconds)
         answered, heard_at = 0, time.monotonic()
         while process.poll() is None:
@@ -209,10 +212,12 @@ class Job:
                 heard_at = now
                 listener.listen(now)
                 if (blamed := listener.hung(now)) is not None:
-                    return "hung", self._end_hanging(blamed, blamed.silence(now), process)
+                    others = listener.as_far_as(blamed)
+                    beside = f", as {others} others, none of them behind" if others else ""
+                    return "hung", self._end_hanging(blamed, blamed.silence(now), beside, process)
         if (outcome := Outcome.load(self.folder_of_life)) is not None:
             return outcome.how, outcome.reason
-        return self._taken_or(first_crash(self.folder_of_life) or self._what_srun_said(process.returncode))
+        return self._taken_or(first_crash(self.folder_of_life) or self.steps.what_srun_said(process.returncode))
 
     def _taken_or(self, reason: str) -> tuple[How, str]:
         """What to call an end without a word of the ranks. reason: where it was not SLURM that ended them."""
@@ -220,35 +225,6 @@ class Job:
         if info is None or info.taken:
             return "taken", f"SLURM took the job ({info.state if info else 'it does not say how it stands'})"
         return "crashed", reason
-
-    def _start(self, command: str, options: list[str], port: int, stdout: int | None = None) -> subprocess.Popen[bytes]:
-        """srun of a sub-command on all ranks; what they say goes to their logs, or comes here where it is asked for,
-        over SLURM's own connections and no file system."""
-        if stdout is None:
-            logs = [f"--output={self.run / LOGS}/rank-%5t.log", "--open-mode=append", "--kill-on-bad-exit=1"]
-        else:
-            logs = ["--kill-on-bad-exit=0"]
-        started = [os.environ.get("DLCM_PYTHON", sys.executable), "-m", "dlcm_lightning", command,
-                   str(self.folder / CONFIG_FILE), *options]
-        number = (int(self.id) * 101 + 2 * len(self.lives)) % PORTS + port
-        variables = {VARIABLE: str(self.folder_of_life), "PYTHONPATH": str(self.folder / CODE), "PYTHONSAFEPATH": "1",
-                     "MASTER_ADDR": os.environ.get("DLCM_MASTER_ADDR", self.nodes[0]),
-                     "MASTER_PORT": str(FIRST_PORT + number)}
-        with (self.folder_of_life / SRUN_SAID).open("ab") as said:
-            return subprocess.Popen(
-                [*slurm.srun(self.tasks, len(self.nodes), int(os.environ.get("SLURM_CPUS_ON_NODE", "1"))), *logs,
-                 *started],
-                stdin=subprocess.DEVNULL, stdout=stdout, stderr=said, start_new_session=True,
-                env={**os.environ, **variables})
-
-    def _complaints(self) -> list[tuple[str, str]]:
-        """Nodes, and what srun said of tasks that ended badly there."""
-        said = (self.folder_of_life / SRUN_SAID).read_text(errors="replace")
-        return re.findall(r"^srun: error: (\S+): (tasks? .+)$", said, re.MULTILINE)
-
-    def _what_srun_said(self, code: int) -> str:
-        said = [f"{nodes}: {what}" for nodes, what in self._complaints()]
-        return f"{[*said, f'srun ended with {code}'][0]}; see {self.run / LOGS}"
 
     # Signals
 
@@ -261,41 +237,28 @@ class Job:
     def _pass_on(self, number: int) -> None:
         """The ranks read a file; SLURM may have told them too, or not yet."""
         self.say(f"{signal.Signals(number).name}: the ranks save and leave")
-        (self.folder_of_life / NOTICE).touch()
+        try:
+            (self.folder_of_life / NOTICE).touch()
+        except OSError as error:
+            self.say(f"no notice can be left ({error}); the ranks are told by a signal")
+            self.steps.signal("USR1")
         if number == signal.SIGTERM:  # this process may not live to say more
             self.life.how, self.life.reason = "taken", "SLURM ended the job"
             self.life.to_step = newest_step(self.run)
-            save_lives(self.folder, self.lives)
+            self._save()
 
     # Hanging
 
-    def _end_hanging(self, blamed: Heard, silence: float, process: subprocess.Popen[bytes]) -> str:
+    def _end_hanging(self, blamed: Heard, silence: float, beside: str, process: subprocess.Popen[bytes]) -> str:
         """Stacks to the logs, then the end; names the one to blame."""
         reason = (f"rank {blamed.rank} on {blamed.node} has been in {blamed.phase} of step {blamed.step + 1} for "
-                  f"{silence:.0f} s")
+                  f"{silence:.0f} s{beside}")
         self.say(f"{reason}; the stacks of all ranks go to {self.run / LOGS}")
         for number in ("USR2", "CONT"):
-            self._signal_steps(number)
+            self.steps.signal(number)
         time.sleep(STACKS_SECONDS)
-        self._kill_steps(process)
+        self.steps.kill(process)
         return reason
-
-    def _signal_steps(self, name: str) -> None:
-        for step in slurm.call("squeue", "--noheader", "--steps", f"--jobs={self.id}", "--format=%i").split():
-            if step.rpartition(".")[2].isdecimal():
-                try:
-                    slurm.call("scancel", f"--signal={name}", step)
-                except slurm.SlurmError as error:
-                    self.say(f"signal {name}: {error}")
-
-    def _kill_steps(self, process: subprocess.Popen[bytes]) -> None:
-        if process.poll() is None:
-            self._signal_steps("KILL")
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
     # The end of a life
 
@@ -307,24 +270,20 @@ class Job:
             self.say(str(error))
             return None
 
-    def _may_go_on(self) -> bool:
-        info = self._info()
-        return info is not None and info.may_go_on
+    def _save(self) -> None:
+        """The record; a disk that is full does not end a chain."""
+        try:
+            save_lives(self.folder, self.lives)
+        except OSError as error:
+            self.say(f"{self.folder / LIVES} could not be written: {error}")
 
-    def _close(self, how: How, reason: str) -> int:
+    def _close(self, how: How, reason: str, excluded: Sequence[str] = ()) -> int:
         self.life.how, self.life.reason = how, reason
         self.life.to_step = newest_step(self.run)
-        stop = (self.run / STOP).exists()
-        return self._end(decide(self.life, stop, self._may_go_on(), fruitless_in_a_row(self.lives),
-                                self.config.job.lives_without_progress))
-
-    def _without(self, verdict: Verdict) -> int:
-        """Another life without bad nodes."""
-        named = "; ".join(f"{node}: {why}" for node, why in verdict.bad_nodes.items())
-        self.life.how, self.life.reason, self.life.to_step = "crashed", f"bad nodes: {named}", self.life.from_step
-        decision = decide(self.life, False, self._may_go_on(), fruitless_in_a_row(self.lives),
-                          self.config.job.lives_without_progress)
-        return self._end(decision, list(verdict.bad_nodes))
+        self.life.out_of_time = signal.SIGUSR1 in self.signals
+        info, stop = self._info(), (self.run / STOP).exists()
+        return self._end(decide(self.life, stop, info is None or info.may_go_on, fruitless_in_a_row(self.lives),
+                                self.config.job.lives_without_progress), excluded)
 
     def _end(self, decision: Decision, excluded: Sequence[str] = ()) -> int:
         self.life.ended = _now()
@@ -333,34 +292,47 @@ class Job:
         self.say(f"{self.life.how}: {self.life.reason}")
         self.say(f"{decision.action}: {decision.why}; steps {self.life.from_step} to {self.life.to_step}, see "
                  f"{self.folder / LIVES}")
-        code = decision.code
-        if decision.action == "again":
-            save_lives(self.folder, self.lives)  # this process may be gone as soon as it has asked
-            code = self._again(excluded)
-        save_lives(self.folder, self.lives)
-        return code
+        self._save()  # before anything is asked of SLURM, which may end this process at once
+        return self._again(excluded) if decision.action == "again" else decision.code
 
     def _again(self, excluded: Sequence[str]) -> int:
-        try:
-            if slurm.JobInfo.of(self.id).fields.get("BatchFlag") != "1":
-                self.say("this allocation is not a batch job: the same command continues")
-                return UNFINISHED_CODE
-            slurm.requeue(self.id)
-            if excluded:
-                slurm.exclude(self.id, excluded)  # of a job that waits; a running one keeps its nodes
-                self.say(f"without {', '.join(excluded)} from now on")
+        """Asks SLURM for another life."""
+        info = self._info()
+        if info is not None and not info.may_go_on:
+            self.say("SLURM has ended this job meanwhile, and decides")
             return 0
+        if info is not None and not info.batch:
+            self.say("this allocation is not a batch job: the same command continues")
+            return UNFINISHED_CODE
+        before = slurm.left_out(info) if info is not None and excluded else []
+        try:
+            slurm.requeue(self.id)
         except slurm.SlurmError as error:
+            info = self._info()
+            if info is not None and not info.may_go_on:  # it was heard, or somebody was faster
+                self.say(f"SLURM has ended this job, and decides ({error})")
+                return 0
             self.say(f"not requeued ({error}); another job follows this one")
+            return self._chain(excluded)
+        if excluded:
+            try:
+                slurm.exclude(self.id, [*before, *excluded])
+                self.say(f"without {', '.join(excluded)} from now on")
+            except slurm.SlurmError as error:
+                self.say(f"{', '.join(excluded)} could not be left out ({error})")
+        return 0
+
+    def _chain(self, excluded: Sequence[str]) -> int:
         try:
             script = self.folder / "script.sh"
             script.write_text(slurm.call("scontrol", "write", "batch_script", self.id, "-"))
             following = slurm.chain(self.id, script, self.arguments, {NAME: self.folder.name}, excluded, os.getcwd())
             self.say(f"job {following} follows")
             return 0
-        except slurm.SlurmError as error:
+        except (OSError, slurm.SlurmError) as error:
             self.life.decision = f"no other life could be had: {error}; the same command continues"
             self.say(self.life.decision)
+            self._save()
             return UNFINISHED_CODE
 
 

@@ -32,10 +32,10 @@ from dlcm_lightning.durable import write_atomically
 VARIABLE = "DLCM_LIFE"
 """Environment of a rank: the folder of its life."""
 NOTICE, OUTCOME, LIVES = "NOTICE", "outcome.json", "lives.json"
-How = Literal["finished", "stopped", "refused", "crashed", "hung", "taken", "vanished"]
+How = Literal["finished", "stopped", "refused", "crashed", "hung", "taken", "unfit", "vanished"]
 """finished: to its end. stopped: asked to, and saved. refused: a mistake that only a person can mend. crashed: an error
-or a dead rank. hung: a rank gave no sign of life. taken: SLURM ended the job before the run had saved. vanished:
-nothing is known, the job was gone at once."""
+or a dead rank. hung: a rank gave no sign of life. taken: SLURM ended the job before the run had saved. unfit: a node
+was not good enough, and is left out. vanished: nothing is known, the job was gone at once."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,14 @@ class Life:
     """Until it is known better."""
     reason: str = "the job ended without a word: its node failed, or it was killed"
     decision: str = ""
+    out_of_time: bool = False
+    """Whether the time of the job was over: one that is shorter than a start and a step never gets anywhere."""
 
     @property
     def fruitless(self) -> bool:
-        """Whether it ended badly and left no newer checkpoint."""
-        return self.how in ("crashed", "hung", "vanished") and (self.to_step or self.from_step) <= self.from_step
+        """Whether it ended badly, or for want of time, and left no newer checkpoint."""
+        badly = self.how in ("crashed", "hung", "unfit", "vanished") or self.out_of_time
+        return badly and (self.to_step or self.from_step) <= self.from_step
 
 
 def load_lives(job: Path) -> list[Life]:

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from dlcm_lightning.config import Config, ConfigError, TrainConfig
+
+INTERACTIVE_STEP = "4294967290"
+"""The step that the shell of salloc is on some sites."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     if "LOCAL_WORLD_SIZE" in environment:
         devices = int(environment["LOCAL_WORLD_SIZE"])
         return Launched("torchrun", int(environment["WORLD_SIZE"]) // devices, devices)
-    if "SLURM_STEP_ID" in environment:
+    if environment.get("SLURM_STEP_ID", INTERACTIVE_STEP) != INTERACTIVE_STEP:
         tasks = environment["SLURM_STEP_TASKS_PER_NODE"]
         counted = re.fullmatch(r"(\d+)(\(x\d+\))?", tasks)
         if counted is None:
@@ -44,8 +48,16 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
 def gpus_of_node(environment: Mapping[str, str] = os.environ) -> int:
     """That this job has asked for on each node, or else was given on this one (more, where it has the node for itself);
     0 where there are none, or outside of SLURM."""
-    asked = environment.get("SLURM_GPUS_PER_NODE", "")  # 8, or h100:8
-    return int(asked.rpartition(":")[2] or environment.get("SLURM_GPUS_ON_NODE", "0"))
+    asked = environment.get("SLURM_GPUS_PER_NODE")  # 8, or h100:8, or h100:4,a100:4, or h100 for one
+    if not asked:
+        return int(environment.get("SLURM_GPUS_ON_NODE", "0"))
+    counts = [part.rpartition(":")[2] for part in asked.split(",")]
+    return sum(int(count) if count.isdecimal() else 1 for count in counts)
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """As SLURM calls this node, which its host name need not be."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def allocated(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:

@@ -44,18 +44,12 @@ class Wish:
             return f"{self.files[number - FIRST_FILE]} is there"
         return signal.Signals(number).name
 
-    def listen(self) -> None:
-        """Takes the handlers, again if somebody else has taken them meanwhile."""
-        for number in NOTED:
-            handler = signal.signal(number, self._note)
-            self._before.setdefault(number, handler)
-
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._process:  # a process that was forked from this one has its own life
             self._signal = number
 
     def __enter__(self) -> Wish:
-        self.listen()
+        self._before = {number: signal.signal(number, self._note) for number in NOTED}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

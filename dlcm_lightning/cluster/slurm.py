@@ -13,11 +13,15 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 CALL_SECONDS = 60.0
+PATIENCE_SECONDS, RETRY_SECONDS = 300.0, 5.0
+ABSENT = re.compile("unable to contact|timed out|connection refused|communication connection", re.IGNORECASE)
+"""What commands say of a controller that does not answer just now."""
 
 
 class SlurmError(RuntimeError):
@@ -25,14 +29,25 @@ class SlurmError(RuntimeError):
 
 
 def call(*command: str) -> str:
-    """Output of a command of SLURM. SlurmError: it fails, is not there, or does not answer."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CALL_SECONDS, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise SlurmError(f"{command[0]}: {error}") from error
-    if done.returncode:
-        raise SlurmError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
+    """Output of a command of SLURM. Asks again for some minutes where the controller does not answer. SlurmError: it
+    fails, or is not there."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=CALL_SECONDS,
+                                  stdin=subprocess.DEVNULL)
+            said = done.stderr.strip() or done.stdout.strip()
+            if not done.returncode:
+                return done.stdout
+            if done.returncode >= 0 and not ABSENT.search(said):  # a signal to the job meets its commands too
+                raise SlurmError(f"{' '.join(command)}: {said}")
+        except subprocess.TimeoutExpired as error:
+            said = str(error)
+        except OSError as error:
+            raise SlurmError(f"{command[0]}: {error}") from error
+        if time.monotonic() > deadline:
+            raise SlurmError(f"{' '.join(command)}: {said}")
+        time.sleep(RETRY_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,11 @@ class JobInfo:
         return self.fields.get("JobState") == "RUNNING" or self.fields.get("Reason") == "TimeLimit"
 
     @property
+    def batch(self) -> bool:
+        """Whether it has a script, and not a shell of somebody."""
+        return self.fields.get("BatchFlag") == "1"
+
+    @property
     def taken(self) -> bool:
         """Whether SLURM is ending it, or has: tasks that died meanwhile did nothing wrong."""
         preempted = self.fields.get("PreemptTime", "None")
@@ -67,24 +87,30 @@ def hosts(nodes: str) -> list[str]:
     return call("scontrol", "show", "hostnames", nodes).split()
 
 
-def exclude(job: str, nodes: Sequence[str]) -> None:
-    """The next life does without these nodes, and without those that earlier ones left out."""
-    before = JobInfo.of(job).fields.get("ExcNodeList", "(null)")
-    there = hosts(before) if before != "(null)" else []
-    call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(dict.fromkeys([*there, *nodes]))}")
+def left_out(info: JobInfo) -> list[str]:
+    """Nodes that a job does without."""
+    named = info.fields.get("ExcNodeList", "(null)")
+    return hosts(named) if named != "(null)" else []
+
+
+def exclude(job: str, nodes: Iterable[str]) -> None:
+    """A job that waits will do without these nodes, and no others; a running one keeps what it has."""
+    call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(dict.fromkeys(nodes))}")
 
 
 def requeue(job: str) -> None:
     call("scontrol", "requeue", job)
 
 
-def chain(job: str, script: Path, arguments: Sequence[str], variables: Mapping[str, str], excluded: Sequence[str],
+def chain(job: str, script: Path, arguments: Sequence[str], variables: Mapping[str, str], excluded: Iterable[str],
           folder: str) -> str:
     """Submits the same once more, to begin when this job has ended; number of the new job. What was said to sbatch on
-    its command line is read back from this job."""
-    found = JobInfo.of(job).fields
+    its command line is read back from this job, as far as SLURM shows it."""
+    info = JobInfo.of(job)
+    found, excluded = info.fields, dict.fromkeys([*left_out(info), *excluded])
     said = {"--partition": "Partition", "--account": "Account", "--qos": "QOS", "--time": "TimeLimit",
-            "--nodes": "NumNodes", "--job-name": "JobName", "--output": "StdOut"}
+            "--nodes": "NumNodes", "--job-name": "JobName", "--output": "StdOut", "--reservation": "Reservation",
+            "--constraint": "Features"}
     options = [f"{option}={found[name]}" for option, name in said.items()
                if found.get(name, "(null)") not in ("(null)", "")]
     if gpus := os.environ.get("SLURM_GPUS_PER_NODE", os.environ.get("SLURM_GPUS_ON_NODE")):
@@ -98,9 +124,11 @@ def chain(job: str, script: Path, arguments: Sequence[str], variables: Mapping[s
                 *options, str(script), *arguments).strip().partition(";")[0]
 
 
-def srun(tasks_per_node: int, nodes: int, processors: int) -> list[str]:
-    """One task per GPU on every node. processors: that this job has on each; tasks share them where they are few."""
+def srun(tasks_per_node: int, nodes: int, processors: int, gpus: int) -> list[str]:
+    """One task per GPU on every node, each of which sees all GPUs of its node: ranks choose by their number.
+    processors: of the smallest node; tasks share them where they are few. gpus: of a node, 0 where there are none."""
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * tasks_per_node}",
                f"--ntasks-per-node={tasks_per_node}", "--export=ALL"]
+    command += [f"--gpus-per-node={gpus}", "--gpu-bind=none"] if gpus else []
     each = processors // tasks_per_node
     return [*command, f"--cpus-per-task={each}"] if each else [*command, "--overcommit"]

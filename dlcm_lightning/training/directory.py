@@ -7,17 +7,22 @@ corrected and started again. What may change afterwards is where and how often, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from dlcm_lightning.checkpoint.folder import Checkpoint, Identity
+from dlcm_lightning.cluster.lives import this_life
 from dlcm_lightning.cluster.processes import first_process
 from dlcm_lightning.compose import differences
 from dlcm_lightning.config import Config, ConfigError
 
 LOCK = ".lock"
+LOCK_SECONDS, LOCK_PAUSE_SECONDS = 300.0, 2.0
 MAY_DIFFER = ("name", "data.root", "data.workers", "data.cache_megabytes", "data.read_ahead_steps", "data.unreadable",
               "data.max_unreadable", "data.micro_batch_rows", "model.boundary.previous_rate")
 """Beside `job` and most of `train`. Which rows can be read may change, which rows there are may not; how a step is
@@ -32,7 +37,9 @@ class RunError(RuntimeError):
 
 @contextlib.contextmanager
 def claimed(run: Path) -> Iterator[None]:
-    """Makes the directory and holds it against a second job; the kernel lets go when the process ends, however.
+    """Makes the directory and holds it against a second job; the kernel lets go when the process ends, however. Where
+    the node of the holder has failed, a file server may need minutes to notice: inside a job they are waited for. A
+    file system that knows no locks, as some parallel ones are set up, gives none.
 
     Raises RunError where another process holds it or it cannot be written.
     """
@@ -46,12 +53,24 @@ def claimed(run: Path) -> Iterator[None]:
         raise RunError(f"{run} cannot be written: {error}; correct the permissions or choose another train.runs=..."
                        ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{run} is in use by a running job; wait for it, end it, or choose another name=..."
-                           ) from error
+        deadline = time.monotonic() + (LOCK_SECONDS if this_life() else 0)
+        while not _locked(lock):
+            if time.monotonic() >= deadline:
+                raise RunError(f"{run} is in use by a running job; wait for it, end it, or choose another name=...")
+            time.sleep(LOCK_PAUSE_SECONDS)
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether it is ours now, or cannot be locked at all."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+    return True
 
 
 def _may_differ(name: str) -> bool:

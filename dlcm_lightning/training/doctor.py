@@ -5,8 +5,8 @@ Of the run, asked by the first rank: versions, room for checkpoints, whether the
 tokenizer against the configuration. Of each node, asked by all ranks: whether it sees the run's directory, reaches the
 first node, has a device for every rank; how fast it multiplies, and how fast its ranks sum.
 
-Nothing waits for ever: the first rank says in a file that it listens before anyone calls it, and a call that is not
-answered within seconds is an answer too.
+Nothing waits for ever. Others call the first rank under the address that the run will use: where that machine answers
+that nobody listens, they call again until it does; where no machine answers, the address is wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -30,7 +30,7 @@ from packaging.requirements import Requirement
 from dlcm_lightning.cluster.checks import Answer, Finding, judge, room
 from dlcm_lightning.cluster.job import TOKEN
 from dlcm_lightning.cluster.lives import this_life
-from dlcm_lightning.cluster.placement import placed
+from dlcm_lightning.cluster.placement import gpus_of_node, node_name, placed
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.data.errors import DataError
@@ -52,7 +52,7 @@ def examine(config: Config, report: Callable[[str], None]) -> bool:
     findings = [*of_run(config), of_device(config, 0)]
     where = machine.device()
     rate = machine.matrix_product_rate(machine.compute_dtype(config.train.precision, where), where, PRODUCT_SECONDS)
-    node = socket.gethostname()
+    node = node_name()
     verdict = judge([Answer(0, node, findings, rate)], [node], 1, config.job.slowest_share)
     for line in verdict.table():
         report(line)
@@ -63,7 +63,7 @@ def answer_in_job(config_file: str) -> Answer:
     """Of this rank, before the first step of a job."""
     life = this_life()
     assert life is not None
-    rank, node = int(os.environ["SLURM_PROCID"]), socket.gethostname()
+    rank, node = int(os.environ["SLURM_PROCID"]), node_name()
     findings = [of_shared(life)]
     answer = Answer(rank, node, findings)
     if not findings[0].good:
@@ -73,17 +73,20 @@ def answer_in_job(config_file: str) -> Answer:
     except ConfigError as error:
         findings.append(Finding("tasks", False, str(error)))
         return answer
-    findings.append(of_first_node(life, rank, config.train.ranks))
-    if rank == 0:
-        findings += of_run(config)
-    local_rank, where = int(os.environ["SLURM_LOCALID"]), machine.device()
-    findings.append(of_device(config, local_rank))
-    if not all(finding.good for finding in findings):
-        return answer
-    if where.type == "cuda":
-        torch.cuda.set_device(local_rank)
-    rate = machine.matrix_product_rate(machine.compute_dtype(config.train.precision, where), where, PRODUCT_SECONDS)
-    seconds, reduced = of_reduce(rank, config, where)
+    with listening() if rank == 0 and config.train.ranks > 1 else nullcontext():
+        if rank:
+            findings.append(of_first_node(60 * config.job.check_minutes / 2))
+        else:
+            findings += of_run(config)
+        local_rank, where = int(os.environ["SLURM_LOCALID"]), machine.device()
+        findings.append(of_device(config, local_rank))
+        if not all(finding.good for finding in findings):
+            return answer
+        if where.type == "cuda":
+            torch.cuda.set_device(local_rank)
+        dtype = machine.compute_dtype(config.train.precision, where)
+        rate = machine.matrix_product_rate(dtype, where, PRODUCT_SECONDS)
+        seconds, reduced = of_reduce(rank, config, where)
     return Answer(rank, node, [*findings, *reduced], rate, seconds)
 
 
@@ -151,7 +154,10 @@ def of_device(config: Config, local_rank: int) -> Finding:
     except ConfigError as error:
         return Finding("device", False, str(error))
     if count == 0:
-        return Finding("device", True, f"no GPU: {machine.describe(config.train, where)}")
+        missing = gpus_of_node() > 0 and os.environ.get("DLCM_DEVICE") != "cpu"
+        return Finding("device", not missing, f"no GPU: {machine.describe(config.train, where)}",
+                       "SLURM has given GPUs, torch finds none: driver and torch's CUDA have to agree; a cluster that "
+                       "only claims GPUs says DLCM_DEVICE=cpu in slurm/site.sh")
     return Finding("device", local_rank < count, f"{count} x {torch.cuda.get_device_name(0)}",
                    "start one task per GPU: srun --ntasks-per-node")
 
@@ -171,49 +177,39 @@ def of_shared(life: Path) -> Finding:
         time.sleep(0.2)
 
 
-def of_first_node(life: Path, rank: int, ranks: int) -> Finding:
-    """Whether this rank reaches rank 0 under the address that the run will use."""
-    address = os.environ["MASTER_ADDR"]
-    if rank == 0:
-        with _listening(life, ranks) as port:
-            return Finding("first node", True, f"{address}, listening at port {port}")
-    deadline = time.monotonic() + 6 * CALL_SECONDS
-    while not (life / "listening").exists():
-        if time.monotonic() > deadline:
-            return Finding("first node", False, "its rank 0 did not come up in a minute", "see the log of rank 0")
-        time.sleep(0.1)
-    port = int((life / "listening").read_text())
-    try:
-        with socket.create_connection((address, port), CALL_SECONDS):
-            return Finding("first node", True, f"{address} answers")
-    except OSError as error:
-        return Finding("first node", False, f"{address} does not answer: {error}",
-                       "name its address or the interface in slurm/site.sh: DLCM_MASTER_ADDR, GLOO_SOCKET_IFNAME, "
-                       "NCCL_SOCKET_IFNAME")
+def of_first_node(patience: float) -> Finding:
+    """Whether this rank reaches rank 0 under the address that the run will use. patience: seconds that rank 0 is given
+    to come up."""
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1)
+    began = time.monotonic()
+    while True:
+        try:
+            with socket.create_connection(address, CALL_SECONDS):
+                return Finding("first node", True, f"{address[0]} answers")
+        except ConnectionRefusedError:
+            if time.monotonic() > began + patience:
+                return Finding("rank 0", False, f"did not come up in {patience:.0f} s", "see what srun said of it")
+            time.sleep(0.2)
+        except OSError as error:
+            if time.monotonic() > began + CALL_SECONDS:
+                return Finding("first node", False, f"{address[0]} does not answer: {error}",
+                               "name its address or the interface in slurm/site.sh: DLCM_MASTER_ADDR, "
+                               "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME")
+            time.sleep(0.5)
 
 
 @contextmanager
-def _listening(life: Path, ranks: int) -> Iterator[int]:
-    """Says where it listens; left when all others have called, or have had the time."""
-    with socket.create_server(("", 0), backlog=ranks) as server:
-        server.settimeout(CALL_SECONDS)
-        called = threading.Event()
+def listening() -> Iterator[None]:
+    """Rank 0, for as long as its own answer takes: the others call meanwhile, and all come to the all-reduce."""
+    with socket.create_server(("", int(os.environ["MASTER_PORT"]) + 1), backlog=128, reuse_port=True) as server:
 
         def accept() -> None:
-            for _ in range(ranks - 1):
-                try:
+            with suppress(OSError):  # closed
+                while True:
                     server.accept()[0].close()
-                except OSError:
-                    break
-            called.set()
 
         threading.Thread(target=accept, daemon=True).start()
-        port = int(server.getsockname()[1])
-        unfinished = life / ".listening"
-        unfinished.write_text(str(port))
-        unfinished.replace(life / "listening")
-        yield port
-        called.wait(2 * CALL_SECONDS)
+        yield
 
 
 def of_reduce(rank: int, config: Config, where: torch.device) -> tuple[float, list[Finding]]:
@@ -221,6 +217,7 @@ def of_reduce(rank: int, config: Config, where: torch.device) -> tuple[float, li
     ranks, devices = config.train.ranks, config.train.devices
     if ranks == 1:
         return 0.0, []
+    seconds = 0.0
     try:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo", rank=rank, world_size=ranks,
                                 timeout=datetime.timedelta(seconds=6 * CALL_SECONDS))  # at MASTER_ADDR, as the run will
@@ -231,7 +228,8 @@ def of_reduce(rank: int, config: Config, where: torch.device) -> tuple[float, li
             if numbers[0].item() != ranks:
                 return 0.0, [Finding("all-reduce", False, f"the sum of {ranks} ones is {numbers[0].item():g}",
                                      "this network or this device computes wrongly")]
-            seconds = min(_timed(numbers, groups[rank // devices], where) for _ in range(3))
+            if devices > 1:  # alone, a rank would time nothing
+                seconds = min(_timed(numbers, groups[rank // devices], where) for _ in range(3))
         finally:
             dist.destroy_process_group()
     except (RuntimeError, ValueError) as error:

@@ -46,7 +46,7 @@ from dlcm_lightning.training.callbacks.unreadable import WatchUnreadable
 from dlcm_lightning.training.callbacks.validate import Validate
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.directory import RunError, check_same_run, claimed
-from dlcm_lightning.training.loop import StepLoop
+from dlcm_lightning.training.loop import NoSignals, StepLoop
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.report import Report, summary
 from dlcm_lightning.training.stopwatch import Stopwatch
@@ -87,6 +87,7 @@ def build_trainer(config: Config, where: torch.device, engine: Engine, callbacks
         deterministic=True,
     )
     trainer.fit_loop.epoch_loop = StepLoop(trainer, max_steps=config.total_steps)
+    trainer._signal_connector = NoSignals(trainer)
     return trainer
 
 

@@ -38,11 +38,18 @@ def test_what_follows_a_life(how: str, stop: bool, may_go_on: bool, fruitless: i
 
 def test_only_bad_ends_without_a_newer_checkpoint_are_counted() -> None:
     assert fruitless_in_a_row([]) == 0
-    assert fruitless_in_a_row([life("crashed"), life("hung"), life("vanished")]) == 3
+    assert fruitless_in_a_row([life("crashed"), life("hung"), life("vanished"), life("unfit")]) == 4
     assert fruitless_in_a_row([life("crashed"), life("crashed", 10, 20), life("hung", 20, 20)]) == 1
     assert fruitless_in_a_row([life("crashed"), life("taken")]) == 0
     assert fruitless_in_a_row([life("crashed"), life("stopped", 10, 10)]) == 0
     assert life("vanished", 10, None).fruitless
+
+
+def test_a_time_limit_that_is_too_short_for_a_step_is_not_tried_for_ever() -> None:
+    short = [replace(life(how, 10, 10), out_of_time=True) for how in ("taken", "stopped", "taken")]
+    assert fruitless_in_a_row(short) == 3
+    assert decide(short[-1], False, True, 3, 3).action == "end"
+    assert fruitless_in_a_row([*short, replace(life("stopped", 10, 12), out_of_time=True)]) == 0
 
 
 def test_lives_and_outcomes_survive_as_files(tmp_path: Path) -> None:
@@ -101,6 +108,13 @@ def test_a_slow_node_is_bad_and_slow_nodes_among_equals_are_not() -> None:
     assert list(wire.bad_nodes) == ["n1"]
     assert not judge(answers(n4=[Answer(6, "n4", [], 0.4e12, 0.01), Answer(7, "n4", [], 1e12, 0.01)]), NODES, 2,
                      0.0).bad_nodes
+
+
+def test_a_single_node_is_left_out_for_what_is_its_own_and_not_for_a_mistake() -> None:
+    assert list(judge([Answer(0, "n1", [BAD])], ["n1"], 1, 0.5).bad_nodes) == ["n1"]
+    asked = Finding("tasks", False, "two", "one")
+    verdict = judge([Answer(0, "n1", [asked])], ["n1"], 1, 0.5)
+    assert not verdict.bad_nodes and verdict.mistakes == [asked] and asked.certain and not BAD.certain
 
 
 def test_what_all_but_the_first_node_find_is_the_first_ones_fault() -> None:

@@ -32,7 +32,8 @@ def test_numbers_come_from_the_launcher(environment: dict[str, str], expected: t
 
 @pytest.mark.parametrize(("environment", "gpus"), [
     ({}, 0), ({"SLURM_GPUS_ON_NODE": "8"}, 8), ({"SLURM_GPUS_ON_NODE": "8", "SLURM_GPUS_PER_NODE": "2"}, 2),
-    ({"SLURM_GPUS_PER_NODE": "h100:4"}, 4),
+    ({"SLURM_GPUS_PER_NODE": "h100:4"}, 4), ({"SLURM_GPUS_PER_NODE": "h100:4,a100:2"}, 6),
+    ({"SLURM_GPUS_PER_NODE": "h100"}, 1),
 ])
 def test_the_gpus_that_were_asked_for_count_before_those_that_are_there(environment: dict[str, str], gpus: int) -> None:
     assert gpus_of_node(environment) == gpus
@@ -61,4 +62,5 @@ def test_what_does_not_agree_is_refused_with_the_remedy(asked: Config, environme
 
 def test_a_process_that_was_started_alone_has_no_launcher() -> None:
     assert launched(JOB) is None
+    assert launched({**STEP, "SLURM_STEP_ID": "4294967290"}) is None  # the shell of salloc
     assert launched(TORCHRUN) == Launched("torchrun", 3, 4)

@@ -52,7 +52,8 @@ class Desk:
                ) -> str:
         """Number of the job."""
         said = self.cluster.call("sbatch", "--parsable", *options, f"slurm/{template}.sh", "run.yaml", *overrides,
-                                 cwd=self.folder, **{"DLCM_PYTHON": sys.executable, **variables})
+                                 cwd=self.folder, **{"DLCM_PYTHON": sys.executable, "DLCM_DEVICE": "cpu",
+                                                     **variables})
         return said.strip()
 
     def lives(self) -> list[dict[str, Any]]:

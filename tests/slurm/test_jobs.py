@@ -141,6 +141,28 @@ def test_a_site_that_forbids_requeueing_gets_a_chain_of_jobs(desk: Desk) -> None
     assert len(list((desk.run / "jobs").iterdir())) == 1
 
 
+def test_one_task_of_an_array_is_requeued_alone(desk: Desk) -> None:
+    script = desk.folder / "slurm/array.sh"
+    text = (desk.folder / "slurm/dlcm_1t.sh").read_text()
+    script.write_text(text.replace("CONFIG=configs/run/dlcm_2b_1t.yaml", "CONFIG=run$SLURM_ARRAY_TASK_ID.yaml"))
+    desks = []
+    for task in range(2):
+        config = replace(desk.config, name=f"run{task}")
+        save_config(config, desk.folder / f"run{task}.yaml")
+        desks.append(Desk(desk.cluster, desk.folder, config))
+    job = desk.cluster.call("sbatch", "--parsable", *ONE, "--array=0-1", "slurm/array.sh", cwd=desk.folder,
+                            DLCM_PYTHON=sys.executable, DLCM_DEVICE="cpu").strip()
+    for one in desks:
+        trains_on(one)
+    number = desk.cluster.job(f"{job}_1")["JobId"]
+    kill(processes(number, 0), signal.SIGKILL)
+    trains_on(desks[1], 0)
+    assert [one["how"] for one in desks[1].lives()] == ["crashed", "vanished"]  # the second is under way
+    assert len(desks[0].lives()) == 1 and desks[0].lives()[0]["ended"] is None, desks[0].story()
+    trains_on(desks[0])
+    assert len(desks[0].lives()) == 1
+
+
 def test_a_node_on_which_nothing_runs_is_left_out(desk: Desk) -> None:
     python = desk.folder / "python"
     python.write_text(f'#!/bin/bash\n[ "$SLURMD_NODENAME" = n2 ] && exit 1\nexec {sys.executable} "$@"\n')

@@ -36,7 +36,6 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, PretrainModule)
-        self.wish.listen()  # Lightning has taken the handlers in the meantime
         if asked := self._asked():
             raise self._stopped(asked, trainer.global_step, module.config.total_steps)
 

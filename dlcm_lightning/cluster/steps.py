@@ -1,0 +1,104 @@
+"""The steps of a job: a sub-command of `dlcm` on every rank, started by srun, listened to, ended.
+
+Whoever speaks of a job to SLURM names it by `job_name`: the bare number of one task of an array is that of the whole
+array, and what is asked for it is done to all its tasks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlcm_lightning.cluster import slurm
+from dlcm_lightning.cluster.lives import VARIABLE
+from dlcm_lightning.cluster.placement import gpus_of_node
+from dlcm_lightning.cluster.snapshot import CODE
+from dlcm_lightning.layout import CONFIG_FILE, LOGS
+
+SRUN_SAID = "srun.txt"
+FIRST_PORT, PORTS, PORTS_OF_A_LIFE = 15_000, 10_000, 3
+END_SECONDS = 30.0
+
+
+def job_name(environment: Mapping[str, str] = os.environ) -> str:
+    """This job, for commands of SLURM."""
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Of one life."""
+
+    run: Path
+    folder: Path
+    """Of the submission: code and configuration."""
+    life: Path
+    number: int
+    """Of the life."""
+    nodes: list[str]
+    tasks: int
+    """On every node."""
+
+    def start(self, command: str, options: list[str], port: int, stdout: int | None = None) -> subprocess.Popen[bytes]:
+        """port: which of the life's. What the ranks say goes to their logs, or to `stdout`: over SLURM's own
+        connections and no file system. What srun says is kept."""
+        if stdout is None:
+            logs = [f"--output={self.run / LOGS}/rank-%5t.log", "--open-mode=append", "--kill-on-bad-exit=1"]
+        else:
+            logs = ["--kill-on-bad-exit=0"]
+        python = os.environ.get("DLCM_RANK_PYTHON", os.environ.get("DLCM_PYTHON", sys.executable))
+        first = (int(os.environ["SLURM_JOB_ID"]) * 101 + PORTS_OF_A_LIFE * self.number) % PORTS + FIRST_PORT
+        path = [str(self.folder / CODE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        variables = {VARIABLE: str(self.life), "PYTHONPATH": ":".join(dict.fromkeys(path)), "PYTHONSAFEPATH": "1",
+                     "MASTER_ADDR": os.environ.get("DLCM_MASTER_ADDR", self.nodes[0]),
+                     "MASTER_PORT": str(first + port)}
+        outside = {name: value for name, value in os.environ.items() if name != "SLURM_GPUS_PER_TASK"}
+        srun = slurm.srun(self.tasks, len(self.nodes), fewest(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1")),
+                          gpus_of_node())
+        with (self.life / SRUN_SAID).open("ab") as said:
+            return subprocess.Popen(
+                [*srun, *logs, python, "-m", "dlcm_lightning", command, str(self.folder / CONFIG_FILE), *options],
+                stdin=subprocess.DEVNULL, stdout=stdout, stderr=said, start_new_session=True,
+                env={**outside, **variables})
+
+    def complaints(self) -> list[tuple[str, str]]:
+        """Nodes, and what srun said of tasks that ended badly there."""
+        said = (self.life / SRUN_SAID).read_text(errors="replace")
+        return re.findall(r"^srun: error: (\S+): (tasks? .+)$", said, re.MULTILINE)
+
+    def what_srun_said(self, code: int) -> str:
+        """The first complaint."""
+        said = [f"{nodes}: {what}" for nodes, what in self.complaints()]
+        return f"{[*said, f'srun ended with {code}'][0]}; see {self.run / LOGS}"
+
+    def signal(self, name: str) -> None:
+        """To every task of every step of this job."""
+        steps = slurm.call("squeue", "--noheader", "--steps", f"--jobs={job_name()}", "--format=%i").split()
+        for step in steps:
+            if step.rpartition(".")[2].isdecimal():  # not the batch script
+                try:
+                    slurm.call("scancel", f"--signal={name}", step)
+                except slurm.SlurmError as error:
+                    print(error, flush=True)
+
+    def kill(self, process: subprocess.Popen[bytes]) -> None:
+        """Where it still runs."""
+        if process.poll() is None:
+            self.signal("KILL")
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def fewest(counts: str) -> int:
+    """Of a list such as 64(x3),32."""
+    return min(int(count) for count in re.findall(r"(?:^|,)(\d+)", counts))
