@@ -13,7 +13,8 @@ import pytest
 from dlcm_lightning.compose import differences, load_config, save_config
 from dlcm_lightning.config import Config, ConfigError
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 RUNS = sorted((CONFIGS / "run").glob("*.yaml"))
 SMOKE = CONFIGS / "run" / "smoke.yaml"
 SOURCE = "{name: a, domain: code, weight: 1.0}"
@@ -54,9 +55,12 @@ def test_every_shipped_part_loads_into_a_run(folder: str) -> None:
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
 def test_header_of_a_run_gives_its_command_and_its_hardware(file: Path) -> None:
     header = [line for line in file.read_text().splitlines() if line.startswith("#")]
-    commands = [line for line in header if line.startswith("# make pretrain")]
-    given = re.search(r"CONFIG=(\S+)", commands[0])
-    assert given[1] == f"configs/run/{file.name}" if given else file.stem == "quickstart"
+    command = next(line for line in header if line.startswith(("# make pretrain", "# sbatch ")))
+    if template := re.search(r"slurm/\w+\.sh", command):
+        assert f"configs/run/{file.stem.removesuffix('m').rstrip('0123456789')}" in (ROOT / template[0]).read_text()
+    if given := re.search(r"CONFIG=(\S+)", command):
+        assert given[1] == f"configs/run/{file.name}"
+    assert template or given or file.stem == "quickstart"
     assert any(line.startswith("# Hardware: ") for line in header)
 
 

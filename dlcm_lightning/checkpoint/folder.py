@@ -139,6 +139,20 @@ class Checkpoint:
         return Tensors(self.folder / name for name in self.manifest.files if name.endswith(SUFFIX))
 
 
+def open_checkpoint(run: Path, step: int | None) -> Checkpoint:
+    """The newest checkpoint of a run, or that of a step, every byte compared. CheckpointError: none, or damaged."""
+    if step is not None and not finished(run, step).is_dir():
+        kept = ", ".join(str(int(folder.name.rpartition("-")[2])) for folder in folders(run))
+        raise CheckpointError(f"{run}: has no checkpoint of step {step}; there are {kept or 'none'}")
+    found = [finished(run, step)] if step is not None else folders(run)[-1:]
+    if not found:
+        raise CheckpointError(f"{run}: holds no checkpoint; name the directory of a run, runs/NAME")
+    checkpoint = Checkpoint(found[0], Manifest.load(found[0]))
+    if damages := checkpoint.manifest.damages(found[0]):
+        raise CheckpointError(f"{damages[0]}; choose another with --step")
+    return checkpoint
+
+
 def describe_file(file: Path) -> dict[str, Any]:
     """Flushes a file to the disk; its entry in the manifest."""
     flush(file)

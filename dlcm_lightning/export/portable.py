@@ -27,12 +27,11 @@ import torch
 from torch import Tensor
 
 from dlcm_lightning.checkpoint import tensors
-from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, CheckpointError, Manifest
+from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, CheckpointError, open_checkpoint
 from dlcm_lightning.checkpoint.probe import Probe, difference
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.durable import flush, sha256_of, write_atomically
-from dlcm_lightning.layout import finished, folders
 from dlcm_lightning.model.dlcm import LanguageModel, assemble
 from dlcm_lightning.ops.attention import choose_backend
 
@@ -41,20 +40,6 @@ ABOUT = "portable.json"
 INDEX = "model.safetensors.index.json"
 SPLIT_BYTES = 5 * 1000**3
 BOUNDARY = "boundary."
-
-
-def open_checkpoint(run: Path, step: int | None) -> Checkpoint:
-    """The newest checkpoint of a run, or that of a step, every byte compared. CheckpointError: none, or damaged."""
-    if step is not None and not finished(run, step).is_dir():
-        kept = ", ".join(str(int(folder.name.rpartition("-")[2])) for folder in folders(run))
-        raise CheckpointError(f"{run}: has no checkpoint of step {step}; there are {kept or 'none'}")
-    found = [finished(run, step)] if step is not None else folders(run)[-1:]
-    if not found:
-        raise CheckpointError(f"{run}: holds no checkpoint; name the directory of a run, runs/NAME")
-    checkpoint = Checkpoint(found[0], Manifest.load(found[0]))
-    if damages := checkpoint.manifest.damages(found[0]):
-        raise CheckpointError(f"{damages[0]}; choose another with --step")
-    return checkpoint
 
 
 def model_state(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, CheckpointError, Manifest
+from dlcm_lightning.checkpoint.folder import CONFIG, open_checkpoint
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.loader import ValidationBatches
 from dlcm_lightning.data.ngram import Floor, floors
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.durable import write_atomically
-from dlcm_lightning.layout import finished, folders
 from dlcm_lightning.model.mup import tagged_parameters
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.training import machine
@@ -36,13 +35,7 @@ from dlcm_lightning.training.validation import validate
 def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Callable[[str], None]) -> dict[str, Any]:
     """Metrics of all domains, and of each under "domains"; also written to RUN/evaluation-STEP.json. CheckpointError:
     no such checkpoint, or a damaged one. DataError: the rows cannot be read."""
-    found = [finished(run, step)] if step is not None else folders(run)[-1:]
-    if not found or not found[0].is_dir():
-        kept = ", ".join(folder.name for folder in folders(run))
-        raise CheckpointError(f"{run}: no such checkpoint; there are {kept or 'none'}")
-    checkpoint = Checkpoint(found[0], Manifest.load(found[0]))
-    if damages := checkpoint.manifest.damages(checkpoint.folder):
-        raise CheckpointError(f"{damages[0]}; choose another with --step")
+    checkpoint = open_checkpoint(run, step)
     config = load_config(checkpoint.folder / CONFIG, overrides)
     config = replace(config, train=replace(config.train, devices=1, nodes=1))
     where = machine.device()
