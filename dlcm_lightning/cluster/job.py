@@ -78,7 +78,7 @@ def decide(life: Life, stop: bool, may_go_on: bool, fruitless: int, limit: int) 
         return Decision("leave", "SLURM has ended this job, and decides")
     if fruitless >= limit:
         return Decision("end", f"{fruitless} lives in a row brought no newer checkpoint than step {life.from_step}; "
-                               f"the last: {life.reason}", BRAKE_CODE)
+                               f"the last: {life.reason}. When that is mended, submit again", BRAKE_CODE)
     return Decision("again", "goes on from the newest checkpoint")
 
 
@@ -138,7 +138,7 @@ class Job:
             self.lives[-1] = replace(self.lives[-1], to_step=self.life.from_step)
         before = fruitless_in_a_row(self.lives)
         self.lives.append(self.life)
-        self.folder_of_life.mkdir(parents=True)
+        self.folder_of_life.mkdir(parents=True, exist_ok=True)
         (self.run / LOGS).mkdir(exist_ok=True)
         self._save()
         describe_life(self.folder_of_life, self.nodes)

@@ -55,7 +55,15 @@ def submit(script: str, config_file: str, overrides: Sequence[str], options: Seq
 
 
 def take(folder: Path, config: Config) -> None:
-    """Makes the folder of a job. config: as it was submitted."""
+    """Makes the folder of a job. config: as it was submitted. ConfigError: it cannot be written."""
+    try:
+        _take(folder, config)
+    except OSError as error:
+        raise ConfigError(f"train.runs = {config.train.runs!r}: {folder} cannot be written ({error}); correct the "
+                          "permissions, free space, or choose another train.runs=...") from error
+
+
+def _take(folder: Path, config: Config) -> None:
     package = Path(dlcm_lightning.__file__).parent
     skipped = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package, folder / CODE / package.name, ignore=skipped)

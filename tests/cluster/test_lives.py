@@ -82,6 +82,14 @@ def test_a_snapshot_runs_as_it_was_whatever_is_edited_afterwards(tmp_path: Path,
     assert job_folder(config, "7").name == "7-2"
 
 
+def test_a_folder_that_cannot_be_made_is_named_with_the_remedy(tmp_path: Path, config: Config,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").touch()
+    with pytest.raises(ConfigError, match=r"train\.runs = .*cannot be written"):
+        take(job_folder(config, "7"), config)
+
+
 def test_a_life_is_described_without_its_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("AWS_SECRET_ACCESS_KEY", "abc"), ("HF_TOKEN", "def"), ("NCCL_SOCKET_IFNAME", "ib0")):
         monkeypatch.setenv(name, value)
