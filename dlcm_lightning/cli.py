@@ -268,6 +268,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_run_file(command: argparse.ArgumentParser, text: str = "run file") -> None:
     command.add_argument("config", nargs="?", default=QUICKSTART, help=f"{text} (default {QUICKSTART})")
+    command.add_argument("--config", dest="run_file", metavar="FILE", help="the same, as an option")
     command.add_argument("overrides", nargs="*", metavar="field=value", help="such as optim.total_tokens=1000000")
 
 
@@ -364,6 +365,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().parse_args(argv)  # says which arguments nobody knows
     elif rest:
         arguments.overrides += rest  # field=value behind an option
+    if "run_file" in arguments and arguments.run_file:
+        if arguments.config != QUICKSTART:  # what stands in the place of a run file is an override then
+            arguments.overrides.insert(0, arguments.config)
+        arguments.config = arguments.run_file
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:

@@ -14,6 +14,8 @@ from dlcm_lightning.cli import main
 from dlcm_lightning.data.tokenizer import Tokenizer
 from tests.synthetic import VOCABULARY, make_texts
 
+ROOT = Path(__file__).parents[1]
+
 RUN = """
 name: mine
 seed: 1
@@ -94,3 +96,17 @@ def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "dlcm_lightning", "--help"], capture_output=True, text=True,
                           timeout=60, check=True, cwd=Path(__file__).parents[1])
     assert "pretrain" in done.stdout and "tokenize" in done.stdout
+
+
+def test_an_estimate_needs_no_torch_and_takes_its_run_file_either_way() -> None:
+    code = ("import sys; from dlcm_lightning.cli import main; code = main(sys.argv[1:]); "
+            "assert 'torch' not in sys.modules; sys.exit(code)")
+    shape = ["--nodes", "16", "--gpus-per-node", "8"]
+    given = [["estimate", "configs/run/dlcm_2b_1t.yaml", *shape, "train.strategy=zero2"],
+             ["estimate", "train.strategy=zero2", "--config", "configs/run/dlcm_2b_1t.yaml", *shape]]
+    shown = [subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+             for arguments in given]
+    assert [one.returncode for one in shown] == [0, 0], shown[1].stderr
+    assert shown[0].stdout == shown[1].stdout and "zero2" in shown[0].stdout
+    chosen = next(line for line in shown[0].stdout.splitlines() if line.endswith("<- this configuration"))
+    assert chosen.split()[0] == "zero2"
