@@ -101,11 +101,16 @@ def why_not() -> str:
     for tool in ("ip", "unshare", "bash"):
         if shutil.which(tool) is None:
             return f"a real SLURM with namespaces needs {tool}"
-    probe = ["unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork", "--mount-proc", "true"]
-    if subprocess.run(probe, capture_output=True).returncode:
-        return "namespaces are refused here"
-    if shutil.which("slurmctld") is None and shutil.which("apt-get") is None:
-        return "neither SLURM nor apt-get, which would fetch it"
+    space, bridge = "mini-probe", "miniprobe"
+    for probe in (["unshare", "--net", "--uts", "--mount", "--ipc", "--pid", "--fork", "--mount-proc", "true"],
+                  ["ip", "netns", "add", space], ["ip", "netns", "del", space],
+                  ["ip", "link", "add", bridge, "type", "bridge"], ["ip", "link", "del", bridge]):
+        if subprocess.run(probe, capture_output=True).returncode:
+            return f"namespaces are refused here: {' '.join(probe)}"
+    try:
+        binaries()
+    except NoCluster as error:
+        return str(error)
     return ""
 
 
@@ -136,6 +141,8 @@ def _unpack() -> None:
             return bool(wanted) and not subprocess.run(["apt-get", "download", "-q", *wanted], cwd=folder,
                                                        capture_output=True).returncode
 
+        if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
+            raise NoCluster("neither SLURM nor apt-get, which would fetch it")
         if not fetched():
             subprocess.run(["apt-get", "update", "-q"], capture_output=True)
             if not fetched():
