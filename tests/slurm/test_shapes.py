@@ -122,3 +122,16 @@ def test_tokenising_is_shared_out_over_an_array_and_merged(large: MiniCluster, d
                        "built", "--source", "mine", cwd=desk, DLCM_PYTHON=sys.executable).strip()
     ended(large, f"{merge}_0", desk)
     assert (desk / "built/mine/train/manifest.json").is_file()
+
+
+def test_a_job_of_1024_ranks_is_checked_started_and_concluded(desk: Path) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="mini", dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        with MiniCluster(Path(folder) / "c", 128, GPUS, cpus=128, number=2) as cluster:
+            job = cluster.call("sbatch", "--parsable", "--nodes=128", "slurm/dlcm_1t.sh", cwd=desk, **STUB).strip()
+            ended(cluster, job, desk)
+    life = next((desk / "runs/dlcm_2b_1t/jobs").glob("*/life-000"))
+    assert len(list(life.glob("place-*"))) == 1024
+    assert json.loads((life.parent / "lives.json").read_text())[0]["how"] == "finished"
