@@ -19,7 +19,7 @@ help:
 	@echo '                  other values:  make pretrain ARGS="seed=1 optim.total_tokens=1000000"'
 	@echo 'make tensorboard  show the curves of all runs in $(RUNS)/'
 	@echo 'make test         run the test suite      (part of it: make test ARGS="tests/test_compose.py")'
-	@echo 'make test-distributed  gradients, resuming, other ranks and strategies in full (several processes, ten minutes)'
+	@echo 'make test-distributed  gradients, resuming, other ranks and strategies in full (several processes, a quarter of an hour)'
 	@echo 'make test-slurm   jobs on a real SLURM of this machine: preempted, out of time, cancelled, hung (needs root, minutes)'
 	@echo 'make check        lint and check the types'
 	@echo 'make clean        remove caches and build files; the environment, data and runs stay'

@@ -98,7 +98,7 @@ def desk(cluster: MiniCluster, config: DataConfig, tmp_path_factory: pytest.Temp
     data = replace(config, rows_per_step=8, micro_batch_rows=2)
     run = Config(
         name="run", seed=3, model=MODEL, data=data,
-        optim=OptimConfig(total_tokens=1200 * data.tokens_per_step, warmup_tokens=20 * data.tokens_per_step),
+        optim=OptimConfig(total_tokens=2400 * data.tokens_per_step, warmup_tokens=20 * data.tokens_per_step),
         train=TrainConfig(runs=str(folder / "runs"), precision="fp32", log_every_steps=1, validate_every_steps=10**6,
                           checkpoint_every_steps=10),
         job=JobConfig(heartbeat_seconds=0.5, slowest_share=0))  # its nodes share two cores

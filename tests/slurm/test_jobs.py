@@ -40,7 +40,7 @@ def trains_on(desk: Desk, behind: int = -1, seconds: float = 150.0) -> int:
 
 def test_a_run_that_everything_happens_to_ends_with_the_weights_of_one_left_alone(desk: Desk) -> None:
     cluster, ends = desk.cluster, dict[str, int]()
-    job = desk.submit(*TWO_BY_TWO, overrides=("job.step_minutes=0.1",))
+    job = desk.submit(*TWO_BY_TWO, overrides=("job.step_minutes=0.25",))
     life = -1
     for number in range(3):
         ends[f"preempted {number}"] = life = trains_on(desk, life)
@@ -53,17 +53,18 @@ def test_a_run_that_everything_happens_to_ends_with_the_weights_of_one_left_alon
     cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     ends["requeued by hand"] = life = trains_on(desk, life)
     cluster.call("scontrol", "requeue", job)
-    ends["lost a node"] = life = trains_on(desk, life)
-    second = desk.lives()[life]["nodes"][1]
-    cluster.crash(second)
-    desk.until(f"{second} is missed", lambda: cluster.job(job)["JobState"] != "RUNNING")
-    cluster.boot(second)
     ends["lost a rank"] = life = trains_on(desk, life)
     kill(processes(job, 2), signal.SIGKILL)
     ends["hung"] = life = trains_on(desk, life)
     kill(processes(job, 3), signal.SIGSTOP)
-    ends["finished"] = trains_on(desk, life)
-    assert desk.ended(job, 300)["JobState"] == "COMPLETED", desk.story()
+    ends["lost a node"] = life = trains_on(desk, life)  # the last: SLURM may repeat to the node what it has missed
+    second = desk.lives()[life]["nodes"][1]
+    cluster.crash(second)
+    desk.until(f"{second} is missed", lambda: cluster.job(job)["JobState"] != "RUNNING")
+    cluster.boot(second)
+    trains_on(desk, life)
+    assert desk.ended(job, 600)["JobState"] == "COMPLETED", desk.story()
+    ends["finished"] = len(desk.lives()) - 1
 
     lives = {what: desk.lives()[number] for what, number in ends.items()}
     for number in range(3):
@@ -72,6 +73,7 @@ def test_a_run_that_everything_happens_to_ends_with_the_weights_of_one_left_alon
     assert lives["out of time"]["how"] == "stopped" and "NOTICE is there" in lives["out of time"]["reason"], lives
     assert lives["lost a rank"]["how"] == "crashed", lives
     assert lives["hung"]["how"] == "hung" and "rank 3 on" in lives["hung"]["reason"], lives
+    assert lives["lost a node"]["how"] in ("taken", "hung", "crashed", "vanished"), lives
     assert lives["finished"]["how"] == "finished" and len({one["job"] for one in lives.values()}) == 1
     assert "most recent call first" in (desk.run / "logs/rank-00000.log").read_text()  # stacks, of the life that hung
 
@@ -79,7 +81,7 @@ def test_a_run_that_everything_happens_to_ends_with_the_weights_of_one_left_alon
     save_config(alone, desk.folder / "alone.yaml")
     command = [sys.executable, "-m", "dlcm_lightning", "pretrain", str(desk.folder / "alone.yaml")]
     with LocalRanks(command, 4, desk.folder / "alone-logs") as ranks:
-        assert ranks.wait(300) == [0] * 4, ranks.tail()
+        assert ranks.wait(600) == [0] * 4, ranks.tail()
     assert_same(desk.run, Path(alone.train.runs) / alone.name)
 
 
