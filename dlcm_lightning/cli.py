@@ -40,7 +40,7 @@ def _load(module: str, name: str) -> Any:
 def pretrain(arguments: argparse.Namespace) -> None:
     with recorded(first_process()):
         print_stacks_when_asked()
-        config = placed(load_config(arguments.config, arguments.overrides))
+        config = placed(load_config(arguments.config, arguments.overrides))  # refused before torch is loaded
         _load("training.run", "pretrain")(config)
 
 

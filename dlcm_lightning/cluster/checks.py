@@ -124,10 +124,9 @@ def judge(answers: Iterable[Answer], nodes: Sequence[str], tasks: int, slowest_s
     if of_run := [finding for finding in wrong.values() if finding.of_run]:
         verdict.mistakes = of_run
         return verdict
-    for cause in (lambda what: what not in FOLLOWS, lambda what: what == "answer", lambda what: True):
-        blamed = {where: finding for where, finding in wrong.items() if cause(finding.what)}
-        if blamed:
-            break
+    causes = {where: finding for where, finding in wrong.items() if finding.what not in FOLLOWS}
+    silent = {where: finding for where, finding in wrong.items() if finding.what == "answer"}
+    blamed = causes or silent or wrong
     if len(nodes) == 1:
         verdict.bad_nodes = {node: f"{finding.what}: {finding.said}" for node, finding in blamed.items()
                              if not finding.certain}

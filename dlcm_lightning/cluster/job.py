@@ -177,8 +177,10 @@ class Job:
         text, answers = b"", list[Answer]()
         while process.poll() is None and time.monotonic() < deadline and not self._told_to_leave():
             time.sleep(0.1)
-            text += process.stdout.read() or b""
-            answers = answers_in(text)
+            heard = process.stdout.read()
+            if heard:
+                text += heard
+                answers = answers_in(text)
             failed = [finding for answer in answers for finding in answer.findings if not finding.good]
             if failed or self.steps.complaints():  # the others may wait for the one that failed
                 patience = 0 if any(finding.of_run for finding in failed) else OTHERS_SECONDS
@@ -242,10 +244,8 @@ class Job:
         except OSError as error:
             self.say(f"no notice can be left ({error}); the ranks are told by a signal")
             self.steps.signal("USR1")
-        if number == signal.SIGTERM:  # this process may not live to say more
-            self.life.how, self.life.reason = "taken", "SLURM ended the job"
-            self.life.to_step = newest_step(self.run)
-            self._save()
+        if number == signal.SIGTERM:
+            self._note_end("taken", "SLURM ended the job")
 
     # Hanging
 
@@ -254,6 +254,7 @@ class Job:
         reason = (f"rank {blamed.rank} on {blamed.node} has been in {blamed.phase} of step {blamed.step + 1} for "
                   f"{silence:.0f} s{beside}")
         self.say(f"{reason}; the stacks of all ranks go to {self.run / LOGS}")
+        self._note_end("hung", reason)
         for number in ("USR2", "CONT"):
             self.steps.signal(number)
         time.sleep(STACKS_SECONDS)
@@ -276,6 +277,12 @@ class Job:
             save_lives(self.folder, self.lives)
         except OSError as error:
             self.say(f"{self.folder / LIVES} could not be written: {error}")
+
+    def _note_end(self, how: How, reason: str) -> None:
+        """Recorded at once: this process may not live to say more."""
+        self.life.how, self.life.reason = how, reason
+        self.life.to_step = newest_step(self.run)
+        self._save()
 
     def _close(self, how: How, reason: str, excluded: Sequence[str] = ()) -> int:
         self.life.how, self.life.reason = how, reason

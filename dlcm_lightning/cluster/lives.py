@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dlcm_lightning.config import ConfigError
 from dlcm_lightning.durable import write_atomically
@@ -142,8 +142,3 @@ def first_crash(life: Path) -> str:
     rank = found[0].stem.removeprefix("crash-")
     lines: list[str] = found[0].read_text(errors="replace").splitlines()
     return f"rank {rank}: {lines[0][:300] if lines else ''}"
-
-
-def details(of: Mapping[str, Any]) -> str:
-    """Names and values, a line each, in order."""
-    return "".join(f"{name}={value}\n" for name, value in sorted(of.items()))

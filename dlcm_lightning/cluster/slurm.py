@@ -28,10 +28,10 @@ class SlurmError(RuntimeError):
     """A command of SLURM failed. Its words."""
 
 
-def call(*command: str) -> str:
-    """Output of a command of SLURM. Asks again for some minutes where the controller does not answer. SlurmError: it
-    fails, or is not there."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def call(*command: str, patience: float = PATIENCE_SECONDS) -> str:
+    """Output of a command of SLURM. patience: seconds for which it is asked again while the controller does not answer.
+    SlurmError: it fails, or is not there."""
+    deadline = time.monotonic() + patience
     while True:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=CALL_SECONDS,

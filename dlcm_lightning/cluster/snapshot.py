@@ -1,7 +1,8 @@
 """What a submission was: the package as it is now, the configuration with every field, who ran it with which packages.
 
-A job may wait for days and be requeued for weeks. Its lives take the code from here, so that an edit in between changes
-nothing; whoever wants the edit submits again.
+A job may wait for days and be requeued for weeks. Its lives take the package from here, so that an edit in between
+changes nothing; whoever wants the edit submits again. The scripts are copied to be looked at: slurm/site.sh and
+slurm/job.sh are read where they are.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 
 import dlcm_lightning
-from dlcm_lightning.cluster.lives import details
 from dlcm_lightning.cluster.slurm import SlurmError, call
 from dlcm_lightning.compose import load_config, save_config
 from dlcm_lightning.config import Config, ConfigError
@@ -79,7 +79,12 @@ def _take(folder: Path, config: Config) -> None:
 def describe_life(life: Path, nodes: Iterable[str]) -> None:
     """Variables, packages and nodes of one life."""
     variables = {name: "(not shown)" if SECRET.search(name) else value for name, value in os.environ.items()}
-    (life / "environment.txt").write_text(details(variables))
+    (life / "environment.txt").write_text(_lines(variables))
     installed = {one.metadata["Name"]: one.version for one in distributions()}
-    (life / "packages.txt").write_text(details(installed))
+    (life / "packages.txt").write_text(_lines(installed))
     (life / "nodes.txt").write_text("".join(f"{node}\n" for node in nodes))
+
+
+def _lines(values: Mapping[str, str]) -> str:
+    """Names and values, a line each, in order."""
+    return "".join(f"{name}={value}\n" for name, value in sorted(values.items()))

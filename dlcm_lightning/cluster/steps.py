@@ -79,12 +79,12 @@ class Steps:
         return f"{[*said, f'srun ended with {code}'][0]}; see {self.run / LOGS}"
 
     def signal(self, name: str) -> None:
-        """To every task of every step of this job."""
+        """To every task of every step of this job, as far as its nodes are there; said once."""
         steps = slurm.call("squeue", "--noheader", "--steps", f"--jobs={job_name()}", "--format=%i").split()
         for step in steps:
             if step.rpartition(".")[2].isdecimal():  # not the batch script
                 try:
-                    slurm.call("scancel", f"--signal={name}", step)
+                    slurm.call("scancel", f"--signal={name}", step, patience=0)
                 except slurm.SlurmError as error:
                     print(error, flush=True)
 

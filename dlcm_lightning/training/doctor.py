@@ -102,7 +102,12 @@ def of_versions(config: Config) -> Iterator[Finding]:
     extra = "gpu" if config.model.attention == "flash" else ""
     extra = "deepspeed" if config.train.strategy.startswith("zero") else extra
     found, wrong = [], []
-    for requirement in map(Requirement, requires(DISTRIBUTION) or []):
+    try:
+        requirements = [Requirement(one) for one in requires(DISTRIBUTION) or []]
+    except PackageNotFoundError:  # a container that is given this package as a folder
+        yield Finding("versions", True, f"not compared: {DISTRIBUTION} is not installed here, only its folder is")
+        return
+    for requirement in requirements:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
         try:

@@ -9,13 +9,13 @@ import pytest
 
 from dlcm_lightning.cluster.checks import Answer, Finding, answers_in, judge, room
 from dlcm_lightning.cluster.job import decide
-from dlcm_lightning.cluster.lives import Life, Outcome, fruitless_in_a_row, load_lives, save_lives
+from dlcm_lightning.cluster.lives import How, Life, Outcome, fruitless_in_a_row, load_lives, save_lives
 from dlcm_lightning.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
 from dlcm_lightning.scaling.memory import kept_bytes
 
 
-def life(how: str, before: int = 10, after: int | None = 10) -> Life:
-    return Life("7", "now", ["n1"], before, after, "now", how, "why")  # type: ignore[arg-type]
+def life(how: How, before: int = 10, after: int | None = 10) -> Life:
+    return Life("7", "now", ["n1"], before, after, "now", how, "why")
 
 
 @pytest.mark.parametrize(("how", "stop", "may_go_on", "fruitless", "action", "code"), [
@@ -31,7 +31,7 @@ def life(how: str, before: int = 10, after: int | None = 10) -> Life:
     ("hung", False, True, 3, "end", 3),
     ("crashed", False, False, 3, "leave", 0),
 ])
-def test_what_follows_a_life(how: str, stop: bool, may_go_on: bool, fruitless: int, action: str, code: int) -> None:
+def test_what_follows_a_life(how: How, stop: bool, may_go_on: bool, fruitless: int, action: str, code: int) -> None:
     decision = decide(life(how), stop, may_go_on, fruitless, 3)
     assert (decision.action, decision.code) == (action, code)
 

@@ -26,10 +26,15 @@ ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL")
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[MiniCluster]:
-    """Three nodes of two GPUs: a job of two may lose one and find another."""
+def slurm_is_here() -> None:
+    """Else the test is skipped, and says why."""
     if reason := why_not():
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster(slurm_is_here: None) -> Iterator[MiniCluster]:
+    """Three nodes of two GPUs: a job of two may lose one and find another."""
     with tempfile.TemporaryDirectory(prefix="mini", dir="/tmp") as folder:
         Path(folder).chmod(0o755)  # munge answers all users or none
         with MiniCluster(Path(folder) / "c", 3) as running:
@@ -119,9 +124,9 @@ def processes(job: str, rank: int) -> list[int]:
             command = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if (f"SLURM_JOB_ID={job}".encode() in variables and f"SLURM_PROCID={rank}".encode() in variables
-                and b"pretrain" in command and b"SLURM_STEP_ID" in b"".join(variables)
-                and not command.startswith((b"srun", b"/lib"))):
+        names = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+        in_step = any(variable.startswith(b"SLURM_STEP_ID=") for variable in variables)  # not the batch script
+        if names <= set(variables) and in_step and b"pretrain" in command:
             found.append(int(folder.name))
     return sorted(found)
 

@@ -187,11 +187,9 @@ def test_what_would_go_wrong_later_ends_the_job_at_once_with_the_remedy(
     desk: Desk, overrides: tuple[str, ...], variables: dict[str, str], said: str
 ) -> None:
     job = desk.submit(*TWO_BY_TWO, overrides=overrides, **variables)
-    began = time.monotonic()
     state = desk.ended(job, 90)
-    assert state["JobState"] == "FAILED" and state["ExitCode"] == "2:0", desk.story()
-    assert f"refused: {said}" in desk.output() and "Restarts=0" in f"Restarts={state['Restarts']}"
-    print(f"{said} {time.monotonic() - began:.0f} s")
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), desk.story()
+    assert f"refused: {said}" in desk.output()
 
 
 def test_tasks_that_do_not_fit_the_gpus_and_a_missing_srun_are_refused_by_every_process(desk: Desk) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.mini_cluster import MiniCluster, why_not
+from dlcm_lightning.data.tokenizer import Tokenizer
+from tests.slurm.mini_cluster import MiniCluster
 
 pytestmark = pytest.mark.whole
 ROOT = Path(__file__).parents[2]
@@ -22,9 +23,7 @@ TEMPLATES = {"dlcm_1t": (), "dense_1t": (), "ladder": (), "tokenize": ("in", "--
 
 
 @pytest.fixture(scope="module")
-def large() -> Iterator[MiniCluster]:
-    if reason := why_not():
-        pytest.skip(reason)
+def large(slurm_is_here: None) -> Iterator[MiniCluster]:
     with tempfile.TemporaryDirectory(prefix="mini", dir="/tmp") as folder:
         Path(folder).chmod(0o755)
         with MiniCluster(Path(folder) / "c", NODES, GPUS, cpus=128, number=1) as running:
@@ -107,8 +106,9 @@ def test_make_pretrain_in_an_allocation_starts_a_rank_per_gpu(large: MiniCluster
     assert len(list((desk / "runs/here/jobs").glob("*/life-000/place-*"))) == 8
 
 
-def test_tokenising_is_shared_out_over_an_array_and_merged(large: MiniCluster, desk: Path, tmp_path_factory:
-                                                           pytest.TempPathFactory, tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_tokenising_is_shared_out_over_an_array_and_merged(
+    large: MiniCluster, desk: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
+) -> None:
     texts = tmp_path_factory.mktemp("texts")
     for number in range(6):
         (texts / f"{number}.txt").write_text(f"Text number {number} is not like the others. " * 20)
@@ -124,9 +124,7 @@ def test_tokenising_is_shared_out_over_an_array_and_merged(large: MiniCluster, d
     assert (desk / "built/mine/train/manifest.json").is_file()
 
 
-def test_a_job_of_1024_ranks_is_checked_started_and_concluded(desk: Path) -> None:
-    if reason := why_not():
-        pytest.skip(reason)
+def test_a_job_of_1024_ranks_is_checked_started_and_concluded(slurm_is_here: None, desk: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="mini", dir="/tmp") as folder:
         Path(folder).chmod(0o755)
         with MiniCluster(Path(folder) / "c", 128, GPUS, cpus=128, number=2) as cluster:

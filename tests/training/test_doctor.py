@@ -20,7 +20,8 @@ def test_a_run_that_can_begin_has_nothing_against_it(run_config: Config) -> None
     lines: list[str] = []
     assert doctor.examine(run_config, lines.append)
     table = "\n".join(lines)
-    assert "torch 2." in table and "TFLOP/s" in table and "NO" not in table.replace("NOT", "")
+    assert "torch 2." in table and "TFLOP/s" in table
+    assert not doctor.examine(replace(run_config, train=replace(run_config.train, keep_last=10**9)), lines.append)
 
 
 def test_shards_that_are_not_there_or_too_few_are_named(run_config: Config) -> None:
@@ -50,6 +51,16 @@ def test_a_version_that_was_left_out_for_a_reason_is_refused(run_config: Config,
     real = doctor.version
     monkeypatch.setattr(doctor, "version", lambda name: "2.6.2" if name == "lightning" else real(name))
     assert "lightning 2.6.2 is not" in failing(run_config)["versions"].said
+
+
+def test_a_package_that_is_only_a_folder_has_no_versions_to_compare(run_config: Config,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> list[str]:
+        raise doctor.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", unknown)
+    finding = next(finding for finding in doctor.of_run(run_config) if finding.what == "versions")
+    assert finding.good and "not compared" in finding.said
 
 
 def test_what_a_strategy_needs_is_asked_for(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
