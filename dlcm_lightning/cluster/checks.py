@@ -23,6 +23,11 @@ from dlcm_lightning.scaling.memory import checkpoint_bytes, kept_bytes
 MARK = "DLCM-CHECK "
 """Before an answer, among whatever else a rank prints."""
 LONGEST_WORDS = 250
+LOOK = "look at srun.txt of this life; is the environment there on this node?"
+FOLLOWS = ("answer", "all-reduce", "rank 0")
+"""What may be missing on a good node because of another."""
+OF_THE_FIRST = ("shared directory", "first node")
+"""What all nodes but the first find where the directory, or the address of the first, is at fault."""
 
 
 @dataclass(frozen=True)
@@ -116,34 +121,33 @@ def judge(answers: Iterable[Answer], nodes: Sequence[str], tasks: int, slowest_s
         if node in ended and len(found) < tasks:
             verdict.rows.append((node, Finding("start", False, ended[node], LOOK)))
         elif len(found) < tasks:
-            missing = Finding("answer", False, f"{tasks - len(found)} of {tasks} ranks did not answer",
-                              LOOK)
-            verdict.rows.append((node, missing))
+            said = f"{tasks - len(found)} of {tasks} ranks did not answer"
+            verdict.rows.append((node, Finding("answer", False, said, LOOK)))
     verdict.rows += _speeds(of_node, slowest_share)
-    wrong = {where: finding for where, finding in reversed(verdict.rows) if not finding.good}
-    if of_run := [finding for finding in wrong.values() if finding.of_run]:
+    failed = [(node, finding) for node, finding in verdict.rows if not finding.good]
+    if of_run := [finding for _, finding in failed if finding.of_run]:
         verdict.mistakes = of_run
         return verdict
-    causes = {where: finding for where, finding in wrong.items() if finding.what not in FOLLOWS}
-    silent = {where: finding for where, finding in wrong.items() if finding.what == "answer"}
-    blamed = causes or silent or wrong
-    if len(nodes) == 1:
-        verdict.bad_nodes = {node: f"{finding.what}: {finding.said}" for node, finding in blamed.items()
-                             if not finding.certain}
-        verdict.mistakes = [finding for finding in blamed.values() if finding.certain]
-        return verdict
-    others = set(nodes[1:]) <= set(blamed) and all(finding.what in OF_THE_FIRST for finding in blamed.values())
-    if blamed and 2 * len(blamed) <= len(nodes) and not others:
+    causes = [one for one in failed if one[1].what not in FOLLOWS]
+    silent = [one for one in failed if one[1].what == "answer"]
+    blamed: dict[str, Finding] = {}
+    for node, finding in causes or silent or failed:
+        blamed.setdefault(node, finding)
+    if _are_bad(blamed, nodes):
         verdict.bad_nodes = {node: f"{finding.what}: {finding.said}" for node, finding in blamed.items()}
-    verdict.mistakes = [] if verdict.bad_nodes else list(blamed.values())
+    else:
+        verdict.mistakes = list(blamed.values())
     return verdict
 
 
-LOOK = "look at srun.txt of this life; is the environment there on this node?"
-FOLLOWS = ("answer", "all-reduce", "rank 0")
-"""What may be missing on a good node because of another."""
-OF_THE_FIRST = ("shared directory", "first node")
-"""What all nodes but the first find where the directory, or the address of the first, is at fault."""
+def _are_bad(blamed: Mapping[str, Finding], nodes: Sequence[str]) -> bool:
+    """Whether other nodes would do better than those that are blamed."""
+    if len(nodes) == 1:
+        return not any(finding.certain for finding in blamed.values())
+    all_but_the_first = set(nodes[1:]) <= set(blamed)
+    if all_but_the_first and all(finding.what in OF_THE_FIRST for finding in blamed.values()):
+        return False
+    return 2 * len(blamed) <= len(nodes)
 
 
 def _speeds(of_node: dict[str, list[Answer]], slowest_share: float) -> Iterator[tuple[str, Finding]]:

@@ -60,8 +60,6 @@ class Saved:
     per_concept: float
     matrices: float
     """Copies of the weights in bf16; what does not depend on the batch."""
-    block: float = 0.0
-    """Of the largest block, per position of its axis, while it is run again."""
 
     def total(self, tokens: int, concepts: float) -> float:
         return self.per_token * tokens + self.per_concept * concepts + self.matrices
@@ -76,10 +74,17 @@ class _Shape:
     head_dim: int
 
     @property
-    def parameters(self) -> int:
+    def attention_parameters(self) -> int:
         """Of the matrices of a block."""
-        attention = 2 * self.width * (self.heads + self.kv_heads) * self.head_dim
-        return attention + 3 * self.width * self.ffn
+        return 2 * self.width * (self.heads + self.kv_heads) * self.head_dim
+
+    @property
+    def parameters(self) -> int:
+        return self.attention_parameters + 3 * self.width * self.ffn
+
+    def kept_parameters(self, recompute: str) -> int:
+        """Those whose copies in bf16 wait for the backward."""
+        return {"none": self.parameters, "selective": self.attention_parameters, "full": 0}[recompute]
 
 
 def _shapes(model: ModelConfig) -> tuple[_Shape, _Shape]:
@@ -113,36 +118,38 @@ def saved(model: ModelConfig, recompute: str = "none", fused_norms: bool = True)
     """fused_norms: as on a GPU; on a CPU torch computes a norm in steps and keeps two arrays of it instead of one."""
     kept = 1 if fused_norms else 2
     token, concept = _shapes(model)
-    weights = matrix_parameters(model)
-    d, e, v = model.d_token, model.d_concept, model.vocab_size
-    head = FP32 * v * d  # the gradient of the head, which its forward computes
-    stacks = {"none": 1.0, "full": 0.0, "selective": 1.0}[recompute]
-    block_weights = BF16 * stacks
-    if recompute == "selective":
-        share = [1 - 3 * shape.width * shape.ffn / shape.parameters for shape in (token, concept)]
-    else:
-        share = [1.0, 1.0]
-    angles = BF16 * model.head_dim  # a sine and a cosine of every pair of a head
+    d, e = model.d_token, model.d_concept
+    angles = FP32 * model.head_dim  # of a stack: a sine and a cosine of every pair of a head
     per_token = model.decoder_layers * _block(token, kept, recompute) + angles
     per_token += _norm(d, kept) + BF16 * d  # closing norm, gradient of the head's input
-    matrices = head + block_weights * share[0] * weights.decoder
-    block = 0.0 if recompute == "none" else _block(token, kept, "none")
-    per_concept = 0.0
-    if model.kind == "dlcm":
-        per_token += model.encoder_layers * _block(token, kept, recompute) + angles
-        if model.boundary.learned:
-            per_token += FP32 * d * (6 if model.boundary.centred else 5) + 5 * FP32
-        heads, kv_width = model.heads_token * model.head_dim, model.kv_heads_token * model.head_dim
-        per_token += _norm(d, kept) + BF16 * d  # cross-attention: norm of tokens,
-        per_token += kept * FP32 * heads + FP32 * model.heads_token + BF16 * heads  # of queries by head, what it gives,
-        per_token += BF16 * (heads + 2 * kv_width) + FP32 * model.heads_token  # the result, replicated keys and values
-        per_concept += model.backbone_layers * _block(concept, kept, recompute) + angles + _norm(e, kept)
-        per_concept += BF16 * d + FP32 * e + _norm(e, kept) + BF16 * e  # pooled, smoothed, normed
-        per_concept += kept * FP32 * kv_width + FP32 * model.kv_heads_token
-        between = weights.up_projection + weights.cross_attention
-        matrices += block_weights * (share[0] * weights.encoder + share[1] * weights.backbone) + BF16 * between
-        block = 0.0 if recompute == "none" else max(block, _block(concept, kept, "none"))
-    return Saved(per_token, per_concept, matrices, block)
+    matrices = FP32 * model.vocab_size * d  # gradient of the head, which its forward computes
+    matrices += BF16 * model.decoder_layers * token.kept_parameters(recompute)
+    if model.kind == "dense":
+        return Saved(per_token, 0.0, matrices)
+
+    weights = matrix_parameters(model)
+    heads, kv_width = model.heads_token * model.head_dim, model.kv_heads_token * model.head_dim
+    per_token += model.encoder_layers * _block(token, kept, recompute) + angles
+    if model.boundary.learned:
+        per_token += FP32 * d * (6 if model.boundary.centred else 5) + 5 * FP32
+    per_token += _norm(d, kept) + BF16 * d  # cross-attention: norm of tokens,
+    per_token += kept * FP32 * heads + FP32 * model.heads_token + BF16 * heads  # of queries by head, what it gives,
+    per_token += BF16 * (heads + 2 * kv_width) + FP32 * model.heads_token  # the result, replicated keys and values
+    per_concept = model.backbone_layers * _block(concept, kept, recompute) + angles + _norm(e, kept)
+    per_concept += BF16 * d + FP32 * e + _norm(e, kept) + BF16 * e  # pooled, smoothed, normed
+    per_concept += kept * FP32 * kv_width + FP32 * model.kv_heads_token  # norm of keys by head
+    matrices += BF16 * model.encoder_layers * token.kept_parameters(recompute)
+    matrices += BF16 * model.backbone_layers * concept.kept_parameters(recompute)
+    matrices += BF16 * (weights.up_projection + weights.cross_attention)
+    return Saved(per_token, per_concept, matrices)
+
+
+def _run_again(model: ModelConfig, recompute: str, tokens: int, concepts: float) -> float:
+    """Bytes of the block that is run again in the backward, the largest of them."""
+    if recompute == "none":
+        return 0.0
+    token, concept = _shapes(model)
+    return max(_block(token, 1, "none") * tokens, _block(concept, 1, "none") * concepts)
 
 
 @dataclass(frozen=True)
@@ -185,13 +192,13 @@ def _gathered(model: ModelConfig, strategy: Strategy) -> float:
 
 def rank_memory(config: Config, train: TrainConfig, rows: int, concepts_per_token: float, micro_batches: int
                 ) -> RankMemory:
-    """rows: of a micro-batch. concepts_per_token: 1/R, or 1 for the most there can be."""
+    """rows: of a micro-batch. concepts_per_token: 1/R, or 1 for the most there can be. train: without offloading."""
     model = config.model
-    what = saved(model, train.recompute)
     tokens = rows * config.data.row_tokens
     concepts = tokens * concepts_per_token if model.kind == "dlcm" else 0.0
-    activations = what.total(tokens, concepts) + what.block * tokens
+    activations = saved(model, train.recompute).total(tokens, concepts)
     return RankMemory(
-        state=parameters(model) * (0.0 if train.offload else state_bytes(train.strategy, train.ranks, micro_batches)),
-        gathered=_gathered(model, train.strategy), activations=activations,
+        state=parameters(model) * state_bytes(train.strategy, train.ranks, micro_batches),
+        gathered=_gathered(model, train.strategy),
+        activations=activations + _run_again(model, train.recompute, tokens, concepts),
         head=LOGITS_BYTES * min(HEAD_CHUNK, model.vocab_size * max(tokens, 64)))

@@ -84,9 +84,15 @@ def test_a_node_that_fails_alone_is_bad_and_what_all_find_is_a_mistake() -> None
     assert not everyone.bad_nodes and everyone.mistakes[0] == BAD
 
 
+def test_a_cause_is_blamed_even_where_what_follows_from_it_was_noticed_first() -> None:
+    found = [Answer(0, "n1", [Finding("all-reduce", False, "timed out"), BAD]),
+             Answer(1, "n2", [Finding("all-reduce", False, "timed out")])]
+    assert judge(found, ["n1", "n2"], 1, 0.5).bad_nodes == {"n1": "device: gone"}
+
+
 def test_what_one_rank_found_of_the_run_is_a_mistake_and_no_node_is_blamed() -> None:
     full = Finding("room", False, "none", "make some", of_run=True)
-    verdict = judge([Answer(0, "n1", [full])], NODES, 1, 0.5)
+    verdict = judge([Answer(0, "n1", [BAD, full])], NODES, 1, 0.5)
     assert not verdict.bad_nodes and verdict.mistakes == [full]
 
 

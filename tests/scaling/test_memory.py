@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import BoundaryConfig, Config, ConfigError, ModelConfig
-from dlcm_lightning.model import dlcm, mup
+from dlcm_lightning.model import dlcm, layers, mup
 from dlcm_lightning.model.dlcm import assemble
+from dlcm_lightning.ops.rope import Rotation
 from dlcm_lightning.ops.segments import Segments
 from dlcm_lightning.scaling.estimate import Hardware, estimate
 from dlcm_lightning.scaling.memory import checkpoint_bytes, parameters, rank_memory, saved, state_bytes
@@ -28,7 +30,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def held(model_config: ModelConfig, recompute: str, tokens: int) -> tuple[int, int]:
-    """Bytes that stand between a forward and its backward, beside the parameters; and the number of concepts."""
+    """Bytes that stand between a forward and its backward, beside the parameters; and the number of concepts. A block
+    that is run again is called with its angles, which are held for that and which autograd is not told of."""
     varlen_cpu.register()
     model = assemble(model_config, torch.bfloat16, "varlen", recompute)
     mup.initialise(model, model_config, 0)
@@ -46,7 +49,16 @@ def held(model_config: ModelConfig, recompute: str, tokens: int) -> tuple[int, i
     dice = torch.Generator().manual_seed(0)
     ids, targets = (torch.randint(0, model_config.vocab_size, (tokens,), generator=dice) for _ in range(2))
     noise = torch.rand(tokens, generator=dice)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    real = layers.rotation
+
+    def rotation(*arguments: Any) -> Rotation:
+        angles = real(*arguments)
+        note(angles.cos)
+        note(angles.sin)
+        return angles
+
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        patch.setattr(layers, "rotation", rotation)
         output = model(ids, Segments.from_lengths([tokens], ids.device), noise, targets)
     if output.segmentation is not None and output.segmentation.features is not None:
         note(output.segmentation.features)  # the running mean needs them after the step

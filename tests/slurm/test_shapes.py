@@ -67,7 +67,8 @@ def test_a_template_starts_a_rank_per_gpu_of_its_true_shape(large: MiniCluster, 
     life = desk / f"runs/{run}/jobs/{job}/life-000"
     places = [file.read_text().split() for file in life.glob("place-*")]
     assert sorted(int(rank) for rank, *_ in places) == list(range(NODES * GPUS))
-    assert {tuple(place) for _, _, _, *place in places} == {("128", f"{GPUS}(x{NODES})", "n1")}
+    assert {tuple(place) for _, _, _, *place in places} == {
+        ("128", f"{GPUS}(x{NODES})", "n1", str(life.parent / "code"))}
     assert {(node, local) for _, node, local, *_ in places} == {
         (f"n{node}", str(local)) for node in range(1, NODES + 1) for local in range(GPUS)}
     lives = json.loads((life.parent / "lives.json").read_text())
@@ -81,7 +82,7 @@ def test_started_with_bash_a_template_checks_copies_the_code_and_submits_itself(
                       "name=by_hand", cwd=desk, **STUB)
     job = said.rsplit(maxsplit=1)[-1]
     folder = next((desk / "runs/by_hand/jobs").iterdir())
-    assert (folder / "code/dlcm_lightning/cli.py").is_file()
+    assert (folder / "code/dlcm_lightning/compose.py").is_file()
     ended(large, job, desk)
     assert len(list((folder / "life-000").glob("place-*"))) == 8
 

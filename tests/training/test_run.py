@@ -307,7 +307,7 @@ def test_a_stop_file_keeps_a_run_from_going_on_until_it_is_removed(run_config: C
     stop = run_folder(run_config) / STOP
     stop.parent.mkdir(parents=True)
     stop.touch()
-    with pytest.raises(Stopped, match=f"{STOP} is there: saved at step 0 of 12"):
+    with pytest.raises(Stopped, match=f"{STOP} is there: nothing was done behind step 0 of 12"):
         pretrain(run_config, quiet)
     stop.unlink()
     pretrain(run_config, quiet)

@@ -37,7 +37,8 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, PretrainModule)
         if asked := self._asked():
-            raise self._stopped(asked, trainer.global_step, module.config.total_steps)
+            raise Stopped(f"{self.wish.named(asked)}: nothing was done behind step {trainer.global_step} of "
+                          f"{module.config.total_steps}; the same command continues")
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -53,13 +54,11 @@ class Checkpoints(Callback):
                 self.writer.flush()  # curves up to here are not written again
                 self.persistence.save(trainer, module)
         if asked and step < config.total_steps:
-            raise self._stopped(asked, step, config.total_steps)
+            raise Stopped(f"{self.wish.named(asked)}: saved at step {step} of {config.total_steps}; the same command "
+                          "continues")
 
     def _asked(self) -> int:
         """What any rank was asked, on all of them."""
         assert self.persistence is not None
         hosts = self.persistence.hosts
         return hosts.largest(self.wish.noted(look=hosts.rank == 0))
-
-    def _stopped(self, asked: int, step: int, last: int) -> Stopped:
-        return Stopped(f"{self.wish.named(asked)}: saved at step {step} of {last}; the same command continues")

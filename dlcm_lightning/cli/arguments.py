@@ -1,0 +1,171 @@
+"""What can be written behind `dlcm`: sub-commands, options, what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from dlcm_lightning import __version__
+from dlcm_lightning.cli import commands
+
+QUICKSTART = "configs/run/quickstart.yaml"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="dlcm", description="Pretrain Dynamic Large Concept Models.")
+    top.add_argument("--version", action="version", version=__version__)
+    subcommands = top.add_subparsers(dest="command", required=True)
+
+    def configured(name: str, run: Any, text: str) -> None:
+        command = subcommands.add_parser(name, help=text, description=text)
+        _add_run_file(command)
+        command.set_defaults(run=run)
+
+    configured("pretrain", commands.pretrain, "train, or continue an unfinished run")
+    configured("job", commands.job, "one life of a run inside a SLURM job; what slurm/*.sh call")
+    command = subcommands.add_parser("submit", help="what slurm/*.sh call where they are started without sbatch",
+                                  description="Check a configuration, copy the code into the run's directory, sbatch.")
+    command.add_argument("script", help="such as slurm/dlcm_1t.sh")
+    _add_run_file(command)
+    command.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="of sbatch; may be repeated")
+    command.set_defaults(run=commands.submit)
+    _add_estimate(subcommands.add_parser(
+        "estimate", help="memory, time and space of a run, without a GPU",
+        description="Count parameters, FLOPs, memory by strategy and micro-batch, checkpoints, steps and time of a "
+                    "configuration on hardware that need not be there."))
+    command = subcommands.add_parser(
+        "doctor", help="what would go wrong later, asked now",
+        description="Check versions, disk, data, run directory and device of this machine for a run; in a job, of all "
+                    "nodes.")
+    _add_run_file(command)
+    command.add_argument("--in-job", action="store_true", help=argparse.SUPPRESS)
+    command.set_defaults(run=commands.doctor)
+    configured("prepare", commands.prepare, "fetch and tokenise the sample corpus without training")
+    _add_verify_resume(subcommands.add_parser(
+        "verify-resume", help="prove that a disturbed run ends as one left alone",
+        description="Run a configuration twice, once straight and once disturbed by kills and signals, and compare "
+                    "everything that both leave, bit for bit."))
+    command = subcommands.add_parser(
+        "evaluate", help="the validation table of any checkpoint",
+        description="Bits per byte and tokens per concept by domain, of a checkpoint of a run, on one process.")
+    command.add_argument("run_folder", metavar="RUN", help="directory of a run, such as runs/quickstart")
+    command.add_argument("overrides", nargs="*", metavar="field=value", help="such as data.validation_rows=512")
+    command.add_argument("--step", type=_count, help="of a checkpoint (the newest)")
+    command.set_defaults(run=commands.evaluate)
+    command = subcommands.add_parser(
+        "export", help="a checkpoint as a model that plain PyTorch loads",
+        description="Write model.safetensors, config.yaml and tokenizer.json of a run's checkpoint, whatever strategy "
+                    "and however many processes wrote it.")
+    command.add_argument("run_folder", metavar="RUN", help="directory of a run, such as runs/quickstart")
+    command.add_argument("out", metavar="OUT", help="folder to write; must not exist")
+    command.add_argument("--step", type=_count, help="of a checkpoint (the newest)")
+    command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the matrices (fp32)")
+    command.add_argument("--split-megabytes", type=float, default=5000, help="largest file (5000)")
+    command.set_defaults(run=commands.export)
+    _add_tokenize(subcommands.add_parser(
+        "tokenize", help="documents -> shards with a manifest",
+        description="Tokenise jsonl, parquet and text files, compressed or not, into WebDataset shards. The same "
+                    "command continues what was interrupted."))
+    data = subcommands.add_parser("data", help="sources of shards",
+                                  description="What can be done with sources of shards.")
+    actions = data.add_subparsers(dest="action", required=True)
+    command = actions.add_parser(
+        "merge", help="finish a source that `tokenize --array` built",
+        description="Leave out exact duplicates, write the manifests and give the source its name.")
+    command.add_argument("out", help="the --out of `dlcm tokenize`")
+    command.add_argument("--source", required=True, help="name of the source")
+    command.set_defaults(run=commands.merge)
+    _add_looking(actions)
+    return top
+
+
+def _add_run_file(command: argparse.ArgumentParser, text: str = "run file") -> None:
+    command.add_argument("config", nargs="?", default=QUICKSTART, help=f"{text} (default {QUICKSTART})")
+    command.add_argument("--config", dest="run_file", metavar="FILE", help="the same, as an option")
+    command.add_argument("overrides", nargs="*", metavar="field=value", help="such as optim.total_tokens=1000000")
+
+
+def _add_looking(actions: Any) -> None:
+    """The sub-commands of `dlcm data` that change nothing."""
+    command = actions.add_parser(
+        "verify", help="compare every byte of shards with their manifests",
+        description="Read all shards of both splits of every source; name each that is damaged, and its remedy.")
+    _add_run_file(command, "run file, or a folder or address of sources")
+    command.add_argument("--workers", type=int, help="threads (one a core, at most 8)")
+    command.set_defaults(run=commands.verify)
+    command = actions.add_parser(
+        "inspect", help="what a run would read: the mixture, epochs, documents",
+        description="Show the mixture of a run, how often each source is read in its budget, and some documents.")
+    _add_run_file(command)
+    command.add_argument("--documents", type=_count, default=2, help="shown of every source (2)")
+    command.add_argument("--characters", type=_count, default=400, help="shown of every document (400)")
+    command.set_defaults(run=commands.inspect)
+    command = actions.add_parser(
+        "audit", help="what a run has consumed; when it met a document",
+        description="What a run has consumed up to its newest checkpoint, by source; or where a document lies and at "
+                    "which samples and steps it was, or will be, read.")
+    command.add_argument("run_folder", metavar="RUN", help="directory of a run, such as runs/quickstart")
+    command.add_argument("overrides", nargs="*", metavar="field=value", help="such as data.root=... if it has moved")
+    command.add_argument("--at-step", type=int, metavar="N", help="look at another position than the newest checkpoint")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--document", metavar="FILE", help="find this text; - reads it from standard input")
+    which.add_argument("--md5", metavar="HEX", help="find the document with this md5")
+    which.add_argument("--number", metavar="SOURCE:N", help="find document N of a source, from 0; validation: "
+                                                            "SOURCE/validation:N")
+    command.set_defaults(run=commands.audit)
+
+
+def _add_estimate(command: argparse.ArgumentParser) -> None:
+    _add_run_file(command)
+    command.add_argument("--nodes", type=_count, default=1, help="(1)")
+    command.add_argument("--gpus-per-node", type=_count, default=8, help="(8)")
+    command.add_argument("--gpu-gigabytes", type=float, default=80, help="memory of a GPU (80)")
+    command.add_argument("--peak-tflops", type=float, default=989, help="dense bf16 peak of a GPU (989, an H100)")
+    command.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (0.4)")
+    command.add_argument("--document-tokens", type=float, help="mean length of documents by tokens (a whole row)")
+    command.add_argument("--dry-run", action="store_true",
+                         help="also run one step, validation, save, load and export at debug width")
+    command.set_defaults(run=commands.estimate)
+
+
+def _add_verify_resume(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--strategy", choices=("ddp", "fsdp2", "zero1", "zero2", "zero3"),
+                         help="how the model is spread (as the run file says)")
+    command.add_argument("--config", default=commands.SMOKE,
+                         help=f"run file (default {commands.SMOKE} on two processes)")
+    command.add_argument("--kills", type=_count, default=6, help="disturbances (6)")
+    command.add_argument("--seed", type=_count, default=0, help="of the moments and kinds of disturbances (0)")
+    command.add_argument("overrides", nargs="*", metavar="field=value", help="such as train.devices=4")
+    command.set_defaults(run=commands.verify_resume)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number from 0")
+    return int(text)
+
+
+def _add_tokenize(command: argparse.ArgumentParser) -> None:
+    command.add_argument("inputs", nargs="+", help="files or folders; folders are read in the order of paths")
+    command.add_argument("--out", required=True, help="a data.root: the source appears in it as a folder")
+    command.add_argument("--recipe", help="YAML of a corpus, such as data/sources/nemotron-cc.yaml")
+    command.add_argument("--tokenizer", help="folder with tokenizer.json; not needed once --out holds one")
+    command.add_argument("--source", help="name of the source (or of the recipe)")
+    command.add_argument("--domain", help="domain, such as web-en or code (or of the recipe)")
+    command.add_argument("--glob", help="which files below the folders, such as '**/*.py' (all that are not hidden)")
+    command.add_argument("--text-field", help="field of a json line, or column, that holds the text (text)")
+    command.add_argument("--workers", type=int, help="processes (one a core)")
+    command.add_argument("--array", type=_part, metavar="i/n",
+                         help="do every n-th task from i, as one of n jobs; then `dlcm data merge`")
+    command.add_argument("--validation-share", type=float, default=0.02, help="of the documents, by md5 (0.02)")
+    command.add_argument("--shard-megabytes", type=float, default=256, help="size of a shard (256)")
+    command.add_argument("--task-megabytes", type=float, default=256,
+                         help="smaller input files share a task up to this size (256)")
+    command.set_defaults(run=commands.tokenize)
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write i/n with 0 <= i < n, such as 0/16")
+    return int(number), int(of)

@@ -1,0 +1,189 @@
+"""What each sub-command does: one function each, which loads what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dlcm_lightning.cluster.lives import recorded
+from dlcm_lightning.cluster.placement import placed
+from dlcm_lightning.cluster.processes import first_process
+from dlcm_lightning.cluster.signals import print_stacks_when_asked
+from dlcm_lightning.compose import load_config
+from dlcm_lightning.config import ConfigError
+from dlcm_lightning.data.errors import DataError
+
+SMOKE = "configs/run/smoke.yaml"
+
+
+def load(module: str, name: str) -> Any:
+    """A function of a module that is loaded only when its sub-command runs."""
+    return getattr(importlib.import_module(f"dlcm_lightning.{module}"), name)
+
+
+def pretrain(arguments: argparse.Namespace) -> None:
+    with recorded(first_process()):
+        print_stacks_when_asked()
+        config = placed(load_config(arguments.config, arguments.overrides))  # refused before torch is loaded
+        load("training.run", "pretrain")(config)
+
+
+def job(arguments: argparse.Namespace) -> None:
+    raise SystemExit(load("cluster.job", "run_job")(arguments.config, arguments.overrides))
+
+
+def submit(arguments: argparse.Namespace) -> None:
+    number = load("cluster.snapshot", "submit")(arguments.script, arguments.config, arguments.overrides,
+                                                 arguments.sbatch)
+    print(f"Submitted batch job {number}")
+
+
+def doctor(arguments: argparse.Namespace) -> None:
+    if arguments.in_job:
+        _say_all(load("training.doctor", "answer_in_job")(arguments.config).lines())
+    elif not load("training.doctor", "examine")(placed(load_config(arguments.config, arguments.overrides)), _say):
+        raise SystemExit(1)
+
+
+def estimate(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    hardware = load("scaling.estimate", "Hardware")(
+        arguments.nodes, arguments.gpus_per_node, arguments.gpu_gigabytes * 1e9, arguments.peak_tflops * 1e12,
+        arguments.mfu)
+    lines = load("scaling.estimate", "estimate")(
+        config, hardware, arguments.document_tokens or config.data.row_tokens, arguments.config, arguments.overrides)
+    _say_all(lines)
+    if arguments.dry_run:
+        _say_all(load("rehearsal", "dry_run")(config))
+
+
+def verify_resume(arguments: argparse.Namespace) -> None:
+    given = arguments.overrides
+    if arguments.config == SMOKE:
+        given = ["train.devices=2", "data.micro_batch_rows=2", "train.precision=fp32", *given]
+    if arguments.strategy:
+        given = [*given, f"train.strategy={arguments.strategy}"]
+    config = load_config(arguments.config, given)
+    folder = Path(config.train.runs) / f"verify-resume-{config.train.strategy}"
+    verdict = load("training.verify_resume", "verify_resume")(config, folder, arguments.kills, arguments.seed)
+    print(verdict.table())
+    if not verdict.good:
+        raise SystemExit(1)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    load("training.evaluate", "evaluate")(Path(arguments.run_folder), arguments.step, arguments.overrides, _say)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    megabyte = 1000**2
+    out = load("export.portable", "export")(
+        arguments.run_folder, arguments.out, step=arguments.step, dtype=arguments.dtype,
+        split_bytes=max(1, int(arguments.split_megabytes * megabyte)))
+    print(f"{out} holds the model; dlcm_lightning.export.portable.load_model reads it")
+
+
+def tokenize(arguments: argparse.Namespace) -> None:
+    given = {"name": arguments.source, "domain": arguments.domain, "glob": arguments.glob,
+             "text_field": arguments.text_field}
+    given = {key: value for key, value in given.items() if value is not None}
+    recipe_type = load("data.building.recipe", "Recipe")
+    if arguments.recipe:
+        recipe = replace(load("data.building.recipe", "load_recipe")(arguments.recipe), **given)
+    elif "name" in given and "domain" in given:
+        recipe = recipe_type(**given)
+    else:
+        raise ConfigError("--source and --domain name what is built; give both, or --recipe with a file that does")
+    megabyte = 1024**2
+    built = load("data.building.build", "tokenize")(
+        arguments.inputs, arguments.out, recipe, tokenizer_folder=arguments.tokenizer, workers=arguments.workers,
+        array=arguments.array, validation_share=arguments.validation_share,
+        shard_bytes=max(1, int(arguments.shard_megabytes * megabyte)),
+        task_bytes=max(1, int(arguments.task_megabytes * megabyte)),
+    )
+    if built is not None:
+        _say_built(built)
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    _say_built(load("data.building.merge", "merge")(arguments.out, arguments.source))
+
+
+def _say_built(built: Any) -> None:
+    train, validation = built.train, built.validation
+    print(f"data: {built.folder} holds {train.documents + validation.documents:,d} documents, {train.tokens:,d} "
+          f"training and {validation.tokens:,d} validation tokens; {built.duplicates:,d} copies are left out")
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    place, workers = arguments.config, arguments.workers or min(8, os.cpu_count() or 1)
+    if "://" in place or Path(place).is_dir():
+        if arguments.overrides:
+            raise ConfigError(f"{arguments.overrides[0]}: overrides go with a run file, and {place} is a folder")
+        found = load("data.looking.inventory", "verify_folder")(place, workers, _say)
+    else:
+        found = load("data.looking.inventory", "verify_run")(load_config(place, arguments.overrides), workers, _say)
+    what = f"{found.shards:,d} shards of {found.sources:,d} sources, {found.bytes:,d} bytes"
+    if found.damaged:
+        damages = f"{found.damaged:,d} damage{'s' * (found.damaged != 1)}"
+        raise DataError(f"{damages} in {what}; each is named above with its remedy")
+    _say(f"all whole: {what}")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    reader = load("data.looking.overview", "open_run")(config, _say)
+    _say_all(load("data.looking.overview", "overview")(config, reader))
+    _say_all(load("data.looking.overview", "documents")(reader, arguments.documents, arguments.characters))
+    reader.check_lasts(config.total_steps * config.data.rows_per_step)
+
+
+def audit(arguments: argparse.Namespace) -> None:
+    open_audit = load("data.looking.audit", "open_audit")
+    opened = open_audit(arguments.run_folder, arguments.overrides, arguments.at_step, _say)
+    identity, places = None, []
+    if arguments.document:
+        content = sys.stdin.buffer.read() if arguments.document == "-" else _content(arguments.document)
+        identity, places = load("data.looking.account", "find_text")(opened, content)
+    elif arguments.md5:
+        identity = load("data.looking.account", "parse_md5")(arguments.md5)
+        places = load("data.looking.account", "find_md5")(opened, identity)
+    elif arguments.number:
+        places = [load("data.looking.account", "find_number")(opened, arguments.number)]
+    else:
+        _say_all(load("data.looking.account", "account")(opened))
+        return
+    _say_all(load("data.looking.account", "story")(opened, identity, places))
+
+
+def _content(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--document {file}: cannot be read ({error})") from error
+
+
+def _say_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        _say(line)
+
+
+def _say(line: str) -> None:
+    """A line to standard output, whatever its encoding lacks spelled out."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:  # what the lines are piped to, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    load("data.building.prepare", "prepare_sample_corpus")(config.data, config.model.vocab_size)
