@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dlcm_lightning.config import TrainConfig
 from dlcm_lightning.ops import attention as backends
 from dlcm_lightning.ops.segments import Segments
-from dlcm_lightning.training import machine
+from dlcm_lightning.training.device import choose_device, describe_hardware, keep_large_buffers, resolve_precision
 
 TOKENS, HEADS, KV_HEADS, WIDTH = 4096, 4, 2, 64
 LENGTHS = (64, 128, 256, 512, 1024)
@@ -65,10 +65,10 @@ def milliseconds(run: Callable[[Tensor, Tensor, Tensor, Segments], Tensor], leng
 
 
 def main() -> None:
-    device = machine.device()
-    dtype = machine.compute_dtype("auto", device)
+    device = choose_device()
+    dtype = resolve_precision("auto", device)[0]
     if device.type == "cpu":
-        machine.keep_large_buffers()
+        keep_large_buffers()
     runs: dict[str, Callable[[Tensor, Tensor, Tensor, Segments], Tensor]] = {"masked": masked}
     for name in ("flash", "varlen"):
         if backends.why_not(name, device, dtype) is None:
@@ -79,7 +79,7 @@ def main() -> None:
         runs["sdpa"] = backends.sdpa
     table = {name: {length: milliseconds(run, length, dtype, device) for length in LENGTHS}
              for name, run in tqdm(runs.items(), desc="attention", unit="backend")}
-    about = {"command": "python -m benchmarks.attention", "hardware": machine.describe(TrainConfig(), device),
+    about = {"command": "python -m benchmarks.attention", "hardware": describe_hardware(TrainConfig(), device),
              "torch": torch.__version__, "python": platform.python_version(), "dtype": str(dtype)}
     RESULTS.write_text(json.dumps({"about": about, "milliseconds": table}, indent=1) + "\n")
     print(f"{'ms, documents of':<18}" + "".join(f"{length:>8}" for length in LENGTHS))

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from dlcm_lightning.compose import load_config
-from dlcm_lightning.training import machine
+from dlcm_lightning.training.device import choose_device, describe_hardware
 from dlcm_lightning.training.run import pretrain
 
 FORMS = ("paper", "centred", "biased", "both")
@@ -93,7 +93,7 @@ def main() -> None:
     results = [measure(form, ratio, arguments.overrides) for form, ratio in tqdm(cases, desc="study", unit="run")]
     config = load_config(CONFIG, arguments.overrides)
     about = {
-        "command": "python -m benchmarks.boundaries", "hardware": machine.describe(config.train, machine.device()),
+        "command": "python -m benchmarks.boundaries", "hardware": describe_hardware(config.train, choose_device()),
         "torch": torch.__version__, "lightning": version("lightning"), "python": platform.python_version(),
     }
     RESULTS.write_text(json.dumps({"about": about, "runs": results}, indent=1) + "\n")

@@ -45,7 +45,7 @@ from dlcm_lightning.data.building import writer
 from dlcm_lightning.data.loader import TrainingBatches
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer, train_bpe
-from dlcm_lightning.training import machine
+from dlcm_lightning.training.device import describe_hardware
 
 WEIGHTS = {"web": 0.5, "books": 0.25, "math": 0.15, "code": 0.1}
 TOKENS = {"web": 44_000_000, "books": 24_000_000, "math": 17_000_000, "code": 12_000_000}
@@ -383,7 +383,7 @@ def main() -> None:
     summary = summarize([one for one in runs if one["task"]["loader"] not in failed])
     comparisons = compare(summary)
     about = {"command": "python -m benchmarks.loader",
-             "hardware": machine.describe(TrainConfig(), torch.device("cpu")), "torch": torch.__version__,
+             "hardware": describe_hardware(TrainConfig(), torch.device("cpu")), "torch": torch.__version__,
              "python": platform.python_version(), "versions": versions, "failed": failed,
              "other_cores_busy": disturbance(runs)}
     brief = [{**{name: one["task"][name] for name in ("loader", "action", "row_tokens", "workers", "positions")},

@@ -23,7 +23,13 @@ from dlcm_lightning.data.building.prepare import prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.flops import training_flops_per_token
 from dlcm_lightning.ops.attention import choose_backend
-from dlcm_lightning.training import machine
+from dlcm_lightning.training.device import (
+    choose_device,
+    describe_hardware,
+    keep_large_buffers,
+    matrix_product_rate,
+    resolve_precision,
+)
 from dlcm_lightning.training.module import PretrainModule
 
 WARMUP, STEPS, PROFILED = 5, 20, 5
@@ -42,17 +48,17 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="field=value")
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
-    device = machine.device()
+    device = choose_device()
     if device.type == "cpu":
-        machine.keep_large_buffers()
-    dtype = machine.compute_dtype(config.train.precision, device)
+        keep_large_buffers()
+    dtype = resolve_precision(config.train.precision, device)[0]
     if config.data.corpus == "sample":
         prepare_sample_corpus(config.data, config.model.vocab_size)
     reader = Reader(config.data, config.seed, config.model.vocab_size)
     backend = choose_backend(config.model.attention, device, dtype)
     module = PretrainModule(config, dtype, backend, torch.from_numpy(reader.token_bytes)).to(device)
     optimizer = module.configure_optimizers()
-    rate_before = machine.matrix_product_rate(dtype, device)
+    rate_before = matrix_product_rate(dtype, device)
 
     def step(number: int) -> float:
         batches = [batch.to(device) for batch in reader.step_batches(number)]
@@ -69,7 +75,7 @@ def main() -> None:
 
     seconds = [step(number) for number in tqdm(range(WARMUP + STEPS), desc="steps", unit="step")][WARMUP:]
     assert module.last_step is not None
-    rate = (rate_before + machine.matrix_product_rate(dtype, device)) / 2
+    rate = (rate_before + matrix_product_rate(dtype, device)) / 2
     gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *gpu]) as trace:
         for number in range(PROFILED):
@@ -87,7 +93,7 @@ def main() -> None:
     shares["everything else (norms, activations, softmax, rotary, scan, optimizer, Python)"] = 1 - sum(shares.values())
     result = {
         "about": {"command": " ".join(["python -m benchmarks.step", arguments.config, *arguments.overrides]),
-                  "hardware": machine.describe(config.train, device), "torch": torch.__version__,
+                  "hardware": describe_hardware(config.train, device), "torch": torch.__version__,
                   "python": platform.python_version(), "dtype": str(dtype), "attention": backend},
         "tokens_per_second": per_second, "flops_per_token": flops, "matrix_product_rate": rate,
         "share_of_rate": per_second * flops / rate, "time_shares": shares,

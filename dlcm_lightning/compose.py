@@ -13,6 +13,9 @@ replaced whole. `${model.d_token}` refers to another field.
 Every value is checked against the dataclasses of `config` while its file is still known, so that a typo or a
 wrong type is answered with the full field, the value, where it stands and what to do. What fields demand of each
 other is checked by the dataclasses themselves, whose `ConfigError` passes through untouched.
+
+Text fields take the text as it is typed: `name: 007` is "007" and `name=1e5` is "1e5", though YAML reads numbers there.
+So every file is read twice, once for its values and once for the texts that stand for them.
 """
 
 from __future__ import annotations
@@ -26,20 +29,40 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from dlcm_lightning.config import Config, ConfigError, DataConfig, SourceConfig
 
 COMMAND_LINE = "command line"
+LARGEST_INT = 2**63 - 1
+"""What arrays can hold. What makes sense of a field is bounded closer, by its own check."""
+
+
+class Written:
+    """Values as YAML reads them, and the same as they were typed; both as plain containers."""
+
+    def __init__(self, values: Any, texts: Any) -> None:
+        self.values, self.texts = values, texts
+
+    def at(self, key: Any) -> Written:
+        """An item of a mapping or a list."""
+        try:
+            text = self.texts[key] if isinstance(self.texts, dict | list) else None
+        except (KeyError, IndexError):  # behind an anchor, say
+            text = None
+        return Written(self.values[key], text)
+
+    def under(self, key: Any) -> Written:
+        return Written({key: self.values}, {key: self.texts})
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Composes the run file at `path`, applies `field=value` overrides in order, checks and freezes the result."""
     tree = _blank_config()
-    for origin, values in _layers(Path(path), ()):
-        _assign_section(tree, Config, values, "", origin)
+    for origin, written in _layers(Path(path), ()):
+        _assign_section(tree, Config, written, "", origin)
     for override in overrides:
         _assign_section(tree, Config, _parse_override(override), "", COMMAND_LINE)
     try:
@@ -61,7 +84,12 @@ def save_config(config: Config, path: str | Path) -> None:
 
 def differences(a: Config, b: Config) -> list[str]:
     """Dotted names of the fields in which two runs differ; a list of another length is named as a whole."""
-    return list(_differences(asdict(a), asdict(b), ""))
+    return differences_of(asdict(a), asdict(b))
+
+
+def differences_of(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """The same of two that are plain containers."""
+    return list(_differences(a, b, ""))
 
 
 def _differences(a: Any, b: Any, name: str) -> Iterator[str]:
@@ -83,13 +111,13 @@ def _configs_folder(file: Path) -> Path:
     return next((folder for folder in file.resolve().parents if folder.name == "configs"), file.resolve().parent)
 
 
-def _layers(file: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """(where it stands, values) of all bases of a file and of the file itself, in the order of application."""
+def _layers(file: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, Written]]:
+    """(where it stands, what is written) of all bases of a file and of the file itself, in the order of application."""
     if file.resolve() in above:
         chain = " -> ".join(path.name for path in (*above, file))
         raise ConfigError(f"base (in {above[-1]}): the bases form a circle, {chain}; remove one of them")
-    values = dict(_read_yaml(file))
-    bases = values.pop("base", [])
+    written = _read_yaml(file)
+    bases = written.values.pop("base", [])
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"base = {bases!r} (in {file}): write a list of paths below configs/, "
                           "such as [model/dlcm_2b, data/paper]")
@@ -101,39 +129,64 @@ def _layers(file: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, Mapping[
             raise ConfigError(f"base = {base!r} (in {file}): there is no file {base_file}; "
                               f"{_suggestion(base, known)}")
         yield from _layers(base_file, (*above, file.resolve()))
-    yield str(file), values
+    yield str(file), written
 
 
-def _read_yaml(file: Path) -> Mapping[Any, Any]:
+def _read_yaml(file: Path) -> Written:
     if not file.is_file():
         known = sorted(str(path) for path in file.parent.glob("*.yaml"))
         raise ConfigError(f"config file {str(file)!r}: there is no such file; {_suggestion(str(file), known)}")
     try:
-        values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        text = file.read_text(encoding="utf-8")
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        texts = yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ConfigError(f"config file {str(file)!r}: not readable as YAML, {error}; correct the file") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config file {str(file)!r}: holds a list; write `section: {{field: value}}`")
-    return values
+    return Written(values, texts)
 
 
-def _parse_override(override: str) -> dict[Any, Any]:
+def _parse_override(override: str) -> Written:
     """`a.b[0].c=v` as {"a": {"b": {0: {"c": v}}}}."""
     name, equals, text = override.partition("=")
-    parts: list[Any] = [int(part) if part.isdigit() else part for part in re.findall(r"[^.\[\]]+", name)]
+    parts: list[Any] = [int(part) if part.isdecimal() else part for part in re.findall(r"[^.\[\]]+", name)]
     if not equals or not parts:
         raise ConfigError(f"{override!r} ({COMMAND_LINE}): an override is written field=value, such as "
                           "optim.total_tokens=1000000")
+    nested = Written(text, text) if _takes_text(parts) and not _is_quoted(text) else _parse_value(name, text)
+    for part in reversed(parts):
+        nested = nested.under(part)
+    return nested
+
+
+def _is_quoted(text: str) -> bool:
+    """As YAML quotes a text."""
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+
+
+def _parse_value(name: str, text: str) -> Written:
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except (YAMLError, OmegaConfBaseException) as error:
+        texts = yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{name} = {text!r} ({COMMAND_LINE}): not a YAML value; "
                           "quote it for the shell and for YAML") from error
     assert isinstance(parsed, dict)
-    nested = parsed["value"]
-    for part in reversed(parts):
-        nested = {part: nested}
-    return nested
+    return Written(parsed["value"], texts)
+
+
+def _takes_text(parts: Sequence[Any]) -> bool:
+    """Whether the field that the parts of a name lead to holds text."""
+    expected: Any = Config
+    for part in parts:
+        if get_origin(expected) is list:
+            expected = get_args(expected)[0]
+        elif is_dataclass(expected) and isinstance(expected, type):
+            expected = get_type_hints(expected).get(str(part))
+        else:
+            return False
+    return _is_text(expected)
 
 
 # Values
@@ -153,52 +206,58 @@ def _blank_config() -> DictConfig:
     return tree
 
 
-def _assign_section(node: DictConfig, section: type, values: Any, name: str, origin: str) -> None:
-    """Writes `values` into the typed `node` of dataclass `section`, whose full name is `name`."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{name} = {values!r} ({_where(origin)}): this is a section; write fields below it, such "
-                          f"as {_join(name, next(iter(get_type_hints(section))))}")
+def _assign_section(node: DictConfig, section: type, written: Written, name: str, origin: str) -> None:
+    """Puts what is written into the typed `node` of dataclass `section`, whose full name is `name`."""
+    if not isinstance(written.values, Mapping):
+        raise ConfigError(f"{name} = {written.values!r} ({_where(origin)}): this is a section; write fields below it, "
+                          f"such as {_join(name, next(iter(get_type_hints(section))))}")
     OmegaConf.set_readonly(node, None)  # frozen dataclasses make read-only nodes
     types = get_type_hints(section)
-    for key, value in values.items():
+    for key, value in written.values.items():
         field_name = _join(name, str(key))
         if key not in types:
             raise ConfigError(f"{field_name} = {value!r} ({_where(origin)}): there is no such field; "
                               f"{_suggest_field(field_name, name, types)}")
         if is_dataclass(types[key]):
-            _assign_section(node[key], types[key], value, field_name, origin)
+            _assign_section(node[key], types[key], written.at(key), field_name, origin)
         elif get_origin(types[key]) is list:
-            _assign_list(node, key, get_args(types[key])[0], value, field_name, origin)
+            _assign_list(node, key, get_args(types[key])[0], written.at(key), field_name, origin)
         else:
-            _assign_scalar(node, key, types[key], value, field_name, origin)
+            _assign_scalar(node, key, types[key], written.at(key), field_name, origin)
 
 
-def _assign_list(node: DictConfig, key: str, section: type, value: Any, name: str, origin: str) -> None:
+def _assign_list(node: DictConfig, key: str, section: type, written: Written, name: str, origin: str) -> None:
     """A list replaces the one before; a mapping from index to fields, as overrides make it, changes single items."""
+    value = written.values
     if isinstance(value, list):
         OmegaConf.update(node, key, [])
         OmegaConf.set_readonly(node[key], None)
         for _ in value:
             node[key].append(OmegaConf.structured(section))
-        items = dict(enumerate(value))
+        indices = list(range(len(value)))
     elif isinstance(value, dict) and all(isinstance(index, int) for index in value):
-        items = value
+        indices = list(value)
     else:
         raise ConfigError(f"{name} = {value!r} ({_where(origin)}): expected a list; "
                           f"write {name}: [{{...}}, {{...}}]")
-    for index, item in items.items():
+    for index in indices:
         if not 0 <= index < len(node[key]):
-            raise ConfigError(f"{name}[{index}] = {item!r} ({_where(origin)}): the list has {len(node[key])} items; "
-                              "count from 0")
-        _assign_section(node[key][index], section, item, f"{name}[{index}]", origin)
+            raise ConfigError(f"{name}[{index}] = {value[index]!r} ({_where(origin)}): the list has {len(node[key])} "
+                              "items; count from 0")
+        _assign_section(node[key][index], section, written.at(index), f"{name}[{index}]", origin)
 
 
-def _assign_scalar(node: DictConfig, key: str, expected: Any, value: Any, name: str, origin: str) -> None:
-    # OmegaConf would turn a bool into a string and 2 into a bool, and takes infinity and nan for numbers.
+def _assign_scalar(node: DictConfig, key: str, expected: Any, written: Written, name: str, origin: str) -> None:
+    value = written.values
+    if _is_text(expected) and isinstance(written.texts, str) and value is not None:
+        value = written.texts
+    # OmegaConf would turn a number into a string and 2 into a bool, takes infinity and nan for numbers, and lets whole
+    # numbers through that no array can hold.
     unwanted = (
-        (expected is str and isinstance(value, bool))
+        (_is_text(expected) and not isinstance(value, str))
         or (expected is bool and not isinstance(value, bool) and not _refers(value))
         or (isinstance(value, float) and not math.isfinite(value))
+        or (isinstance(value, int) and abs(value) > LARGEST_INT)
     )
     try:
         if not unwanted:
@@ -208,6 +267,11 @@ def _assign_scalar(node: DictConfig, key: str, expected: Any, value: Any, name: 
     except OmegaConfBaseException as error:
         cause = error
     raise ConfigError(f"{name} = {value!r} ({_where(origin)}): {_expectation(expected, value)}") from cause
+
+
+def _is_text(expected: Any) -> bool:
+    """Whether a field of this type holds text."""
+    return expected is str or (get_origin(expected) is Literal and isinstance(get_args(expected)[0], str))
 
 
 def _refers(value: Any) -> bool:
@@ -225,8 +289,10 @@ def _expectation(expected: Any, value: Any) -> str:
     if expected is int:
         try:
             whole = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             whole = math.nan
+        if abs(whole) > LARGEST_INT:
+            return f"expected a whole number of at most {LARGEST_INT:,}"
         if not isinstance(value, bool) and math.isfinite(whole) and whole == int(whole):
             return f"expected a whole number; write it out, {int(whole)}"
         return "expected a whole number"

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from dlcm_lightning.checkpoint.folder import Checkpoint, CheckpointError, Manifest
+from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
 from dlcm_lightning.config import Config, DataConfig, ModelConfig
 from dlcm_lightning.data.building.build import tokenize_documents
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import train_bpe
+from dlcm_lightning.errors import CheckpointError, DataError
 from dlcm_lightning.export.portable import export, load_model
 from dlcm_lightning.layout import finished
 from dlcm_lightning.model.dlcm import assemble

@@ -161,8 +161,11 @@ def test_file_outside_a_configs_folder_finds_bases_beside_it(tmp_path: Path) -> 
     ("optim.clip_norm=[1]", "optim.clip_norm = [1]", "expected a finite number"),
     ("model.boundary.previous_rate=2", "model.boundary.previous_rate = 2", "expected true or false"),
     ("model.kind=dens", "model.kind = 'dens'", "choose one of dlcm, dense (did you mean dense?)"),
-    ("train.precision=16", "train.precision = 16", "choose one of auto, bf16, fp32, fp64"),
-    ("name=on", "name = True", "put it in quotes"),
+    ("train.precision=16", "train.precision = '16'", "choose one of auto, bf16, fp32, fp64"),
+    ("data.sources=[{name: null}]", "data.sources[0].name = None", "put it in quotes"),
+    ("data.sources=[{name: [a]}]", "data.sources[0].name = ['a']", "put it in quotes"),
+    ("seed=99999999999999999999", "seed = 99999999999999999999", "at most 9,223,372,036,854,775,807"),
+    ("seed=1e400", "seed = inf", "expected a whole number"),
     ("data=3", "data = 3", "write fields below it, such as data.corpus"),
     ("seed.x=3", "seed = {'x': 3}", "expected a whole number"),
     ("data.sources.weight=1", "data.sources = {'weight': 1}", "expected a list"),
@@ -170,7 +173,7 @@ def test_file_outside_a_configs_folder_finds_bases_beside_it(tmp_path: Path) -> 
     ("data.sources[0].weigth=1", "data.sources[0].weigth = 1", "did you mean data.sources[0].weight?"),
     ("data.sources[1].weight=much", "data.sources[1].weight = 'much'", "expected a finite number"),
     ("data.sources=[{nam: a}]", "data.sources[0].nam = 'a'", "did you mean data.sources[0].name?"),
-    ("name=[", "name = '['", "not a YAML value"),
+    ("seed=[", "seed = '['", "not a YAML value"),
     ("seed", "'seed'", "written field=value"),
     ("=3", "'=3'", "written field=value"),
 ])
@@ -264,3 +267,50 @@ def test_loading_takes_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
                           cwd=CONFIGS.parent)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("text", ["1e5", "007", "1_000", "0x1f", "true", "off", "2026-11-26", "1:30", "null", "~"])
+def test_text_fields_take_the_text_as_it_is_typed(tmp_path: Path, text: str) -> None:
+    assert load_config(SMOKE, [f"train.runs=a/{text}"]).train.runs == f"a/{text}"
+    if text not in ("null", "~", "1:30"):  # which YAML reads as nothing, and what is no name
+        assert load_config(SMOKE, [f"name={text}"]).name == text
+        run = write(tmp_path, run=f"name: {text}\ndata: {{sources: [{{name: {text}, domain: d, weight: 1}}]}}")
+        config = load_config(run)
+        assert (config.name, config.data.sources[0].name) == (text, text)
+        assert load_config(SMOKE, [f"data.sources=[{{name: {text}, domain: {text}, weight: 1}}]"]
+                           ).data.sources[0].domain == text
+    assert load_config(SMOKE, [f"train.runs='{text}'"]).train.runs == text.replace("~", str(Path.home()))
+
+
+@pytest.mark.parametrize("name", [
+    "..", ".", "../x", "a/b", "-x", ".hidden", "a b", "a;b", "a\nb", "$HOME", "x" * 129, ""])
+def test_names_that_would_lead_elsewhere_or_need_quotes_are_refused(name: str) -> None:
+    for override in (f"name={name}", f"data.sources[0].name={name}"):
+        with pytest.raises(ConfigError, match="letters, digits"):
+            load_config(SMOKE, [override])
+
+
+def test_a_home_and_variables_in_a_path_are_replaced_and_addresses_are_no_folders(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    config = load_config(SMOKE, ["train.runs=~/runs", "data.root=$SCRATCH/shards"])
+    assert (config.train.runs, config.data.root) == (f"{Path.home()}/runs", "/scratch/shards")
+    assert load_config(SMOKE, ["data.root=s3://bucket/$SCRATCH"]).data.root == "s3://bucket//scratch"
+    for override, said in (("data.root=$NOT_SET/x", "NOT_SET is not set"), ("train.runs=s3://b/x", "file systems"),
+                           ("train.runs=file:x", "file systems"), ("train.runs=s3:/b/x", "file systems"),
+                           ("train.runs=", "give a path"), ("train.runs=~nobody-of-that-name/x", "no home folder")):
+        with pytest.raises(ConfigError, match=said):
+            load_config(SMOKE, [override])
+
+
+@pytest.mark.parametrize("override", [
+    "optim.total_tokens=10000000000000000000000", "optim.total_tokens=1000000000000000001", "data.row_tokens=0",
+    "data.row_tokens=99999999999", "data.rows_per_step=-1", "model.vocab_size=99999999999", "model.head_dim=1000000000",
+    "model.encoder_layers=100000", "data.workers=100000", "seed=-1", "optim.clip_norm=1e300", "optim.eta_token=1e9",
+    "model.rope_base=-1", "model.rope_base=0", "job.step_minutes=1e9", "train.keep_every_tokens=-1",
+    "data.sources[0].max_epochs=1e30", "model.boundary.target_ratio=1e300", "train.devices=1000000", "train.nodes=-1",
+])
+def test_every_number_is_bounded_where_it_is_given(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"must be|use 0 or more|at most|must exceed|even head"):
+        load_config(SMOKE, [override])

@@ -38,9 +38,9 @@ def run(**changes: Any) -> Config:
     (lambda: MupConfig(d_base=0), "model.mup.d_base = 0", "positive"),
     (lambda: ModelConfig(heads_token=24, kv_heads_token=10), "model.kv_heads_token = 10", "model.heads_token = 24"),
     (lambda: ModelConfig(head_dim=63), "model.head_dim = 63", "even"),
-    (lambda: ModelConfig(backbone_layers=0), "model.backbone_layers = 0", "at least 1"),
+    (lambda: ModelConfig(backbone_layers=0), "model.backbone_layers = 0", "must be positive"),
     (lambda: ModelConfig(vocab_size=0), "model.vocab_size = 0", "positive"),
-    (lambda: SourceConfig(name="a/b", domain="code", weight=1.0), "data.sources[].name = 'a/b'", "without slashes"),
+    (lambda: SourceConfig(name="a/b", domain="code", weight=1.0), "data.sources[].name = 'a/b'", "letters, digits"),
     (lambda: SourceConfig(name="a", domain="code", weight=1.5), "data.sources[a].weight = 1.5", "[0, 1]"),
     (lambda: DataConfig(), "data.sources = []", "at least one source"),
     (lambda: data(sources=ONE_SOURCE * 2), "data.sources = ['a', 'a']", "its own name"),
@@ -50,7 +50,7 @@ def run(**changes: Any) -> Config:
     (lambda: OptimConfig(total_tokens=10, warmup_tokens=9), "optim.decay_fraction = 0.2", "longer than"),
     (lambda: OptimConfig(beta1=1.0), "optim.beta1 = 1.0", "[0, 1)"),
     (lambda: TrainConfig(keep_last=1), "train.keep_last = 1", "at least 2"),
-    (lambda: run(name=""), "name = ''", "give the run a name"),
+    (lambda: run(name=""), "name = ''", "give a name"),
     (lambda: run(model=ModelConfig(vocab_size=1024), data=data(corpus="sample")), "model.vocab_size = 1024", "bpe"),
 ])
 def test_refusal_names_field_value_and_remedy(make: Any, named: str, remedy: str) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dlcm_lightning import rehearsal
-from dlcm_lightning.checkpoint.folder import CheckpointError
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
+from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.training.report import Report
 from dlcm_lightning.training.run import Say
 

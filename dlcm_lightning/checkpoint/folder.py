@@ -29,6 +29,7 @@ from dlcm_lightning.checkpoint.tensors import SUFFIX, Tensors
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.durable import flush, sha256_of, write_atomically
+from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.layout import CHECKPOINTS, UNFINISHED, finished, folders, unfinished
 
 DAMAGED = "damaged-"
@@ -36,10 +37,6 @@ CALLBACKS = "callbacks.json"
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 FORMAT = 2
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or none that can be read. Names the file and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ QUICKSTART = "configs/run/quickstart.yaml"
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dlcm", description="Pretrain Dynamic Large Concept Models.")
     top.add_argument("--version", action="version", version=__version__)
+    # Put there by the launcher of DeepSpeed, which sets LOCAL_RANK too.
+    top.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     subcommands = top.add_subparsers(dest="command", required=True)
 
     def configured(name: str, run: Any, text: str) -> None:

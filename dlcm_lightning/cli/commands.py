@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dlcm_lightning.cluster.lives import recorded
-from dlcm_lightning.cluster.placement import placed
-from dlcm_lightning.cluster.processes import first_process
 from dlcm_lightning.cluster.signals import print_stacks_when_asked
+from dlcm_lightning.cluster.world import place
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import ConfigError
-from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.errors import DataError
 
 SMOKE = "configs/run/smoke.yaml"
 
@@ -28,9 +27,9 @@ def load(module: str, name: str) -> Any:
 
 
 def pretrain(arguments: argparse.Namespace) -> None:
-    with recorded(first_process()):
-        print_stacks_when_asked()
-        config = placed(load_config(arguments.config, arguments.overrides))  # refused before torch is loaded
+    print_stacks_when_asked()
+    with recorded():
+        config, _ = place(load_config(arguments.config, arguments.overrides))  # refused before torch is loaded
         load("training.run", "pretrain")(config)
 
 
@@ -47,7 +46,7 @@ def submit(arguments: argparse.Namespace) -> None:
 def doctor(arguments: argparse.Namespace) -> None:
     if arguments.in_job:
         _say_all(load("training.doctor", "answer_in_job")(arguments.config).lines())
-    elif not load("training.doctor", "examine")(placed(load_config(arguments.config, arguments.overrides)), _say):
+    elif not load("training.doctor", "examine")(place(load_config(arguments.config, arguments.overrides))[0], _say):
         raise SystemExit(1)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from dlcm_lightning.cluster.placement import node_name
+from dlcm_lightning.cluster.world import node_name
 from dlcm_lightning.config import JobConfig
 
 Phase = Literal["start", "data", "forward", "backward", "update", "validate", "save", "end", "left"]

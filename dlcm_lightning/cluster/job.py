@@ -41,9 +41,9 @@ from dlcm_lightning.cluster.lives import (
     load_lives,
     save_lives,
 )
-from dlcm_lightning.cluster.placement import allocated
 from dlcm_lightning.cluster.snapshot import NAME, POINTERS, describe_life, job_folder, take
 from dlcm_lightning.cluster.steps import Steps, job_name
+from dlcm_lightning.cluster.world import allocated
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.layout import CONFIG_FILE, LOGS, STOP, newest_step

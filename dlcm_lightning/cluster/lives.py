@@ -28,6 +28,7 @@ from typing import Literal
 
 from dlcm_lightning.config import ConfigError
 from dlcm_lightning.durable import write_atomically
+from dlcm_lightning.errors import Stopped
 
 VARIABLE = "DLCM_LIFE"
 """Environment of a rank: the folder of its life."""
@@ -108,28 +109,29 @@ def this_life(environment: Mapping[str, str] = os.environ) -> Path | None:
 
 
 @contextlib.contextmanager
-def recorded(first: bool) -> Iterator[None]:
-    """Around a run: leaves its outcome for the job. first: whether this process speaks for all."""
+def recorded() -> Iterator[None]:
+    """Around a run: leaves its outcome for the job, where there is one. Rank 0 speaks for all."""
     life = this_life()
     if life is None:
         yield
         return
+    rank = os.environ.get("SLURM_PROCID", "0")
     try:
         yield
     except BaseException as error:
         how = _how(error)
         if how == "crashed":  # one rank's own; the others only lose a peer
-            write_atomically(life / f"crash-{os.environ.get('SLURM_PROCID', '0')}.txt",
+            write_atomically(life / f"crash-{rank}.txt",
                              f"{type(error).__name__}: {error}\n".encode())
-        elif first or how == "refused":  # whoever is refused may be ended by the exit code of another
+        elif rank == "0" or how == "refused":  # whoever is refused may be ended by the exit code of another
             Outcome(how, str(error)).save(life)
         raise
-    if first:
+    if rank == "0":
         Outcome("finished", "to its end").save(life)
 
 
 def _how(error: BaseException) -> How:
-    if type(error).__name__ == "Stopped":
+    if isinstance(error, Stopped):
         return "stopped"
     return "refused" if isinstance(error, ConfigError) else "crashed"  # a disk may have room again, a store answer
 

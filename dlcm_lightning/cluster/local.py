@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from dlcm_lightning.cluster.world import World, free_port
+
 POLL_SECONDS = 0.02
 GRACE_SECONDS = 20.0
 """Between the end of one rank by an error and the end of the others by force."""
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens at just now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class LocalRanks:
@@ -36,14 +30,12 @@ class LocalRanks:
         variables: more of the environment."""
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank-{rank}.log" for rank in range(count)]
-        port = free_port()
+        world = World("dlcm", 0, count, 0, count, 0, port=free_port())
         self.command = " ".join(command)
         self.processes: list[subprocess.Popen[bytes]] = []
         outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         for rank, log in enumerate(self.logs):
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
-                     "LOCAL_WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
-                     "GROUP_RANK": "0", "OMP_NUM_THREADS": str(threads)}
+            place = {**world.variables(rank), "OMP_NUM_THREADS": str(threads)}
             with log.open("ab") as output:
                 self.processes.append(subprocess.Popen(
                     list(command), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,

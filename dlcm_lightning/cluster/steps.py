@@ -16,12 +16,11 @@ from pathlib import Path
 
 from dlcm_lightning.cluster import slurm
 from dlcm_lightning.cluster.lives import VARIABLE
-from dlcm_lightning.cluster.placement import gpus_of_node
 from dlcm_lightning.cluster.snapshot import CODE
+from dlcm_lightning.cluster.world import gpus_of_node, step_port
 from dlcm_lightning.layout import CONFIG_FILE, LOGS
 
 SRUN_SAID = "srun.txt"
-FIRST_PORT, PORTS, PORTS_OF_A_LIFE = 15_000, 10_000, 3
 END_SECONDS = 30.0
 
 
@@ -54,7 +53,7 @@ class Steps:
         else:
             logs = ["--kill-on-bad-exit=0"]
         python = os.environ.get("DLCM_RANK_PYTHON", os.environ.get("DLCM_PYTHON", sys.executable))
-        first = (int(os.environ["SLURM_JOB_ID"]) * 101 + PORTS_OF_A_LIFE * self.number) % PORTS + FIRST_PORT
+        first = step_port(os.environ["SLURM_JOB_ID"], self.number)
         path = [str(self.folder / CODE), *filter(None, [os.environ.get("PYTHONPATH")])]
         variables = {VARIABLE: str(self.life), "PYTHONPATH": ":".join(dict.fromkeys(path)), "PYTHONSAFEPATH": "1",
                      "MASTER_ADDR": os.environ.get("DLCM_MASTER_ADDR", self.nodes[0]),

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dlcm_lightning.config.checks import ConfigError, require
+from dlcm_lightning.config.checks import require, require_name, require_range
 from dlcm_lightning.config.data import DataConfig, SourceConfig, WeightChange
 from dlcm_lightning.config.job import JobConfig
 from dlcm_lightning.config.model import AttentionBackend, BoundaryConfig, BoundaryForm, ModelConfig, MupConfig
 from dlcm_lightning.config.training import OptimConfig, Recompute, Strategy, TrainConfig
+from dlcm_lightning.errors import ConfigError
 
 __all__ = [
     "AttentionBackend", "BoundaryConfig", "BoundaryForm", "Config", "ConfigError", "DataConfig",
@@ -40,11 +41,11 @@ class Config:
     job: JobConfig = field(default_factory=JobConfig)
 
     def __post_init__(self) -> None:
-        require(bool(self.name) and "/" not in self.name, "name", self.name, "give the run a name without slashes")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "use a non-negative 63-bit number")
+        require_name("name", self.name)
+        require_range("seed", self.seed, 0, 2**63 - 1)
         if self.data.corpus == "sample" and self.data.tokenizer == "deepseek":
             require(self.model.vocab_size >= 128_815, "model.vocab_size", self.model.vocab_size,
-                     "data.tokenizer = 'deepseek' has 128815 ids; raise it or choose data.tokenizer = 'bpe'")
+                    "data.tokenizer = 'deepseek' has 128815 ids; raise it or choose data.tokenizer = 'bpe'")
 
     @property
     def total_steps(self) -> int:

@@ -6,7 +6,21 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dlcm_lightning.config.checks import require, require_member
+from dlcm_lightning.config.checks import (
+    LARGEST_COUNT,
+    path_or_address,
+    require,
+    require_member,
+    require_name,
+    require_range,
+)
+
+BOUNDS = (
+    ("row_tokens", 1, 2**24), ("rows_per_step", 1, 2**24), ("micro_batch_rows", 1, 2**20), ("block_rows", 1, 2**26),
+    ("validation_rows", 1, 2**24), ("shuffle_shards", 1, 2**20), ("cache_megabytes", 1, 2**24), ("workers", 0, 1024),
+    ("read_ahead_steps", 0, 4096),
+)
+"""Fields of DataConfig, the least and the most that make sense of them."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +37,10 @@ class SourceConfig:
     """Times the source may be read; 0 for no limit. Where it is reached, its weight goes to the others."""
 
     def __post_init__(self) -> None:
-        require(bool(self.name) and "/" not in self.name, "data.sources[].name", self.name,
-                "give every source a name without slashes")
-        require(bool(self.domain), "data.sources[].domain", self.domain, f"name the domain of source {self.name!r}")
+        require_name("data.sources[].name", self.name)
+        require_name(f"data.sources[{self.name}].domain", self.domain)
         require(0 <= self.weight <= 1, f"data.sources[{self.name}].weight", self.weight, "a share lies in [0, 1]")
-        require(self.max_epochs >= 0, f"data.sources[{self.name}].max_epochs", self.max_epochs, "use 0 or more")
+        require_range(f"data.sources[{self.name}].max_epochs", self.max_epochs, 0, 10**6)
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class WeightChange:
     """Share of every source by its name; they sum to one, and a source that is not named gets none."""
 
     def __post_init__(self) -> None:
-        require(self.at_tokens > 0, "data.weight_changes[].at_tokens", self.at_tokens, "must be positive")
+        require_range("data.weight_changes[].at_tokens", self.at_tokens, 1, LARGEST_COUNT)
         total = math.fsum(self.weights.values())
         require(abs(total - 1) < 1e-6 and min(self.weights.values(), default=0) >= 0,
                 "data.weight_changes[].weights", dict(self.weights), "give shares that sum to 1")
@@ -53,7 +66,8 @@ class DataConfig:
     corpus: Literal["sample", "shards"] = "shards"
     """sample: fetched and tokenised into data.root on first use. shards: data.root must hold them already."""
     root: str = "data/built/sample"
-    """Folder with tokenizer.json and one folder of shards per source and split."""
+    """Folder, or address that fsspec knows, with tokenizer.json and one folder of shards per source and split. A
+    leading ~ and variables ($HOME) are replaced."""
     tokenizer: Literal["bpe", "deepseek"] = "deepseek"
     """What the sample corpus is tokenised with: a byte-level BPE of model.vocab_size trained on the corpus itself,
     or DeepSeek-V3's 128,815 ids. Shards made by `dlcm tokenize` carry their own tokenizer."""
@@ -89,11 +103,9 @@ class DataConfig:
         require_member("data.corpus", self.corpus, Literal["sample", "shards"])
         require_member("data.tokenizer", self.tokenizer, Literal["bpe", "deepseek"])
         require_member("data.unreadable", self.unreadable, Literal["stop", "mask"])
-        for name in ("row_tokens", "rows_per_step", "micro_batch_rows", "block_rows", "validation_rows",
-                     "shuffle_shards", "cache_megabytes"):
-            require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
-        for name in ("workers", "read_ahead_steps"):
-            require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "use 0 or more")
+        object.__setattr__(self, "root", path_or_address("data.root", self.root))
+        for name, least, most in BOUNDS:
+            require_range(f"data.{name}", getattr(self, name), least, most)
         require(0 <= self.max_unreadable <= 1, "data.max_unreadable", self.max_unreadable, "a share lies in [0, 1]")
         require(self.micro_batch_rows <= self.rows_per_step, "data.micro_batch_rows", self.micro_batch_rows,
                 f"must not exceed data.rows_per_step = {self.rows_per_step}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dlcm_lightning.config.checks import require
+from dlcm_lightning.config.checks import require, require_positive, require_range
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,8 @@ class JobConfig:
     out."""
 
     def __post_init__(self) -> None:
-        require(self.lives_without_progress > 0, "job.lives_without_progress", self.lives_without_progress,
-                "must be positive")
+        require_range("job.lives_without_progress", self.lives_without_progress, 1, 10**6)
         for name in ("heartbeat_seconds", "start_minutes", "data_minutes", "step_minutes", "save_minutes",
                      "validate_minutes", "check_minutes"):
-            require(getattr(self, name) > 0, f"job.{name}", getattr(self, name), "must be positive")
+            require_positive(f"job.{name}", getattr(self, name), 10**6)
         require(0 <= self.slowest_share < 1, "job.slowest_share", self.slowest_share, "a share lies in [0, 1)")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dlcm_lightning.config.checks import require, require_member
+from dlcm_lightning.config.checks import require, require_member, require_positive, require_range
 
 BoundaryForm = Literal["paper", "centred", "biased", "both", "rule", "fixed"]
 AttentionBackend = Literal["auto", "flash", "varlen", "sdpa", "reference"]
+WIDEST, MOST_LAYERS = 2**24, 10_000
+"""What no model comes near, and arithmetic on shapes still holds."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,16 @@ class BoundaryConfig:
         require_member("model.boundary.form", self.form, BoundaryForm)
         require(self.target_ratio > 1, "model.boundary.target_ratio", self.target_ratio,
                 "tokens per concept must be above 1 (the rate loss divides by R - 1)")
-        require(self.rate_weight >= 0, "model.boundary.rate_weight", self.rate_weight, "use 0 or more")
-        require(self.sharpening >= 1, "model.boundary.sharpening", self.sharpening, "use 1 (none) or more")
-        require(self.centre_prior_tokens > 0, "model.boundary.centre_prior_tokens", self.centre_prior_tokens,
-                "use a positive number of tokens, 8 for example")
-        require(self.bias_step > 0, "model.boundary.bias_step", self.bias_step, "use a positive gain, 0.2 say")
+        require_range("model.boundary.target_ratio", self.target_ratio, 1, 2**20)
+        require_range("model.boundary.rate_weight", self.rate_weight, 0, 10**6)
+        require_range("model.boundary.sharpening", self.sharpening, 1, 10**6)
+        require_positive("model.boundary.centre_prior_tokens", self.centre_prior_tokens, 10**9)
+        require_positive("model.boundary.bias_step", self.bias_step, 10**3)
         require(-1 <= self.rule_threshold <= 1, "model.boundary.rule_threshold", self.rule_threshold,
                 "a cosine lies between -1 and 1")
         if self.form == "fixed":
             require(self.target_ratio == int(self.target_ratio), "model.boundary.target_ratio", self.target_ratio,
-                     "form `fixed` needs a whole number of tokens")
+                    "form `fixed` needs a whole number of tokens")
 
     @property
     def learned(self) -> bool:
@@ -79,9 +81,9 @@ class MupConfig:
     """Standard deviation of embedding and unembedding, at every width."""
 
     def __post_init__(self) -> None:
-        require(self.d_base > 0, "model.mup.d_base", self.d_base, "use a positive width")
-        require(self.sigma > 0, "model.mup.sigma", self.sigma, "use a positive standard deviation")
-        require(self.sigma_embedding > 0, "model.mup.sigma_embedding", self.sigma_embedding, "use a positive value")
+        require_range("model.mup.d_base", self.d_base, 1, WIDEST)
+        require_positive("model.mup.sigma", self.sigma, 10**3)
+        require_positive("model.mup.sigma_embedding", self.sigma_embedding, 10**3)
 
 
 @dataclass(frozen=True)
@@ -122,18 +124,19 @@ class ModelConfig:
         require_member("model.kind", self.kind, Literal["dlcm", "dense"])
         require_member("model.attention", self.attention, AttentionBackend)
         for name in ("vocab_size", "d_token", "d_concept", "heads_token", "kv_heads_token", "heads_concept",
-                     "kv_heads_concept", "ffn_token", "ffn_concept", "decoder_layers"):
-            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
-        for name in ("encoder_layers", "backbone_layers"):
-            least = 0 if self.kind == "dense" else 1
-            require(getattr(self, name) >= least, f"model.{name}", getattr(self, name), f"must be at least {least}")
-        require(self.head_dim > 0 and self.head_dim % 2 == 0, "model.head_dim", self.head_dim,
+                     "kv_heads_concept", "ffn_token", "ffn_concept"):
+            require_range(f"model.{name}", getattr(self, name), 1, WIDEST)
+        for name in ("decoder_layers", "encoder_layers", "backbone_layers"):
+            least = 0 if self.kind == "dense" and name != "decoder_layers" else 1
+            require_range(f"model.{name}", getattr(self, name), least, MOST_LAYERS)
+        require(0 < self.head_dim <= WIDEST and self.head_dim % 2 == 0, "model.head_dim", self.head_dim,
                 "rotary embeddings need an even head width")
         for stack in ("token", "concept"):
             heads, kv_heads = getattr(self, f"heads_{stack}"), getattr(self, f"kv_heads_{stack}")
             require(heads % kv_heads == 0, f"model.kv_heads_{stack}", kv_heads,
-                     f"must divide model.heads_{stack} = {heads}")
-        require(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "use a positive value")
+                    f"must divide model.heads_{stack} = {heads}")
+        require_positive("model.norm_epsilon", self.norm_epsilon, 1)
+        require_positive("model.rope_base", self.rope_base, 1e12)
 
     @property
     def s_token(self) -> float:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dlcm_lightning.config.checks import require, require_member
+from dlcm_lightning.config.checks import (
+    LARGEST_COUNT,
+    local_path,
+    require,
+    require_member,
+    require_positive,
+    require_range,
+)
 
 Strategy = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 Recompute = Literal["none", "selective", "full"]
@@ -42,7 +49,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require_member("optim.schedule", self.schedule, Literal["wsd", "cosine"])
-        require(self.total_tokens > 0, "optim.total_tokens", self.total_tokens, "must be positive")
+        require_range("optim.total_tokens", self.total_tokens, 1, LARGEST_COUNT)
         require(0 <= self.warmup_tokens <= self.total_tokens, "optim.warmup_tokens", self.warmup_tokens,
                 f"must lie between 0 and optim.total_tokens = {self.total_tokens}")
         for name in ("decay_fraction", "final_fraction"):
@@ -50,14 +57,14 @@ class OptimConfig:
         if self.schedule == "wsd":
             decay = self.decay_fraction * self.total_tokens
             require(self.warmup_tokens + decay <= self.total_tokens, "optim.decay_fraction", self.decay_fraction,
-                     f"warm-up ({self.warmup_tokens} tokens) and decay ({decay:.0f}) are longer than "
-                     f"optim.total_tokens = {self.total_tokens}")
+                    f"warm-up ({self.warmup_tokens} tokens) and decay ({decay:.0f}) are longer than "
+                    f"optim.total_tokens = {self.total_tokens}")
         for name in ("eta_token", "eta_concept", "eta_other", "eta_boundary", "epsilon"):
-            require(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "must be positive")
+            require_positive(f"optim.{name}", getattr(self, name), 10**3)
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
         for name in ("weight_decay", "clip_norm"):
-            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "use 0 or more")
+            require_range(f"optim.{name}", getattr(self, name), 0, 10**6)
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class TrainConfig:
     """Where and how the run executes: precision, devices, what is written how often."""
 
     runs: str = "runs"
-    """Folder that holds one directory per run, named by `name`."""
+    """Folder that holds one directory per run, named by `name`. A leading ~ and variables ($HOME) are replaced."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """Arithmetic of the matrix products; parameters and their gradients stay fp32. auto: bf16 where the device
     multiplies it fast (GPUs since Ampere, CPUs with avx512_bf16 or amx_bf16), else fp32. fp64 is for proofs."""
@@ -94,21 +101,23 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_member("train.precision", self.precision, Literal["auto", "bf16", "fp32", "fp64"])
+        object.__setattr__(self, "runs", local_path("train.runs", self.runs))
         for name in ("log_every_steps", "validate_every_steps", "checkpoint_every_steps"):
-            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
+            require_range(f"train.{name}", getattr(self, name), 1, LARGEST_COUNT)
         for name in ("devices", "nodes"):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "use 0 or more")
+            require_range(f"train.{name}", getattr(self, name), 0, 2**17)
         require_member("train.strategy", self.strategy, Strategy)
         require_member("train.recompute", self.recompute, Recompute)
         require(not self.offload or self.strategy == "zero3", "train.offload", self.offload,
                 f"goes with train.strategy = 'zero3', not {self.strategy!r}")
         require(self.precision != "fp64" or not self.strategy.startswith("zero"), "train.precision", self.precision,
                 f"train.strategy = {self.strategy!r} keeps fp32; use ddp or fsdp2")
-        require(self.keep_every_tokens >= 0, "train.keep_every_tokens", self.keep_every_tokens, "use 0 or more")
+        require_range("train.keep_every_tokens", self.keep_every_tokens, 0, LARGEST_COUNT)
+        require_range("train.keep_last", self.keep_last, 0, 10**9)
         require(self.keep_last >= 2, "train.keep_last", self.keep_last,
                 "keep at least 2, so that a damaged newest checkpoint has one before it")
 
     @property
     def ranks(self) -> int:
-        """Processes of the whole run; until `cluster.placement` has asked who started them, those that are named."""
+        """Processes of the whole run; until `cluster.world` has asked who started them, those that are named."""
         return max(1, self.devices) * max(1, self.nodes)

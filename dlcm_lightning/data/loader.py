@@ -17,9 +17,9 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from dlcm_lightning.batch import Batch
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.packing import Rows, batches
 from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.errors import DataError
 
 READ_TOKENS = 2**18
 """Small steps are read, and handed over by loader processes, so many tokens at once."""

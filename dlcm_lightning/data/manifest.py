@@ -31,8 +31,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.durable import write_atomically
+from dlcm_lightning.errors import DataError
 
 FORMAT = 2
 MANIFEST = "manifest.json"

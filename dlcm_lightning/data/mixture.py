@@ -23,8 +23,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.order import BLOCK, Order, key, permute
+from dlcm_lightning.errors import DataError
 
 KEPT_BLOCKS = 4
 

@@ -24,7 +24,6 @@ import numpy as np
 
 from dlcm_lightning.batch import Batch, Unreadable
 from dlcm_lightning.config import DataConfig, SourceConfig
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import MANIFEST
 from dlcm_lightning.data.mixture import Mixture, Part
 from dlcm_lightning.data.order import NOISE, Order, key, keys_of
@@ -33,6 +32,7 @@ from dlcm_lightning.data.source import NO_STARTS, Source
 from dlcm_lightning.data.store import Chunks, store_at
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.data.verify import verify_shard
+from dlcm_lightning.errors import DataError
 
 VERIFY_BELOW_BYTES = 1024**3
 """Local corpora smaller than this are read in full and compared with their sha256 when opened (about 1 s per GiB)."""

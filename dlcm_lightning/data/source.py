@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import (
     INDEX_COLUMNS,
     MANIFEST,
@@ -38,6 +37,7 @@ from dlcm_lightning.data.manifest import (
 )
 from dlcm_lightning.data.store import Content, Store, store_at
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import DataError
 
 OPEN_SHARDS = 64
 KEPT_BLOCKS = 4096

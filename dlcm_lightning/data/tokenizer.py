@@ -26,9 +26,9 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.store import Store, store_at
 from dlcm_lightning.durable import write_atomically
+from dlcm_lightning.errors import DataError
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 DEEPSEEK_IDS = 128_815

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import index_of, sidecar
 from dlcm_lightning.data.source import REBUILD, Source
+from dlcm_lightning.errors import DataError
 
 PIECE_BYTES = 1024**2
 

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from dlcm_lightning.checkpoint import tensors
-from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, CheckpointError, open_checkpoint
+from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, open_checkpoint
 from dlcm_lightning.checkpoint.probe import Probe, difference
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.durable import flush, sha256_of, write_atomically
+from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.model.dlcm import LanguageModel, assemble
 from dlcm_lightning.ops.attention import choose_backend
 

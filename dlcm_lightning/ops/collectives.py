@@ -1,7 +1,7 @@
-"""Ranks, sums over them that mean the same in one process and in many, and words between hosts.
+"""Ranks, sums over them that mean the same in one process and in many, and messages between the hosts.
 
-Numbers of the loss travel with the tensors' own backend. Words (objects, decisions, errors) travel between the hosts,
-over gloo, so that no device is waited for.
+Numbers of the loss travel with the tensors' own backend. Objects, decisions and errors travel between the hosts, over
+gloo, so that no device is waited for.
 """
 
 from __future__ import annotations
@@ -45,40 +45,57 @@ def broadcast(tensor: Tensor, source: int) -> Tensor:
     return tensor
 
 
-class Hosts:
-    """Words between the processes of a run. Made by all of them at the same point."""
+class ControlGroup:
+    """The processes of a run, speaking to each other. Made by all of them at the same point."""
 
     def __init__(self) -> None:
         self.ranks, self.rank = world_size(), rank()
         self._group = dist.new_group(backend="gloo") if self.ranks > 1 else None
 
-    def gather(self, word: T) -> list[T]:
+    def gather(self, one: T) -> list[T]:
         """Of every rank, in their order."""
         if self._group is None:
-            return [word]
-        words: list[Any] = [None] * self.ranks
-        dist.all_gather_object(words, word, group=self._group)
-        return words
+            return [one]
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, one, group=self._group)
+        return found
 
-    def largest(self, number: int) -> int:
-        """Over all ranks."""
+    def all_reduce_max(self, number: int) -> int:
+        """The largest of all ranks."""
         if self._group is None:
             return number
         value = torch.tensor([number])
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group)
         return int(value)
 
-    def first(self, ask: Callable[[], T]) -> T:
-        """What rank 0 answers, on all ranks; what it raises, all raise."""
-        word: list[Any] = [None, None]
+    def on_rank_zero(self, act: Callable[[], T]) -> T:
+        """What rank 0 finds, on all ranks; what it raises, all raise."""
+        found: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                word[0] = ask()
+                found[0] = act()
             except Exception as error:
-                word[1] = error
+                found[1] = error
         if self._group is not None:
-            dist.broadcast_object_list(word, 0, group=self._group)
-        if word[1] is not None:
-            raise word[1]
-        answer: T = word[0]
+            dist.broadcast_object_list(found, 0, group=self._group)
+        if found[1] is not None:
+            raise found[1]
+        answer: T = found[0]
+        return answer
+
+    def on_all(self, act: Callable[[], T]) -> T:
+        """What every rank finds for itself; what one raises, all raise, so that nobody waits for who has left."""
+        found: Any = None
+        mine: Exception | None = None
+        try:
+            found = act()
+        except Exception as error:
+            mine = error
+        errors = self.gather(mine)
+        if mine is not None:
+            raise mine
+        for number, one in enumerate(errors):
+            if one is not None:
+                raise type(one)(f"rank {number}: {one}") from one
+        answer: T = found
         return answer

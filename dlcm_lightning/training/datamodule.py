@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from dlcm_lightning.batch import Batch, StepCounts
 from dlcm_lightning.config import Config
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.loader import TrainingBatches, ValidationBatches
 from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.errors import DataError
 from dlcm_lightning.ops.collectives import rank, world_size
 from dlcm_lightning.training.stopwatch import Stopwatch
 

@@ -6,20 +6,19 @@ corrected and started again. What may change afterwards is where and how often, 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import IO
 
 from dlcm_lightning.checkpoint.folder import Checkpoint, Identity
 from dlcm_lightning.cluster.lives import this_life
-from dlcm_lightning.cluster.processes import first_process
 from dlcm_lightning.compose import differences
 from dlcm_lightning.config import Config, ConfigError
+from dlcm_lightning.errors import RunError
 
 LOCK = ".lock"
 LOCK_SECONDS, LOCK_PAUSE_SECONDS = 300.0, 2.0
@@ -31,34 +30,40 @@ CHANGES_THE_RUN = ("train.precision",)
 """Among the fields of `train`."""
 
 
-class RunError(RuntimeError):
-    """A run's directory that cannot be used. Names it and the remedy."""
+class RunLock:
+    """A run's directory, made and held against a second job by one process of the run; the kernel lets go when that
+    ends, however. A context manager, which lets go too.
 
-
-@contextlib.contextmanager
-def claimed(run: Path) -> Iterator[None]:
-    """Makes the directory and holds it against a second job; the kernel lets go when the process ends, however. Where
-    the node of the holder has failed, a file server may need minutes to notice: inside a job they are waited for. A
-    file system that knows no locks, as some parallel ones are set up, gives none.
-
-    Raises RunError where another process holds it or it cannot be written.
+    Where the node of the holder has failed, a file server may need minutes to notice: inside a job they are waited for.
+    A file system that knows no locks, as some parallel ones are set up, gives none.
     """
-    if not first_process():
-        yield
-        return
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / LOCK).open("w")
-    except OSError as error:
-        raise RunError(f"{run} cannot be written: {error}; correct the permissions or choose another train.runs=..."
-                       ) from error
-    with lock:
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """RunError: another process holds it, or it cannot be written."""
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            self._file = (self.run / LOCK).open("w")
+        except OSError as error:
+            raise RunError(f"{self.run} cannot be written: {error}; correct the permissions or choose another "
+                           "train.runs=...") from error
         deadline = time.monotonic() + (LOCK_SECONDS if this_life() else 0)
-        while not _locked(lock):
+        while not _locked(self._file):
             if time.monotonic() >= deadline:
-                raise RunError(f"{run} is in use by a running job; wait for it, end it, or choose another name=...")
+                raise RunError(f"{self.run} is in use by a running job; wait for it, end it, or choose another "
+                               "name=...")
             time.sleep(LOCK_PAUSE_SECONDS)
-        yield
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+                 ) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _locked(file: IO[str]) -> bool:

@@ -30,12 +30,18 @@ from packaging.requirements import Requirement
 from dlcm_lightning.cluster.checks import Answer, Finding, judge, room
 from dlcm_lightning.cluster.job import TOKEN
 from dlcm_lightning.cluster.lives import this_life
-from dlcm_lightning.cluster.placement import gpus_of_node, node_name, placed
+from dlcm_lightning.cluster.world import World, gpus_of_node, node_name, place
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config, ConfigError
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.reader import Reader
-from dlcm_lightning.training import machine
+from dlcm_lightning.errors import DataError
+from dlcm_lightning.training.device import (
+    DEVICE,
+    choose_device,
+    describe_hardware,
+    matrix_product_rate,
+    resolve_precision,
+)
 
 CALL_SECONDS = 10.0
 """Until a call to the first node that is not answered counts as none."""
@@ -49,10 +55,10 @@ MOST_SHOWN = 6
 
 def examine(config: Config, report: Callable[[str], None]) -> bool:
     """By hand: this machine and this run; the table is reported. Whether everything is good."""
-    findings = [*of_run(config), of_device(config, 0)]
-    where = machine.device()
-    rate = machine.matrix_product_rate(machine.compute_dtype(config.train.precision, where), where, PRODUCT_SECONDS)
-    node = node_name()
+    findings, rate, node = [*of_run(config), of_device(config, World())], 0.0, node_name()
+    if findings[-1].good:
+        where = choose_device()
+        rate = matrix_product_rate(resolve_precision(config.train.precision, where)[0], where, PRODUCT_SECONDS)
     verdict = judge([Answer(0, node, findings, rate)], [node], 1, config.job.slowest_share)
     for line in verdict.table():
         report(line)
@@ -69,7 +75,7 @@ def answer_in_job(config_file: str) -> Answer:
     if not findings[0].good:
         return answer
     try:
-        config = placed(load_config(config_file))
+        config, world = place(load_config(config_file))
     except ConfigError as error:
         findings.append(Finding("tasks", False, str(error)))
         return answer
@@ -78,14 +84,11 @@ def answer_in_job(config_file: str) -> Answer:
             findings.append(of_first_node(60 * config.job.check_minutes / 2))
         else:
             findings += of_run(config)
-        local_rank, where = int(os.environ["SLURM_LOCALID"]), machine.device()
-        findings.append(of_device(config, local_rank))
+        findings.append(of_device(config, world))
         if not all(finding.good for finding in findings):
             return answer
-        if where.type == "cuda":
-            torch.cuda.set_device(local_rank)
-        dtype = machine.compute_dtype(config.train.precision, where)
-        rate = machine.matrix_product_rate(dtype, where, PRODUCT_SECONDS)
+        where = choose_device(world)
+        rate = matrix_product_rate(resolve_precision(config.train.precision, where)[0], where, PRODUCT_SECONDS)
         seconds, reduced = of_reduce(rank, config, where)
     return Answer(rank, node, [*findings, *reduced], rate, seconds)
 
@@ -150,21 +153,20 @@ def of_data(config: Config) -> Finding:
     return Finding("data", True, "; ".join([f"{len(reader.sources)} sources last for {tokens:,} tokens", *said]))
 
 
-def of_device(config: Config, local_rank: int) -> Finding:
+def of_device(config: Config, world: World) -> Finding:
     """A rank and its device."""
-    count = torch.cuda.device_count()
-    where = machine.device()
     try:
-        machine.compute_dtype(config.train.precision, where)
+        where = choose_device(world)
+        if config.train.precision != "auto":
+            resolve_precision(config.train.precision, where)
     except ConfigError as error:
         return Finding("device", False, str(error))
-    if count == 0:
-        missing = gpus_of_node() > 0 and os.environ.get("DLCM_DEVICE") != "cpu"
-        return Finding("device", not missing, f"no GPU: {machine.describe(config.train, where)}",
+    if where.type == "cpu":
+        missing = gpus_of_node() > 0 and os.environ.get(DEVICE) != "cpu"
+        return Finding("device", not missing, f"no GPU: {describe_hardware(config.train, where)}",
                        "SLURM has given GPUs, torch finds none: driver and torch's CUDA have to agree; a cluster that "
-                       "only claims GPUs says DLCM_DEVICE=cpu in slurm/site.sh")
-    return Finding("device", local_rank < count, f"{count} x {torch.cuda.get_device_name(0)}",
-                   "start one task per GPU: srun --ntasks-per-node")
+                       f"only claims GPUs says {DEVICE}=cpu in slurm/site.sh")
+    return Finding("device", True, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(where)}")
 
 
 def of_shared(life: Path) -> Finding:

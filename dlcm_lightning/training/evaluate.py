@@ -17,14 +17,14 @@ from torch.utils.data import DataLoader
 
 from dlcm_lightning.checkpoint.folder import CONFIG, open_checkpoint
 from dlcm_lightning.compose import load_config
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.loader import ValidationBatches
 from dlcm_lightning.data.ngram import Floor, floors
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.durable import write_atomically
+from dlcm_lightning.errors import DataError
 from dlcm_lightning.model.mup import tagged_parameters
 from dlcm_lightning.ops.attention import choose_backend
-from dlcm_lightning.training import machine
+from dlcm_lightning.training.device import choose_device, resolve_precision
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.persistence import saved_buffers
@@ -38,8 +38,8 @@ def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Call
     checkpoint = open_checkpoint(run, step)
     config = load_config(checkpoint.folder / CONFIG, overrides)
     config = replace(config, train=replace(config.train, devices=1, nodes=1))
-    where = machine.device()
-    dtype = machine.compute_dtype(config.train.precision, where)
+    where = choose_device()
+    dtype, _ = resolve_precision(config.train.precision, where)
     reader = Reader(config.data, config.seed, config.model.vocab_size, report=report)
     module = PretrainModule(config, dtype, choose_backend(config.model.attention, where, dtype),
                             torch.from_numpy(reader.token_bytes))

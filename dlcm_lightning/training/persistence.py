@@ -27,7 +27,6 @@ from dlcm_lightning.checkpoint.folder import (
     CALLBACKS,
     CONFIG,
     Checkpoint,
-    CheckpointError,
     Identity,
     Manifest,
     complete,
@@ -37,9 +36,10 @@ from dlcm_lightning.checkpoint.folder import (
 )
 from dlcm_lightning.checkpoint.probe import Probe, difference
 from dlcm_lightning.compose import save_config
+from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.layout import CHECKPOINTS, folders, unfinished
 from dlcm_lightning.model.mup import tagged_parameters
-from dlcm_lightning.ops.collectives import Hosts, broadcast
+from dlcm_lightning.ops.collectives import ControlGroup, broadcast
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.strategies.engine import MOMENTS, Engine, Moment
 from dlcm_lightning.training.watchers import load_watchers, watchers_state
@@ -48,14 +48,14 @@ from dlcm_lightning.training.watchers import load_watchers, watchers_state
 class Persistence:
     """The checkpoints of one run, for all ranks of one life of it."""
 
-    def __init__(self, run: Path, identity: Identity, probe: Probe, hosts: Hosts) -> None:
-        self.run, self.identity, self.probe, self.hosts = run, identity, probe, hosts
+    def __init__(self, run: Path, identity: Identity, probe: Probe, group: ControlGroup) -> None:
+        self.run, self.identity, self.probe, self.group = run, identity, probe, group
 
     def save(self, trainer: Trainer, module: PretrainModule) -> None:
         """Collective. CheckpointError on all ranks: a disk that is full or not writable; earlier ones are kept."""
         config, step = module.config, trainer.global_step
         folder = unfinished(self.run, step)
-        said = self.hosts.first(lambda: self._said(lambda: self._make(folder)))
+        said = self.group.on_rank_zero(lambda: self._said(lambda: self._make(folder)))
         fingerprint = self.probe.fingerprint(module.model, module.device)
         mine = dict(self._mine(trainer, module))
         written: dict[str, dict[str, Any]] = {}
@@ -63,10 +63,10 @@ class Persistence:
             said = self._said(lambda: self._write(folder, trainer, module, mine, written))
         everything: dict[str, dict[str, Any]] = {}
         errors = []
-        for files, error in self.hosts.gather((written, said)):
+        for files, error in self.group.gather((written, said)):
             everything |= files
             errors += [error] if error else []
-        manifest = Manifest(step, module.consumed_tokens, config.train.strategy, self.hosts.ranks, self.identity,
+        manifest = Manifest(step, module.consumed_tokens, config.train.strategy, self.group.ranks, self.identity,
                             fingerprint, everything)
 
         def finish() -> None:
@@ -80,7 +80,7 @@ class Persistence:
                 raise self._not_written(step, str(error)) from error
             sweep(self.run, config.train.keep_last, config.train.keep_every_tokens)
 
-        self.hosts.first(finish)
+        self.group.on_rank_zero(finish)
 
     @staticmethod
     def _said(act: Callable[[], None]) -> str:
@@ -109,21 +109,21 @@ class Persistence:
         assert isinstance(engine, Engine)
         engine.settle()
         owners = tensors.share_out({name: owner.shape.numel() for name, owner in tagged_parameters(module.model)},
-                                   self.hosts.ranks)
+                                   self.group.ranks)
         for name, owner in tagged_parameters(module.model):
             parts = {"weight": engine.weight(owner.weight)}
             parts |= {moment: engine.moment(owner.weight, moment) for moment in MOMENTS}
-            if owners[name] == self.hosts.rank:
+            if owners[name] == self.group.rank:
                 yield from ((f"{kind}/{name}", part.detach().to("cpu", copy=True)) for kind, part in parts.items())
-        if self.hosts.rank == 0:
+        if self.group.rank == 0:
             yield from ((f"buffer/{name}", buffer.cpu()) for name, buffer in saved_buffers(module))
             yield from ((f"callback/{name}", value) for name, value in watchers_state(trainer)[1].items())
 
     def _write(self, folder: Path, trainer: Trainer, module: PretrainModule, mine: dict[str, Tensor],
                written: dict[str, dict[str, Any]]) -> None:
-        names = [tensors.file_name(self.hosts.rank, self.hosts.ranks)]
+        names = [tensors.file_name(self.group.rank, self.group.ranks)]
         tensors.write(mine, folder / names[0])
-        if self.hosts.rank == 0:
+        if self.group.rank == 0:
             (folder / CALLBACKS).write_text(json.dumps(watchers_state(trainer)[0], indent=1))
             save_config(module.config, folder / CONFIG)
             names += [CALLBACKS, CONFIG]
@@ -135,12 +135,12 @@ class Persistence:
         Each damaged one that it passes over is named and set aside under another name. CheckpointError where all are
         damaged: starting anew would overwrite them.
         """
-        found: list[Path] = self.hosts.first(lambda: folders(self.run))
+        found: list[Path] = self.group.on_rank_zero(lambda: folders(self.run))
         damaged: list[Path] = []
         for folder in reversed(found):
             checkpoint, said = self._opened(folder)
             if checkpoint is not None:
-                self.hosts.first(lambda: set_aside(damaged))
+                self.group.on_rank_zero(lambda: set_aside(damaged))
                 return checkpoint
             damaged.append(folder)
             report(f"checkpoint {folder.name} is not used: {said}")
@@ -153,10 +153,10 @@ class Persistence:
         """A checkpoint that is whole, or what is wrong with it. The hashing is shared by all ranks."""
         try:
             manifest = Manifest.load(folder)
-            mine = manifest.damages(folder, self.hosts.rank, self.hosts.ranks)
+            mine = manifest.damages(folder, self.group.rank, self.group.ranks)
         except CheckpointError as error:
             manifest, mine = None, [str(error)]
-        damages = [one for said in self.hosts.gather(mine) for one in said]
+        damages = [one for said in self.group.gather(mine) for one in said]
         return (None, damages[0]) if damages or manifest is None else (Checkpoint(folder, manifest), "")
 
     def restore(self, checkpoint: Checkpoint, trainer: Trainer, module: PretrainModule) -> None:
@@ -175,7 +175,7 @@ class Persistence:
                                       f"{len(differing) - 1} more; it belongs to another model")
             engine.begin(checkpoint.step)
             readers = tensors.share_out({name: owner.shape.numel() for name, owner in parameters.items()},
-                                        self.hosts.ranks)
+                                        self.group.ranks)
             for name, owner in parameters.items():
                 def sent(kind: str, name: str = name) -> Tensor:
                     return self._sent(stored, f"{kind}/{name}", readers[name], module.device)
@@ -194,7 +194,7 @@ class Persistence:
                                   "that wrote it, or from an older checkpoint")
 
     def _sent(self, stored: tensors.Tensors, name: str, reader: int, device: torch.device) -> Tensor:
-        if self.hosts.rank == reader:
+        if self.group.rank == reader:
             value = stored.get(name).to(device)
         else:
             shape, dtype = stored.shape(name)

@@ -12,29 +12,31 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
 
-from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, CheckpointError, Identity, Manifest
+from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, Identity, Manifest
 from dlcm_lightning.cluster.heartbeat import HEARTBEATS, Pulse
+from dlcm_lightning.cluster.launch import OtherRanks
 from dlcm_lightning.cluster.lives import NOTICE, this_life
-from dlcm_lightning.cluster.placement import placed
-from dlcm_lightning.cluster.processes import first_process
-from dlcm_lightning.cluster.signals import Wish
+from dlcm_lightning.cluster.signals import StopRequest
+from dlcm_lightning.cluster.world import World, place
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.building.prepare import prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.errors import CheckpointError, RunError
 from dlcm_lightning.layout import STOP, folders
 from dlcm_lightning.ops.attention import choose_backend
-from dlcm_lightning.training import machine
+from dlcm_lightning.ops.collectives import ControlGroup
 from dlcm_lightning.training.callbacks.boundaries import ShowBoundaries
 from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
 from dlcm_lightning.training.callbacks.conclusion import Conclude
@@ -45,12 +47,21 @@ from dlcm_lightning.training.callbacks.progress import Progress
 from dlcm_lightning.training.callbacks.unreadable import WatchUnreadable
 from dlcm_lightning.training.callbacks.validate import Validate
 from dlcm_lightning.training.datamodule import PretrainData
-from dlcm_lightning.training.directory import RunError, check_same_run, claimed
+from dlcm_lightning.training.device import (
+    choose_device,
+    describe_hardware,
+    device_identity,
+    keep_large_buffers,
+    matrix_product_rate,
+    resolve_precision,
+)
+from dlcm_lightning.training.directory import RunLock, check_same_run
 from dlcm_lightning.training.loop import NoSignals, StepLoop
 from dlcm_lightning.training.module import PretrainModule
+from dlcm_lightning.training.rendezvous import leave_group, meet
 from dlcm_lightning.training.report import Report, summary
 from dlcm_lightning.training.stopwatch import Stopwatch
-from dlcm_lightning.training.strategies.choice import choose_engine, choose_environment
+from dlcm_lightning.training.strategies.choice import RunEnvironment, choose_engine, needs_group
 from dlcm_lightning.training.strategies.engine import Engine
 
 Say = Callable[[str], None]
@@ -64,15 +75,16 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
 
 
-def build_trainer(config: Config, where: torch.device, engine: Engine, callbacks: list[Callback]) -> Trainer:
+def build_trainer(config: Config, where: torch.device, engine: Engine, world: World, callbacks: list[Callback]
+                  ) -> Trainer:
     """Lightning's loop over the whole run as one epoch. What it would do for a checkpoint, a logger, a progress bar or
-    a signal is done by callbacks here."""
+    a signal is done by callbacks here. Each process has one device, whatever others its node has."""
     trainer = Trainer(
         accelerator="gpu" if where.type == "cuda" else "cpu",
         strategy=cast(Strategy, engine),
-        devices=config.train.devices,
+        devices=[where.index] if where.type == "cuda" else 1,
         num_nodes=config.train.nodes,
-        plugins=choose_environment(),
+        plugins=RunEnvironment(world),
         logger=False,
         callbacks=callbacks,
         max_steps=config.total_steps,
@@ -94,39 +106,74 @@ def build_trainer(config: Config, where: torch.device, engine: Engine, callbacks
 def pretrain(config: Config, report: Say = print) -> Report:
     """Trains to `optim.total_tokens`, from the newest checkpoint where there is one, and validates.
 
-    Every process of the run calls it. Raises ConfigError, DataError, CheckpointError, RunError or Stopped; each message
-    says what to do.
+    Every process of the run calls it; a process that no launcher has started as one of several starts the others of its
+    node itself (`train.devices`). Raises a UserError, whose message says what to do: ConfigError, DataError,
+    CheckpointError, RunError, or Stopped when it was asked to leave and has saved itself.
     """
-    config = placed(config)
+    config, world = place(config)
     quiet_libraries()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
     # Would cost a write of every buffer; none is read unset. The attribute is dynamic, which types cannot see.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    where = machine.device()
-    if where.type == "cpu":
-        machine.keep_large_buffers()
-    dtype = machine.compute_dtype(config.train.precision, where)
-    backend = choose_backend(config.model.attention, where, dtype)
     run = Path(config.train.runs) / config.name
-    say = report if first_process() else _nothing
+    say = report if world.rank == 0 else _nothing
     life = this_life()
-    with claimed(run), Wish(*([life / NOTICE] if life else []), run / STOP) as wish, _pulse(config, life) as pulse:
-        if (done := _finished(config, run, str(dtype).removeprefix("torch."))) is not None:
-            say(f"{run} is finished: {done.steps} of {config.total_steps} steps. For another run choose name=...")
-            say(summary(config, done))
-            return done
+    files = [*([life / NOTICE] if life else []), run / STOP]
+    with (OtherRanks(world), StopRequest(*files, speaks=world.rank == 0) as stop, RunLock(run) as lock,
+          _pulse(config, life, world.rank) as pulse):
+        world, group = meet(world, config, needs_group(config.train))
         try:
-            return _train(config, run, where, dtype, backend, wish, pulse, say)
+            train = replace(config.train, devices=world.local_size or 1, nodes=world.nodes)
+            return _run(replace(config, train=train), run, world, group, lock, stop, pulse, say)
         finally:
-            if dist.is_available() and dist.is_initialized():
-                dist.destroy_process_group()
+            leave_group()
+
+
+def _run(config: Config, run: Path, world: World, group: ControlGroup, lock: RunLock, stop: StopRequest, pulse: Pulse,
+         say: Say) -> Report:
+    """The run, when all its processes have met."""
+    group.on_rank_zero(lock.acquire)
+    where = group.on_all(lambda: choose_device(world))
+    _check_devices(group, where)
+    if where.type == "cpu":
+        keep_large_buffers()
+    newest, done = group.on_rank_zero(lambda: _begun(run))
+    begun = newest.manifest.identity.precision if newest else None
+    dtype, why = group.on_rank_zero(lambda: resolve_precision(config.train.precision, where, begun))
+    precision = str(dtype).removeprefix("torch.")
+    if newest is not None:
+        check_same_run(newest, config, precision)
+    if newest is not None and newest.step >= config.total_steps and done is not None:
+        say(f"{run} is finished: {done.steps} of {config.total_steps} steps. For another run choose name=...")
+        say(summary(config, done))
+        return done
+    backend = choose_backend(config.model.attention, where, dtype)
+    say(f"{describe_hardware(config.train, where)}; {precision}: {why}")
+    try:
+        return _train(config, run, world, group, where, dtype, backend, stop, pulse, say)
+    except OSError as error:
+        raise RunError(f"{run} could not be written: {error}. Free space or correct the permissions, then start the "
+                       "run again: it continues from the newest checkpoint.") from error
+
+
+def _check_devices(group: ControlGroup, where: torch.device) -> None:
+    """RunError: two processes would compute on one GPU, or some on a GPU and some not."""
+    found = group.gather((socket.gethostname(), where.type, device_identity(where)))
+    if len({kind for _, kind, _ in found}) > 1:
+        raise RunError("; ".join(f"rank {rank} on {host}: {kind}" for rank, (host, kind, _) in enumerate(found[:8]))
+                       + ": some processes have a GPU and some have none; start as many per node as it has GPUs")
+    seen: dict[tuple[str, str], int] = {}
+    for rank, (host, _, identity) in enumerate(found):
+        if identity and (host, identity) in seen:
+            raise RunError(f"ranks {seen[host, identity]} and {rank} on {host} have the same GPU; start one process "
+                           "per GPU, each with its own LOCAL_RANK")
+        seen[host, identity] = rank
 
 
 @contextlib.contextmanager
-def _pulse(config: Config, life: Path | None) -> Iterator[Pulse]:
+def _pulse(config: Config, life: Path | None, rank: int) -> Iterator[Pulse]:
     """Heard by the job, where there is one."""
-    pulse = Pulse(life / HEARTBEATS if life else None, int(os.environ.get("SLURM_PROCID", "0")),
-                  config.job.heartbeat_seconds)
+    pulse = Pulse(life / HEARTBEATS if life else None, rank, config.job.heartbeat_seconds)
     yield pulse
     pulse.end()
 
@@ -135,29 +182,24 @@ def _nothing(message: str) -> None:
     del message
 
 
-def _finished(config: Config, run: Path, precision: str) -> Report | None:
-    """The report of a run that has reached its end. ConfigError: the directory holds another run. What is read here is
-    small; whether a checkpoint is whole is asked when all ranks are there."""
+def _begun(run: Path) -> tuple[Checkpoint | None, Report | None]:
+    """The newest checkpoint that seems whole, and the report of a run that has reached its end. What is read here is
+    small; whether all of a checkpoint is whole is asked when the run opens its directory."""
     for folder in reversed(folders(run)):
         try:
             newest = Checkpoint(folder, Manifest.load(folder))
         except CheckpointError:
             continue
-        if newest.manifest.damage(folder / CONFIG):
-            continue
-        check_same_run(newest, config, precision)
-        return Report.load(run) if newest.step >= config.total_steps else None
-    return None
+        if not newest.manifest.damage(folder / CONFIG):
+            return newest, Report.load(run)
+    return None, None
 
 
-def _train(config: Config, run: Path, where: torch.device, dtype: torch.dtype, backend: str, wish: Wish, pulse: Pulse,
-           say: Say) -> Report:
-    if config.data.corpus == "sample":
-        prepare_sample_corpus(config.data, config.model.vocab_size, say)
-    reader = Reader(config.data, config.seed, config.model.vocab_size, report=say)
-    reader.check_lasts(config.total_steps * config.data.rows_per_step)
+def _train(config: Config, run: Path, world: World, group: ControlGroup, where: torch.device, dtype: torch.dtype,
+           backend: str, stop: StopRequest, pulse: Pulse, say: Say) -> Report:
     precision = str(dtype).removeprefix("torch.")
-    say(f"attention {backend}, {precision}, {config.train.strategy}, {machine.describe(config.train, where)}")
+    reader = group.on_all(lambda: _open_data(config, say))
+    say(f"attention {backend}, {config.train.strategy}")
     if config.model.kind == "dlcm" and config.model.boundary.learned:
         say(f"rate loss with F of the {'previous' if config.uses_previous_rate else 'current'} step")
 
@@ -167,19 +209,21 @@ def _train(config: Config, run: Path, where: torch.device, dtype: torch.dtype, b
     data = PretrainData(config, reader, where.type == "cuda", stopwatch)
     writer = MetricsWriter(run)
     metrics = Metrics(writer, stopwatch)
-    checkpoints = Checkpoints(writer, stopwatch, wish)
-    conclude = Conclude(run, data, metrics, partial(machine.matrix_product_rate, dtype, where), say)
-    opening = OpenRun(run, Identity(reader.fingerprint, precision), reader, data, writer, checkpoints, say)
-    trainer = build_trainer(config, where, engine, [
+    checkpoints = Checkpoints(writer, stopwatch, stop)
+    conclude = Conclude(run, data, metrics, partial(matrix_product_rate, dtype, where), say)
+    opening = OpenRun(run, Identity(reader.fingerprint, precision), reader, data, writer, checkpoints, group, say)
+    trainer = build_trainer(config, where, engine, world, [
         Heartbeat(pulse), opening, metrics, Progress(metrics), Validate(writer, stopwatch),
         ShowBoundaries(reader, writer, stopwatch), WatchUnreadable(run, say), checkpoints, conclude,
     ])
-    try:
-        trainer.fit(module, datamodule=data)
-    except SystemExit as leaving:  # Lightning's answer to Ctrl-C
-        raise KeyboardInterrupt from leaving
-    except OSError as error:
-        raise RunError(f"{run} could not be written: {error}. Free space or correct the permissions, then start the "
-                       "run again: it continues from the newest checkpoint.") from error
+    trainer.fit(module, datamodule=data)
     assert conclude.outcome is not None
     return conclude.outcome
+
+
+def _open_data(config: Config, say: Say) -> Reader:
+    if config.data.corpus == "sample":
+        prepare_sample_corpus(config.data, config.model.vocab_size, say)
+    reader = Reader(config.data, config.seed, config.model.vocab_size, report=say)
+    reader.check_lasts(config.total_steps * config.data.rows_per_step)
+    return reader

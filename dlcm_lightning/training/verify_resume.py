@@ -33,8 +33,8 @@ from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.building.prepare import prepare_sample_corpus
 from dlcm_lightning.durable import write_atomically
+from dlcm_lightning.errors import STOPPED
 from dlcm_lightning.layout import CHECKPOINTS, UNFINISHED, folders
-from dlcm_lightning.training.callbacks.checkpoint import STOPPED_CODE
 from dlcm_lightning.training.callbacks.metrics import TIMED
 
 STEPS_TO_SPARE = 6
@@ -108,6 +108,8 @@ def plan(kills: int, ranks: int, dice: random.Random) -> list[Disturbance]:
 def verify_resume(config: Config, folder: Path, kills: int, seed: int, report: Callable[[str], None] = print
                   ) -> Verdict:
     """config: of any run; its length, and how often it saves and logs, are set here. folder: of both, made anew."""
+    config = replace(config, train=replace(config.train, devices=max(1, config.train.devices),
+                                           nodes=max(1, config.train.nodes)))
     disturbances = plan(kills, config.train.ranks, random.Random(seed))
     steps = 12 + STEPS_TO_SPARE * len(disturbances)
     tokens = steps * config.data.tokens_per_step
@@ -176,7 +178,7 @@ class Life:
                     ranks.wait(LIFE_SECONDS)
                 return hit
             codes = ranks.wait(LIFE_SECONDS)
-            return running and all(code == STOPPED_CODE for code in codes)
+            return running and all(code == STOPPED for code in codes)
 
     def _saving(self) -> bool:
         return any((self.run / CHECKPOINTS).glob(f"{UNFINISHED}*"))

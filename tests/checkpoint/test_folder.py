@@ -16,7 +16,6 @@ from dlcm_lightning.checkpoint.folder import (
     CONFIG,
     MANIFEST,
     Checkpoint,
-    CheckpointError,
     Fingerprint,
     Manifest,
     complete,
@@ -25,6 +24,7 @@ from dlcm_lightning.checkpoint.folder import (
     sweep,
 )
 from dlcm_lightning.config import Config, DataConfig, SourceConfig
+from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.layout import CHECKPOINTS, finished, folders, unfinished
 from tests.checkpoints import OTHER, STATE, leave_checkpoint
 

@@ -14,13 +14,13 @@ from dlcm_lightning.cluster.slurm import JobInfo
 from dlcm_lightning.cluster.snapshot import describe_life, job_folder, take
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config, ConfigError, DataConfig, SourceConfig, TrainConfig
-from dlcm_lightning.training.callbacks.checkpoint import Stopped
+from dlcm_lightning.errors import Stopped
 
 
 @pytest.fixture
 def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_PROCID", "0")
     return tmp_path
 
 
@@ -28,7 +28,7 @@ def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                                             (ConfigError("a = 1: wrong"), "refused")])
 def test_the_first_rank_says_how_a_run_left(life: Path, error: Exception | None, how: str) -> None:
     try:
-        with recorded(first=True):
+        with recorded():
             if error is not None:
                 raise error
     except (Stopped, ConfigError):
@@ -38,18 +38,20 @@ def test_the_first_rank_says_how_a_run_left(life: Path, error: Exception | None,
     assert first_crash(life) == ""
 
 
-def test_a_crash_is_one_rank_s_own_and_leaves_no_outcome(life: Path) -> None:
-    with pytest.raises(RuntimeError), recorded(first=True):
+def test_a_crash_is_one_rank_s_own_and_leaves_no_outcome(life: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(RuntimeError), recorded():
         raise RuntimeError("out of memory\nand more")
     assert Outcome.load(life) is None
     assert first_crash(life) == "rank 3: RuntimeError: out of memory"
 
 
-def test_other_ranks_leave_the_word_to_the_first_but_for_a_refusal(life: Path) -> None:
-    with pytest.raises(Stopped), recorded(first=False):
+def test_other_ranks_leave_the_word_to_the_first_but_for_a_refusal(life: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(Stopped), recorded():
         raise Stopped("x")
     assert Outcome.load(life) is None
-    with pytest.raises(ConfigError), recorded(first=False):
+    with pytest.raises(ConfigError), recorded():
         raise ConfigError("wrong")
     assert Outcome("refused", "wrong") == Outcome.load(life)
 
@@ -57,7 +59,7 @@ def test_other_ranks_leave_the_word_to_the_first_but_for_a_refusal(life: Path) -
 def test_outside_a_job_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
-    with recorded(first=True):
+    with recorded():
         pass
     assert not list(tmp_path.iterdir())
 

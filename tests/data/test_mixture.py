@@ -7,9 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.mixture import Mixture, Part, shares
 from dlcm_lightning.data.order import Order
+from dlcm_lightning.errors import DataError
 
 ROWS, WEIGHTS = {"a": 37, "b": 1000, "c": 5}, {"a": 0.25, "b": 0.7, "c": 0.05}
 

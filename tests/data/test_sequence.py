@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 from dlcm_lightning.batch import NO_TARGET, Batch
 from dlcm_lightning.config import DataConfig, SourceConfig, WeightChange
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.loader import TrainingBatches
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import DataError
 from tests.synthetic import VOCABULARY
 
 BROKEN = {"a": (1, 2), "b": (0,)}

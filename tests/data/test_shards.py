@@ -14,7 +14,6 @@ import webdataset
 
 from dlcm_lightning.config import DataConfig
 from dlcm_lightning.data.building.build import tokenize_documents
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import LARGEST, Manifest, build_index
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.source import Source
@@ -23,6 +22,7 @@ from dlcm_lightning.data.store import LocalStore
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.data.verify import verify
 from dlcm_lightning.durable import sha256_of
+from dlcm_lightning.errors import DataError
 from tests.synthetic import VOCABULARY, make_texts, write_split
 
 

@@ -18,10 +18,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dlcm_lightning.config import DataConfig
 from dlcm_lightning.data import store
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.loader import TrainingBatches
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.store import Chunks, LocalStore, RemoteStore
+from dlcm_lightning.errors import DataError
 from tests.synthetic import VOCABULARY
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.tokenizer import Tokenizer, train_bpe
+from dlcm_lightning.errors import DataError
 from tests.synthetic import VOCABULARY, make_texts
 
 TEXTS = ["", "plain", "naïve café 12345", "天地玄黄，宇宙洪荒。", "tab\tand\r\nnewline\n\n  ", "🙂 emoji 👩‍👩‍👧",

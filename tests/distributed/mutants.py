@@ -82,7 +82,7 @@ def a_dropped_shard(patch: pytest.MonkeyPatch) -> None:
     honest = persistence.Persistence._mine
 
     def dropping(self: Any, trainer: Any, module: Any) -> Iterator[tuple[str, Tensor]]:
-        last = self.hosts.rank == self.hosts.ranks - 1
+        last = self.group.rank == self.group.ranks - 1
         for name, tensor in honest(self, trainer, module):
             yield name, torch.zeros_like(tensor) if last and name.startswith("exp_avg_sq/") else tensor
 

@@ -21,9 +21,9 @@ from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
 from dlcm_lightning.cluster.local import LocalRanks
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import BoundaryConfig, Config, DataConfig, OptimConfig, TrainConfig
+from dlcm_lightning.errors import STOPPED
 from dlcm_lightning.export.portable import export, load_state
 from dlcm_lightning.layout import folders
-from dlcm_lightning.training.callbacks.checkpoint import STOPPED_CODE
 from dlcm_lightning.training.verify_resume import Verdict, compare, lines_of, verify_resume
 from tests.conftest import MODEL
 from tests.distributed.conftest import ROOT, STRATEGIES
@@ -70,7 +70,7 @@ def live(config: Config, part: Part, stop: bool) -> None:
                 time.sleep(0.005)
             ranks.send(signal.SIGTERM, part.ranks - 1)
         codes = ranks.wait(SECONDS)
-        assert codes == [STOPPED_CODE if stop else 0] * part.ranks, ranks.tail()
+        assert codes == [STOPPED if stop else 0] * part.ranks, ranks.tail()
 
 
 def last_step(run: Path) -> int:
@@ -185,6 +185,13 @@ def two(config: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("two")
     live(long_config(config, runs, "two", steps=12), Part("ddp", 2), stop=False)
     return runs / "two"
+
+
+def test_a_run_that_leaves_the_number_of_processes_open_is_proved_on_one(config: DataConfig, tmp_path: Path) -> None:
+    base = long_config(config, tmp_path, "base")
+    assert base.train.devices == base.train.nodes == 0
+    verdict = verify_resume(base, tmp_path / "proof", kills=1, seed=1, report=lambda _: None)
+    assert verdict.good and verdict.ranks == 1 and verdict.lives == 2, verdict.table()
 
 
 def differing(run: Path, straight: Path) -> set[str]:

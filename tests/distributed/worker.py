@@ -18,18 +18,20 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
 from dlcm_lightning.batch import Batch
-from dlcm_lightning.cluster.placement import placed
-from dlcm_lightning.cluster.processes import leave
+from dlcm_lightning.cluster.launch import leave
+from dlcm_lightning.cluster.world import World, place
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.loader import TrainingBatches
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.model.mup import tagged_parameters
 from dlcm_lightning.ops.collectives import rank, world_size
-from dlcm_lightning.training import machine, run
+from dlcm_lightning.training import run
 from dlcm_lightning.training.datamodule import PretrainData
+from dlcm_lightning.training.device import DTYPES
 from dlcm_lightning.training.module import PretrainModule, whole_model
 from dlcm_lightning.training.objective import rate_loss
+from dlcm_lightning.training.rendezvous import leave_group, meet
 from dlcm_lightning.training.stopwatch import Stopwatch
 from dlcm_lightning.training.strategies.choice import choose_engine
 from dlcm_lightning.training.strategies.engine import Engine
@@ -76,17 +78,17 @@ def token_bytes(reader: Reader) -> Tensor:
     return torch.from_numpy(reader.token_bytes)
 
 
-def gradients(config: Config) -> Found:
+def gradients(config: Config, world: World) -> Found:
     """Of the real engine under the real Trainer."""
-    dtype = machine.compute_dtype(config.train.precision, HOST)
+    dtype = DTYPES[config.train.precision]
     reader, engine, watch = open_reader(config), choose_engine(config.train, HOST), Watch()
     module = PretrainModule(config, dtype, "sdpa", token_bytes(reader), engine.construct)
-    trainer = run.build_trainer(config, HOST, engine, [watch])
+    trainer = run.build_trainer(config, HOST, engine, world, [watch])
     trainer.fit(module, datamodule=PretrainData(config, reader, False, Stopwatch()))
     return watch.found
 
 
-def by_autograd(config: Config) -> Found:
+def by_autograd(config: Config, _: World) -> Found:
     """The first step by a collective that knows its own gradient: every rank back-propagates the same loss of the whole
     step, and gradients are then averaged."""
     reader = open_reader(config)
@@ -116,7 +118,7 @@ def by_autograd(config: Config) -> Found:
     return found
 
 
-def initial(config: Config) -> Found:
+def initial(config: Config, world: World) -> Found:
     """Weights and buffers before the first step."""
     reader, engine = open_reader(config), choose_engine(config.train, HOST)
     module = PretrainModule(config, torch.float32, "sdpa", token_bytes(reader), engine.construct)
@@ -129,7 +131,7 @@ def initial(config: Config) -> Found:
                 found[name] = trainer.strategy.weight(owner.weight).detach().clone()
             found.update({name: buffer.clone() for name, buffer in module.model.named_buffers()})
 
-    trainer = run.build_trainer(config, HOST, engine, [Look()])
+    trainer = run.build_trainer(config, HOST, engine, world, [Look()])
     trainer.fit(module, datamodule=PretrainData(config, reader, False, Stopwatch()))
     return found
 
@@ -140,14 +142,15 @@ ACTIONS = {"gradients": gradients, "by_autograd": by_autograd, "initial": initia
 def main() -> None:
     run.quiet_libraries()
     torch.set_num_threads(1)
-    for task in json.loads(Path(sys.argv[1]).read_text()):
+    tasks = [(task, *place(load_config(task["config"]))) for task in json.loads(Path(sys.argv[1]).read_text())]
+    meet(tasks[0][2], tasks[0][1], distributed=True)
+    for task, config, world in tasks:
         with planted(task["mutant"]):
-            found = ACTIONS[task["action"]](placed(load_config(task["config"])))
+            found = ACTIONS[task["action"]](config, world)
         if rank() == 0:
             torch.save(found, task["out"])
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.barrier()
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlcm_lightning.checkpoint.folder import Checkpoint, CheckpointError, Manifest
+from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
 from dlcm_lightning.checkpoint.probe import Probe
 from dlcm_lightning.cli import main
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.export import portable
 from dlcm_lightning.export.portable import about, export, load_model, load_state, model_state
 from dlcm_lightning.layout import folders

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dlcm_lightning.checkpoint.folder import CheckpointError
 from dlcm_lightning.config import Config
+from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.layout import folders
 from dlcm_lightning.training.evaluate import evaluate
 from dlcm_lightning.training.run import pretrain

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dlcm_lightning.checkpoint import tensors
-from dlcm_lightning.checkpoint.folder import MANIFEST, Checkpoint, CheckpointError, Manifest, describe_file
+from dlcm_lightning.checkpoint.folder import MANIFEST, Checkpoint, Manifest, describe_file
 from dlcm_lightning.config import Config
+from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.layout import folders
 from dlcm_lightning.training.run import pretrain
 

@@ -20,15 +20,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dlcm_lightning.checkpoint.folder import Checkpoint, CheckpointError, Manifest
+from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
 from dlcm_lightning.checkpoint.tensors import file_name
 from dlcm_lightning.compose import load_config, save_config
 from dlcm_lightning.config import Config, ConfigError, DataConfig
-from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.errors import CheckpointError, DataError, RunError, Stopped
 from dlcm_lightning.layout import STOP, folders
-from dlcm_lightning.training.callbacks.checkpoint import Stopped
 from dlcm_lightning.training.callbacks.metrics import TIMED
-from dlcm_lightning.training.directory import RunError, claimed
+from dlcm_lightning.training.directory import RunLock
 from dlcm_lightning.training.report import Report
 from dlcm_lightning.training.run import pretrain
 
@@ -299,15 +298,17 @@ def test_the_folder_of_the_shards_may_move_between_two_lives(
 
 
 def test_two_jobs_on_one_directory_are_told_apart(run_config: Config) -> None:
-    with claimed(run_folder(run_config)), pytest.raises(RunError, match="in use by a running job"):
-        pretrain(run_config, quiet)
+    with RunLock(run_folder(run_config)) as lock:
+        lock.acquire()
+        with pytest.raises(RunError, match="in use by a running job"):
+            pretrain(run_config, quiet)
 
 
 def test_a_stop_file_keeps_a_run_from_going_on_until_it_is_removed(run_config: Config) -> None:
     stop = run_folder(run_config) / STOP
     stop.parent.mkdir(parents=True)
     stop.touch()
-    with pytest.raises(Stopped, match=f"{STOP} is there: nothing was done behind step 0 of 12"):
+    with pytest.raises(Stopped, match=f"{STOP} is there: nothing was done after step 0 of 12"):
         pretrain(run_config, quiet)
     stop.unlink()
     pretrain(run_config, quiet)

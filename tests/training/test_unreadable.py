@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dlcm_lightning.config import Config, ConfigError, SourceConfig, WeightChange
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.errors import DataError
 from dlcm_lightning.layout import folders
 from dlcm_lightning.training.run import pretrain
 from tests.synthetic import VOCABULARY

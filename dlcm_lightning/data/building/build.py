@@ -22,9 +22,9 @@ from dlcm_lightning.data.building.plan import PLAN, TASK_BYTES, Input, Plan, lis
 from dlcm_lightning.data.building.recipe import Recipe
 from dlcm_lightning.data.building.tasks import Task
 from dlcm_lightning.data.building.writer import BLOCK_TOKENS, SHARD_BYTES
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.durable import sha256_of
+from dlcm_lightning.errors import DataError
 
 BLOCKS_PER_SHARD = 16
 """At the least, where shards are small."""

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from dlcm_lightning.data.building.plan import Plan
 from dlcm_lightning.data.building.tasks import Task
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import DataError
 
 REPORT_SECONDS = 0.25
 """A worker tells of its progress no more often."""

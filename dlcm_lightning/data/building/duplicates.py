@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.errors import DataError
 
 CHUNK_DOCUMENTS = 2**23
 RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<i8")])

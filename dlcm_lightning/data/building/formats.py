@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.errors import DataError
 
 Advance = Callable[[int], None]
 """Told how many bytes of the input file were consumed."""

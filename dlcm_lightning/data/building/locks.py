@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.errors import DataError
 
 
 @contextmanager

@@ -31,9 +31,9 @@ from dlcm_lightning.data.building.duplicates import CHUNK_DOCUMENTS, Marks, find
 from dlcm_lightning.data.building.locks import exclusive
 from dlcm_lightning.data.building.plan import PLAN, Plan
 from dlcm_lightning.data.building.writer import finish_split, finished_shards
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import MANIFEST, Manifest, ShardEntry, parse_manifest, sidecar
 from dlcm_lightning.durable import flush, write_atomically
+from dlcm_lightning.errors import DataError
 
 TASKS = "tasks"
 LISTED = 20

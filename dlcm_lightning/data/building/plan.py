@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.durable import write_atomically
+from dlcm_lightning.errors import DataError
 
 PLAN = "recipe.json"
 FORMAT = 1

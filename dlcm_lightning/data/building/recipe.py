@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.durable import sha256_of
+from dlcm_lightning.errors import DataError
 
 DOWNLOADS = Path("data/downloads")
 FETCH_SECONDS = 180

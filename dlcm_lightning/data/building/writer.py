@@ -25,7 +25,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import (
     INDEX_COLUMNS,
     WIDTHS,
@@ -37,6 +36,7 @@ from dlcm_lightning.data.manifest import (
     write_manifest,
 )
 from dlcm_lightning.durable import flush, write_atomically
+from dlcm_lightning.errors import DataError
 
 SHARD_BYTES = 256 * 1024**2
 BLOCK_TOKENS = 256 * 1024

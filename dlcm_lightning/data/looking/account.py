@@ -8,11 +8,11 @@ from fractions import Fraction
 from tqdm import tqdm
 
 from dlcm_lightning.data.building.documents import SPLITS, clean, digest
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.looking.audit import Audit, Consumed
 from dlcm_lightning.data.looking.lookup import Place, at_number, streams_of, with_md5
 from dlcm_lightning.data.looking.table import harmless, percent, table
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import DataError
 
 MOST_LINES = 40
 

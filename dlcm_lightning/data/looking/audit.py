@@ -27,12 +27,12 @@ import numpy as np
 
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.looking.lookup import Place, streams_of
 from dlcm_lightning.data.looking.position import samples_of
 from dlcm_lightning.data.looking.weights import promised
 from dlcm_lightning.data.mixture import Mixture, Stretch
 from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.errors import DataError
 
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
 

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.building.documents import SPLITS
 from dlcm_lightning.data.building.plan import PLAN
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.looking.lookup import hashes
 from dlcm_lightning.data.looking.table import harmless
 from dlcm_lightning.data.manifest import MANIFEST, Shards, sidecar
@@ -28,6 +27,7 @@ from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.store import Store, store_at
 from dlcm_lightning.data.tokenizer import TOKENIZER, Tokenizer
 from dlcm_lightning.data.verify import verify_shard
+from dlcm_lightning.errors import DataError
 
 LISTED = 5
 """Files named of those that no manifest lists."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dlcm_lightning.data.building.writer import IDENTITY_BYTES
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import sidecar
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.source import REBUILD, Source
+from dlcm_lightning.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from dlcm_lightning.config import Config
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.looking.lookup import at_number, streams_of
 from dlcm_lightning.data.looking.position import planned
 from dlcm_lightning.data.looking.table import folded, harmless, percent, table
@@ -18,6 +17,7 @@ from dlcm_lightning.data.looking.weights import held
 from dlcm_lightning.data.reader import Reader, corpus_folder
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import DataError
 
 LINES, COLUMNS = 12, 116
 """Of a document, at most."""

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dlcm_lightning.cluster.processes import first_process
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.ngram import Floor, floors
 from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.errors import DataError
 from dlcm_lightning.model.mup import tagged_parameters
-from dlcm_lightning.training import machine
+from dlcm_lightning.ops.collectives import rank
 from dlcm_lightning.training.callbacks.metrics import Metrics
 from dlcm_lightning.training.datamodule import PretrainData
+from dlcm_lightning.training.device import describe_hardware
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.report import Report, speed, summary
@@ -40,7 +40,7 @@ class Conclude(Callback):
         rate = (self.rate_before + self._rate()) / 2
         tokens = config.total_steps * config.data.tokens_per_step
         self.outcome = Report(
-            steps=config.total_steps, tokens=tokens, hardware=machine.describe(config.train, module.device),
+            steps=config.total_steps, tokens=tokens, hardware=describe_hardware(config.train, module.device),
             precision=str(model.compute_dtype).removeprefix("torch."), attention=model.backend,
             parameters=sum(owner.shape.numel() for _, owner in tagged_parameters(model)), validation=validation,
             floors=self._floors(self.data.reader) if trainer.is_global_zero else [],
@@ -54,7 +54,7 @@ class Conclude(Callback):
 
     def _rate(self) -> float:
         """Of one process while the others wait, or they would take each other's time."""
-        return self.rate() if first_process() else math.inf
+        return self.rate() if rank() == 0 else math.inf
 
     def _floors(self, reader: Reader) -> list[Floor]:
         """None where shards that the floors count are damaged: the model is trained all the same."""

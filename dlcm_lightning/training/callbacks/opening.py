@@ -17,7 +17,7 @@ from dlcm_lightning.compose import save_config
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.layout import CONFIG_FILE, TOKENIZER_FILE
-from dlcm_lightning.ops.collectives import Hosts
+from dlcm_lightning.ops.collectives import ControlGroup
 from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
 from dlcm_lightning.training.callbacks.metrics import MetricsWriter
 from dlcm_lightning.training.datamodule import PretrainData
@@ -30,14 +30,14 @@ class OpenRun(Callback):
     """Restores, and prepares the directory for the steps to come."""
 
     def __init__(self, run: Path, identity: Identity, reader: Reader, data: PretrainData, writer: MetricsWriter,
-                 checkpoints: Checkpoints, report: Callable[[str], None]) -> None:
-        self.run, self.identity, self.reader, self.data = run, identity, reader, data
+                 checkpoints: Checkpoints, group: ControlGroup, report: Callable[[str], None]) -> None:
+        self.run, self.identity, self.reader, self.data, self.group = run, identity, reader, data, group
         self.writer, self.checkpoints, self.report = writer, checkpoints, report
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, PretrainModule)
-        config, hosts = module.config, Hosts()
-        persistence = Persistence(self.run, self.identity, Probe(Tokenizer.load(self.reader.store)), hosts)
+        config = module.config
+        persistence = Persistence(self.run, self.identity, Probe(Tokenizer.load(self.reader.store)), self.group)
         self.checkpoints.take(persistence)
         checkpoint = persistence.newest(self.report)
         step = 0
@@ -48,12 +48,12 @@ class OpenRun(Callback):
                 check_same_run(newest, config, self.identity.precision)
                 check_same_data(newest, self.identity, config.data.root)
 
-            hosts.first(check)
+            self.group.on_rank_zero(check)
             persistence.restore(checkpoint, trainer, module)
             step = checkpoint.step
             self.report(f"continuing {self.run} at step {step} of {config.total_steps}")
         self.data.first_step = step
-        hosts.first(lambda: self._prepare(module, step))
+        self.group.on_rank_zero(lambda: self._prepare(module, step))
 
     def _prepare(self, module: PretrainModule, step: int) -> None:
         config = module.config

@@ -1,4 +1,4 @@
-"""From `train.strategy` to an engine, and from whoever started the processes to Lightning's name for it."""
+"""From `train.strategy` to an engine, and a run's processes in Lightning's words."""
 
 from __future__ import annotations
 
@@ -7,35 +7,70 @@ import importlib.util
 
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from dlcm_lightning.cluster.placement import launched
+from dlcm_lightning.cluster.world import World
 from dlcm_lightning.config import ConfigError, TrainConfig
 from dlcm_lightning.training.strategies.engine import Engine
 from dlcm_lightning.training.strategies.replicated import OneProcess, Replicated
 from dlcm_lightning.training.strategies.sharded import Sharded
 
 
+def needs_group(train: TrainConfig) -> bool:
+    """Whether an engine needs a process group even for one process."""
+    return train.strategy != "ddp"
+
+
 def choose_engine(train: TrainConfig, where: torch.device) -> Engine:
     """A Lightning strategy. ConfigError: ZeRO without deepspeed."""
     if train.strategy == "ddp":
-        return OneProcess(where) if train.ranks == 1 else Replicated()
+        return OneProcess(where) if train.ranks == 1 else Replicated(where)
     if train.strategy == "fsdp2":
-        return Sharded(train.ranks)
+        return Sharded(train.ranks, where)
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"train.strategy = {train.strategy!r}: needs DeepSpeed, which is not installed; "
                           "pip install 'dlcm-lightning[deepspeed]', or choose ddp or fsdp2")
     zero = importlib.import_module("dlcm_lightning.training.strategies.zero")
-    engine: Engine = zero.Zero(int(train.strategy[-1]), train.offload, where.type == "cuda")
+    engine: Engine = zero.Zero(int(train.strategy[-1]), train.offload, where)
     return engine
 
 
-def choose_environment() -> ClusterEnvironment:
-    """Lightning's own guess takes some processes that SLURM did not start for its own; and it must not requeue the job,
-    which it does inside a signal handler."""
-    start = launched()
-    if start is None:
-        return LightningEnvironment()
-    return SLURMEnvironment(auto_requeue=False) if start.by == "srun" else TorchElasticEnvironment()
+class RunEnvironment(ClusterEnvironment):
+    """What Lightning asks of who started the processes. They have met before it is asked, so it starts none, finds none
+    and requeues no job: its own guesses take some processes that SLURM did not start for SLURM's."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return self.world.address
+
+    @property
+    def main_port(self) -> int:
+        return self.world.port
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self.world.size
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return self.world.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    def local_rank(self) -> int:
+        return self.world.local_rank or 0
+
+    def node_rank(self) -> int:
+        return self.world.node if self.world.node is not None else self.world.rank // (self.world.local_size or 1)

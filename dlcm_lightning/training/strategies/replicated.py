@@ -44,9 +44,13 @@ class OneProcess(SingleDeviceStrategy, TorchEngine):
 class Replicated(DDPStrategy, TorchEngine):
     """DDP. Buffers are functions of sums over all ranks, hence equal already and not broadcast."""
 
-    def __init__(self) -> None:
-        self._clipping = Clipping()
+    def __init__(self, device: torch.device) -> None:
+        self._clipping, self._device = Clipping(), device
         super().__init__(precision_plugin=self._clipping, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    @property
+    def root_device(self) -> torch.device:
+        return self._device
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)

@@ -24,10 +24,15 @@ from dlcm_lightning.training.strategies.precision import Clipping
 class Sharded(ModelParallelStrategy, TorchEngine):
     """A unit of gathering is a block of a stack; what is outside the blocks is gathered for the whole forward."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, device: torch.device) -> None:
         super().__init__(data_parallel_size=ranks, tensor_parallel_size=1)
+        self._device = device
         self.precision_plugin = self._clipping = Clipping()
         self._root: FSDPModule | None = None
+
+    @property
+    def root_device(self) -> torch.device:
+        return self._device
 
     def construct(self, assemble: Callable[[], LanguageModel], fill: Fill) -> LanguageModel:
         with torch.device("meta"):

@@ -26,10 +26,11 @@ from torch import Tensor, nn, zeros
 
 from dlcm_lightning.model.dlcm import LanguageModel
 from dlcm_lightning.ops.collectives import all_reduce_sum
+from dlcm_lightning.training.device import on_gpu
 from dlcm_lightning.training.module import whole_model
 from dlcm_lightning.training.strategies.engine import Engine, Fill, Moment, begin_adamw
 
-if not torch.cuda.is_available():
+if not on_gpu():
     os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
 
 import deepspeed
@@ -84,14 +85,16 @@ def _place(parameter: nn.Parameter, value: Tensor) -> None:
 class Zero(DeepSpeedStrategy, Engine):
     """Stages 1, 2 and 3."""
 
-    def __init__(self, stage: int, offload: bool, on_gpu: bool) -> None:
+    def __init__(self, stage: int, offload: bool, device: torch.device) -> None:
         """offload (stage 3): parameters, gradients and moments stay in the host's memory."""
+        self._on_gpu = device.type == "cuda"
+        self._device = device if self._on_gpu else torch.device("cpu", 0)  # DeepSpeed asks for an index
         zero: dict[str, Any] = {
-            "stage": stage, "overlap_comm": on_gpu, "contiguous_gradients": True, "reduce_scatter": True,
+            "stage": stage, "overlap_comm": self._on_gpu, "contiguous_gradients": True, "reduce_scatter": True,
             "reduce_bucket_size": BUCKET_ELEMENTS, "allgather_bucket_size": BUCKET_ELEMENTS,
         }
         if offload:
-            where = {"device": "cpu", "pin_memory": on_gpu}
+            where = {"device": "cpu", "pin_memory": self._on_gpu}
             zero |= {"offload_optimizer": where, "offload_param": where}
         super().__init__(
             config={
@@ -101,7 +104,7 @@ class Zero(DeepSpeedStrategy, Engine):
             logging_level=logging.WARNING,
         )
         self.precision_plugin = self._precision = ZeroPrecision()
-        self.stage, self._on_gpu = stage, on_gpu
+        self.stage = stage
 
     @property
     def gradient_norm(self) -> Tensor:
@@ -109,8 +112,7 @@ class Zero(DeepSpeedStrategy, Engine):
 
     @property
     def root_device(self) -> torch.device:
-        device = super().root_device
-        return device if self._on_gpu else torch.device("cpu", 0)  # DeepSpeed asks for an index
+        return self._device
 
     def setup_environment(self) -> None:
         if self._on_gpu:
@@ -120,10 +122,9 @@ class Zero(DeepSpeedStrategy, Engine):
             self.setup_distributed()
 
     def setup_distributed(self) -> None:
-        if self._on_gpu:
-            super().setup_distributed()
-            return
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        """Without Lightning's look at the indices of devices, which takes them for those of all processes."""
+        if not self._on_gpu:
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()

@@ -17,8 +17,8 @@ from dlcm_lightning.data.building.documents import SPLITS
 from dlcm_lightning.data.building.merge import Built, merge
 from dlcm_lightning.data.building.plan import Plan, list_inputs
 from dlcm_lightning.data.building.recipe import Recipe
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import DataError
 from tests.data.building.sources import RECIPE, run, say_nothing, sums
 from tests.synthetic import make_texts
 

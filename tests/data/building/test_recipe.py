@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dlcm_lightning.data.building.recipe import Recipe, load_recipe
-from dlcm_lightning.data.errors import DataError
+from dlcm_lightning.errors import DataError
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "data" / "sources").glob("*.yaml"))

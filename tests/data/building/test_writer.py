@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from dlcm_lightning.data.building.writer import ShardWriter, finished_shards
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.manifest import build_index, parse_manifest
 from dlcm_lightning.durable import sha256_of
+from dlcm_lightning.errors import DataError
 from tests.synthetic import write_split
 
 DOCUMENTS = [np.arange(length) for length in (1, 30, 7, 64, 2, 2, 90, 11, 5, 40, 33, 3)]

@@ -22,13 +22,13 @@ from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config, DataConfig, ModelConfig, OptimConfig, SourceConfig, WeightChange
 from dlcm_lightning.data.building.build import tokenize_documents
 from dlcm_lightning.data.building.documents import digest
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.looking.account import find_md5, find_number, find_text
 from dlcm_lightning.data.looking.audit import Audit, open_audit
 from dlcm_lightning.data.looking.lookup import streams_of
 from dlcm_lightning.data.looking.weights import held
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import DataError
 from tests.checkpoints import leave_checkpoint
 from tests.synthetic import VOCABULARY, make_texts
 

@@ -13,9 +13,9 @@ from dlcm_lightning.cli import main
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config, DataConfig, ModelConfig, OptimConfig, SourceConfig
 from dlcm_lightning.data.building.build import tokenize_documents
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.looking.inventory import Found, verify_folder, verify_run
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import DataError
 from tests.synthetic import VOCABULARY, make_texts
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from dlcm_lightning.data.building.build import tokenize_documents
 from dlcm_lightning.data.building.documents import digest
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.looking.lookup import at_number, hashes, with_md5
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import DataError
 from tests.synthetic import make_texts
 
 TEXTS = make_texts("english", 120, seed=4)

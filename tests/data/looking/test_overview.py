@@ -15,10 +15,10 @@ from dlcm_lightning.cli import main
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config, DataConfig, ModelConfig, OptimConfig, SourceConfig, WeightChange
 from dlcm_lightning.data.building.build import tokenize_documents
-from dlcm_lightning.data.errors import DataError
 from dlcm_lightning.data.looking.overview import documents, open_run, overview, plan
 from dlcm_lightning.data.manifest import Shards, parse_manifest, write_manifest
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import DataError
 from tests.synthetic import VOCABULARY, make_texts
 
 HOSTILE = "quiet\x1b[2J\x1b]0;owned\x07\u202etxt\x9b31m\n| all whole\r\tthe end"
