@@ -6,6 +6,14 @@ CONFIG ?= configs/run/quickstart.yaml
 RUNS ?= runs
 ARGS ?=
 
+# make takes `name=x` on its command line for a variable of its own, and would ignore it.
+KNOWN := PYTHON VENV CONFIG RUNS ARGS MAKEFLAGS SHELL
+GIVEN := $(foreach _one,$(.VARIABLES),$(if $(filter command line,$(origin $(_one))),$(_one)))
+ifneq ($(filter-out $(KNOWN),$(GIVEN)),)
+$(error $(foreach _one,$(filter-out $(KNOWN),$(GIVEN)),$(_one)=$($(_one)): make has no such variable. \
+    A field of the run is written ARGS="$(_one)=$($(_one))";) the variables are PYTHON, VENV, CONFIG, RUNS, ARGS)
+endif
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -41,8 +49,8 @@ $(STAMP): pyproject.toml constraints.txt
 INTERACTIVE_STEP := 4294967290
 pretrain: $(STAMP)
 	@if [ -n "$$SLURM_JOB_ID" ] && [ "$${SLURM_STEP_ID:-$(INTERACTIVE_STEP)}" = $(INTERACTIVE_STEP) ]; then \
-	    DLCM_PYTHON="$(abspath $(BIN)/python)" CONFIG=$(CONFIG) bash slurm/job.sh $(CONFIG) $(ARGS); \
-	else $(BIN)/dlcm pretrain $(CONFIG) $(ARGS); fi
+	    DLCM_PYTHON="$(abspath $(BIN)/python)" CONFIG=$(CONFIG) exec bash slurm/job.sh $(CONFIG) $(ARGS); \
+	else exec $(BIN)/dlcm pretrain $(CONFIG) $(ARGS); fi
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q $(ARGS)
@@ -58,7 +66,7 @@ check: $(STAMP)
 	@$(BIN)/python -m mypy
 
 tensorboard: $(STAMP)
-	@$(BIN)/tensorboard --logdir $(RUNS)
+	@exec $(BIN)/tensorboard --logdir $(RUNS)
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

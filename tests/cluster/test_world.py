@@ -172,7 +172,8 @@ def test_a_process_that_nobody_started_starts_the_others_of_its_node() -> None:
 
 
 @pytest.mark.parametrize(("listed", "first"), [
-    ("n1", "n1"), ("n[1-16]", "n1"), ("gpu[003-010,12],cpu1", "gpu003"), ("a,b[1-2]", "a"), ("r[1-2]n[03-04]x", "r1n03x"),
+    ("n1", "n1"), ("n[1-16]", "n1"), ("gpu[003-010,12],cpu1", "gpu003"), ("a,b[1-2]", "a"),
+    ("r[1-2]n[03-04]x", "r1n03x"),
 ])
 def test_the_first_node_of_a_list_is_rank_zero_s(listed: str, first: str) -> None:
     assert first_of(listed) == first

@@ -8,12 +8,14 @@ through a sum of nothing in front of the first step: from there on the buckets a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dlcm_lightning.model.dlcm import LanguageModel
@@ -46,7 +48,9 @@ class Replicated(DDPStrategy, TorchEngine):
 
     def __init__(self, device: torch.device) -> None:
         self._clipping, self._device = Clipping(), device
-        super().__init__(precision_plugin=self._clipping, broadcast_buffers=False, gradient_as_bucket_view=True)
+        known = inspect.signature(DistributedDataParallel).parameters  # which torch 2.13 renames
+        unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        super().__init__(precision_plugin=self._clipping, gradient_as_bucket_view=True, **{unsynced: False})
 
     @property
     def root_device(self) -> torch.device:
