@@ -60,6 +60,10 @@ class OtherRanks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            if process.returncode not in (0, STOPPED):
+                rank = self._world.rank + 1 + self.processes.index(process)
+                print(f"dlcm: rank {rank}, which this process started, ended with {process.returncode}",
+                      file=sys.stderr, flush=True)
         if self._pipe >= 0:
             os.close(self._pipe)
 
