@@ -28,6 +28,10 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written, or none that can be read."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """One that was read, and is not as it was written. One that cannot be read may be whole."""
+
+
 class RunError(UserError, RuntimeError):
     """A run's directory, or its processes, that cannot be used."""
 

@@ -10,7 +10,8 @@
 All ranks write into a folder with a temporary name and flush what they wrote; when all are done, one describes it and
 renames it as the last act. Whatever moment a kill hits, a folder that is called `step-...` is complete; what a kill
 leaves behind has another name and is swept away at the next start. On resuming, the newest one whose files agree with
-its manifest is taken; a damaged one is named, and the one before it is tried.
+its manifest is taken; a damaged one is named, and the one before it is tried. One that cannot be read, for want of
+permission or because its disk fails, and one of another version are not damaged: they are named and left as they are.
 
 The manifest is read, and the hashes compared, before anything else is opened. Nothing in a checkpoint can run code: it
 is JSON, YAML of plain values, and safetensors.
@@ -29,7 +30,7 @@ from dlcm_lightning.checkpoint.tensors import SUFFIX, Tensors
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.durable import flush, sha256_of, write_atomically
-from dlcm_lightning.errors import CheckpointError
+from dlcm_lightning.errors import CheckpointError, DamagedCheckpoint
 from dlcm_lightning.layout import CHECKPOINTS, UNFINISHED, finished, folders, unfinished
 
 DAMAGED = "damaged-"
@@ -78,23 +79,30 @@ class Manifest:
 
     @staticmethod
     def load(folder: Path) -> Manifest:
-        """CheckpointError: missing, not a manifest, another format."""
+        """DamagedCheckpoint: missing, or not a manifest. CheckpointError: another format, or it cannot be read."""
+        file = folder / MANIFEST
         try:
-            found: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+            found: dict[str, Any] = json.loads(file.read_bytes())
             if found["format"] != FORMAT:
-                raise CheckpointError(f"{folder / MANIFEST}: format {found['format']}, this version reads {FORMAT}")
+                raise CheckpointError(f"{file}: format {found['format']!r}, this version reads {FORMAT}: it was "
+                                      "written by another version, which can go on with it; or choose another name=...")
             known = {one.name: found[one.name] for one in fields(Manifest)}
             return Manifest(**{**known, "identity": Identity(**found["identity"]),
                                "fingerprint": Fingerprint(**found["fingerprint"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error!r}") from error
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{file} is missing") from None
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedCheckpoint(f"{file} is damaged: no manifest ({error!r})") from error
 
     def damages(self, folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-        """What is wrong with every parts-th file from `part` on: readers share the hashing."""
+        """What is wrong with every parts-th file from `part` on: readers share the hashing. CheckpointError: one cannot
+        be read."""
         return [said for name in sorted(self.files)[part::parts] if (said := self.damage(folder / name))]
 
     def damage(self, file: Path) -> str:
-        """What is wrong with one file, or nothing."""
+        """What is wrong with one file, or nothing. CheckpointError: it cannot be read."""
         if file.name not in self.files:
             return f"{file} is not in {MANIFEST}"
         expected = self.files[file.name]
@@ -107,8 +115,13 @@ class Manifest:
         except FileNotFoundError:
             return f"{file} is missing"
         except OSError as error:
-            return f"{file} cannot be read: {error}"
+            raise _unreadable(file, error) from error
         return ""
+
+
+def _unreadable(file: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{file} cannot be read ({error}); nothing is wrong with the checkpoint for all that is "
+                           "known: give this user the permission to read it, or see to the disk")
 
 
 @dataclass(frozen=True)
@@ -137,7 +150,8 @@ class Checkpoint:
 
 
 def open_checkpoint(run: Path, step: int | None) -> Checkpoint:
-    """The newest checkpoint of a run, or that of a step, every byte compared. CheckpointError: none, or damaged."""
+    """The newest checkpoint of a run, or that of a step, every byte compared. CheckpointError: none, damaged, or it
+    cannot be read."""
     if step is not None and not finished(run, step).is_dir():
         kept = ", ".join(str(int(folder.name.rpartition("-")[2])) for folder in folders(run))
         raise CheckpointError(f"{run}: has no checkpoint of step {step}; there are {kept or 'none'}")
@@ -179,16 +193,20 @@ def sweep(run: Path, keep_last: int, keep_every_tokens: int = 0) -> None:
 
 
 def milestones(kept: Iterable[Path], every_tokens: int) -> set[Path]:
-    """The first checkpoint at or behind every multiple of so many tokens."""
+    """The first checkpoint at or behind every multiple of so many tokens, and whatever cannot be asked for them."""
     found: dict[int, Path] = {}
+    unknown = set()
     for folder in kept if every_tokens else ():
         try:
             reached = Manifest.load(folder).tokens // every_tokens
+        except DamagedCheckpoint:
+            continue
         except CheckpointError:
+            unknown.add(folder)
             continue
         if reached:
             found.setdefault(reached, folder)
-    return set(found.values())
+    return {*found.values(), *unknown}
 
 
 def set_aside(damaged: Iterable[Path]) -> None:

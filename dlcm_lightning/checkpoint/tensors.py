@@ -9,6 +9,7 @@ Which file holds what follows from nothing but the files: a checkpoint that four
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -26,11 +27,15 @@ def file_name(writer: int, writers: int) -> str:
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
-    """OSError: a disk that is full or not writable."""
+    """With the permissions that any new file has here: safetensors would let nobody but its writer read it. OSError: a
+    disk that is full or not writable."""
+    path.touch()
+    permissions = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # how it reports the system's errors
         raise OSError(str(error)) from error
+    path.chmod(permissions)
 
 
 def share_out(sizes: dict[str, int], writers: int) -> dict[str, int]:

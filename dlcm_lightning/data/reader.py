@@ -105,6 +105,16 @@ class Reader:
                                ).encode())
         return digest.hexdigest()
 
+    @cached_property
+    def validation_fingerprint(self) -> str:
+        """sha256 of the text that is validated on, and of how it is cut and drawn for."""
+        digest = hashlib.sha256(repr([self.seed, self.config.row_tokens]).encode())
+        for source, stream in zip(self.sources, self._validation, strict=True):
+            shards = stream.manifest.shards
+            digest.update(repr([source.name, source.domain, self._validation_rows(stream), *shards.texts("sha256"),
+                                *shards.texts("skip_sha256")]).encode())
+        return digest.hexdigest()
+
     @property
     def domains(self) -> list[str]:
         """Domains as numbered in `Batch.domains`."""

@@ -135,17 +135,23 @@ def about(folder: str | Path) -> dict[str, Any]:
 def load_model(folder: str | Path, compute_dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel:
     """The model, parameters in fp32 (fp64 to compute in fp64), in evaluation mode.
 
-    CheckpointError: a file is missing or is not as portable.json says.
+    CheckpointError: a file is missing, cannot be read or is not as portable.json says; other tensors than the model's.
     """
     folder = Path(folder)
     try:
         for name, stated in about(folder)["files"].items():
             if sha256_of(folder / name) != stated:
                 raise CheckpointError(f"{folder / name} is damaged: its sha256 differs from {ABOUT}'s")
-    except (OSError, ValueError, KeyError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: not a whole exported model ({error!r}); export it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error}); correct the permissions") from error
     config = load_config(folder / CONFIG).model
     where = torch.device(device)
     model = assemble(config, compute_dtype, choose_backend(config.attention, where, compute_dtype))
-    model.load_state_dict(load_state(folder))
+    try:
+        model.load_state_dict(load_state(folder))
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: its tensors are not those of its model ({' '.join(str(error).split())}); "
+                              "export it again with the version that trained it") from error
     return model.to(where).eval()

@@ -36,10 +36,11 @@ from dlcm_lightning.checkpoint.folder import (
 )
 from dlcm_lightning.checkpoint.probe import Probe, difference
 from dlcm_lightning.compose import save_config
-from dlcm_lightning.errors import CheckpointError
+from dlcm_lightning.errors import CheckpointError, DamagedCheckpoint
 from dlcm_lightning.layout import CHECKPOINTS, folders, unfinished
 from dlcm_lightning.model.mup import tagged_parameters
 from dlcm_lightning.ops.collectives import ControlGroup, broadcast
+from dlcm_lightning.training.device import BY_NAME
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.strategies.engine import MOMENTS, Engine, Moment
 from dlcm_lightning.training.watchers import load_watchers, watchers_state
@@ -133,7 +134,7 @@ class Persistence:
         """The newest undamaged checkpoint, None where there is none at all. Collective.
 
         Each damaged one that it passes over is named and set aside under another name. CheckpointError where all are
-        damaged: starting anew would overwrite them.
+        damaged, since starting anew would overwrite them; and where one cannot be read, since it may be whole.
         """
         found: list[Path] = self.group.on_rank_zero(lambda: folders(self.run))
         damaged: list[Path] = []
@@ -151,11 +152,14 @@ class Persistence:
 
     def _opened(self, folder: Path) -> tuple[Checkpoint | None, str]:
         """A checkpoint that is whole, or what is wrong with it. The hashing is shared by all ranks."""
-        try:
-            manifest = Manifest.load(folder)
-            mine = manifest.damages(folder, self.group.rank, self.group.ranks)
-        except CheckpointError as error:
-            manifest, mine = None, [str(error)]
+        def look() -> tuple[Manifest | None, list[str]]:
+            try:
+                manifest = Manifest.load(folder)
+                return manifest, manifest.damages(folder, self.group.rank, self.group.ranks)
+            except DamagedCheckpoint as error:
+                return None, [str(error)]
+
+        manifest, mine = self.group.on_all(look)
         damages = [one for said in self.group.gather(mine) for one in said]
         return (None, damages[0]) if damages or manifest is None else (Checkpoint(folder, manifest), "")
 
@@ -167,12 +171,7 @@ class Persistence:
         parameters = {name: owner for name, owner in tagged_parameters(module.model)}
         buffers = dict(saved_buffers(module))
         with checkpoint.tensors() as stored:
-            expected = {f"{kind}/{name}" for name in parameters for kind in ("weight", *MOMENTS)}
-            expected |= {f"buffer/{name}" for name in buffers}
-            if differing := sorted(expected ^ {name for name in stored.names() if not name.startswith("callback/")}):
-                raise CheckpointError(f"{checkpoint.folder}: {differing[0]} is in the "
-                                      f"{'model' if differing[0] in expected else 'checkpoint'} only, and "
-                                      f"{len(differing) - 1} more; it belongs to another model")
+            check_names(checkpoint, stored, module)
             engine.begin(checkpoint.step)
             readers = tensors.share_out({name: owner.shape.numel() for name, owner in parameters.items()},
                                         self.group.ranks)
@@ -187,11 +186,7 @@ class Persistence:
             load_watchers(trainer, checkpoint.callbacks,
                           {name: stored.get(f"callback/{name}") for name in stored.names("callback/")})
         set_position(trainer, checkpoint.step, module.config.micro_batches)
-        now = self.probe.fingerprint(module.model, module.device)
-        if said := difference(checkpoint.manifest.fingerprint, now, module.model.compute_dtype):
-            raise CheckpointError(f"{checkpoint.folder} loads but computes something else: {said}. It was written by "
-                                  "other code than this, or this machine computes wrongly; continue with the version "
-                                  "that wrote it, or from an older checkpoint")
+        check_fingerprint(checkpoint, self.probe, module)
 
     def _sent(self, stored: tensors.Tensors, name: str, reader: int, device: torch.device) -> Tensor:
         if self.group.rank == reader:
@@ -200,6 +195,37 @@ class Persistence:
             shape, dtype = stored.shape(name)
             value = torch.empty(shape, dtype=dtype, device=device)
         return broadcast(value, reader)
+
+
+def check_names(checkpoint: Checkpoint, stored: tensors.Tensors, module: PretrainModule) -> None:
+    """CheckpointError: it has tensors that the module lacks, or lacks some that the module has."""
+    expected = {f"{kind}/{name}" for name, _ in tagged_parameters(module.model) for kind in ("weight", *MOMENTS)}
+    expected |= {f"buffer/{name}" for name, _ in saved_buffers(module)}
+    if differing := sorted(expected ^ {name for name in stored.names() if not name.startswith("callback/")}):
+        raise CheckpointError(f"{checkpoint.folder}: {differing[0]} is in the "
+                              f"{'model' if differing[0] in expected else 'checkpoint'} only, and "
+                              f"{len(differing) - 1} more; it belongs to another model")
+
+
+def check_fingerprint(checkpoint: Checkpoint, probe: Probe, module: PretrainModule) -> None:
+    """CheckpointError: the module computes something else than what the checkpoint was taken from. Collective."""
+    now = probe.fingerprint(module.model, module.device)
+    # What was computed in bf16 is compared as roughly as that, in whatever precision it is asked for now.
+    dtypes = (module.model.compute_dtype, BY_NAME[checkpoint.manifest.identity.precision])
+    if said := difference(checkpoint.manifest.fingerprint, now, min(dtypes, key=lambda dtype: dtype.itemsize)):
+        raise CheckpointError(f"{checkpoint.folder} loads but computes something else: {said}. It was written by "
+                              "other code than this, or this machine computes wrongly; continue with the version "
+                              "that wrote it, or from an older checkpoint")
+
+
+def load_weights(checkpoint: Checkpoint, module: PretrainModule) -> None:
+    """Weights and buffers into a module of one process; no moments. CheckpointError: other tensors than it has."""
+    with checkpoint.tensors() as stored, torch.no_grad():
+        check_names(checkpoint, stored, module)
+        for name, owner in tagged_parameters(module.model):
+            owner.weight.copy_(stored.get(f"weight/{name}"))
+        for name, buffer in saved_buffers(module):
+            buffer.copy_(stored.get(f"buffer/{name}"))
 
 
 def saved_buffers(module: PretrainModule) -> Iterator[tuple[str, Tensor]]:

@@ -72,10 +72,13 @@ class Report:
         file = run / FILE
         if not file.is_file():
             return None
-        fields = json.loads(file.read_text())
-        fields["floors"] = [Floor(**floor) for floor in fields["floors"]]
-        fields["speed"] = Speed(**fields["speed"]) if fields["speed"] else None
-        return Report(**fields)
+        try:
+            fields = json.loads(file.read_text())
+            fields["floors"] = [Floor(**floor) for floor in fields["floors"]]
+            fields["speed"] = Speed(**fields["speed"]) if fields["speed"] else None
+            return Report(**fields)
+        except (ValueError, TypeError, KeyError):  # of another version, or edited: the run makes it again
+            return None
 
 
 def validation_table(validation: dict[str, Any], counted: Iterable[Floor]) -> str:

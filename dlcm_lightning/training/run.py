@@ -33,7 +33,7 @@ from dlcm_lightning.cluster.world import World, place
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.building.prepare import prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
-from dlcm_lightning.errors import CheckpointError, RunError
+from dlcm_lightning.errors import DamagedCheckpoint, RunError
 from dlcm_lightning.layout import STOP, folders
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.ops.collectives import ControlGroup
@@ -188,7 +188,7 @@ def _begun(run: Path) -> tuple[Checkpoint | None, Report | None]:
     for folder in reversed(folders(run)):
         try:
             newest = Checkpoint(folder, Manifest.load(folder))
-        except CheckpointError:
+        except DamagedCheckpoint:
             continue
         if not newest.manifest.damage(folder / CONFIG):
             return newest, Report.load(run)

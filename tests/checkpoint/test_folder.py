@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +26,10 @@ from dlcm_lightning.checkpoint.folder import (
     sweep,
 )
 from dlcm_lightning.config import Config, DataConfig, SourceConfig
-from dlcm_lightning.errors import CheckpointError
+from dlcm_lightning.errors import CheckpointError, DamagedCheckpoint
 from dlcm_lightning.layout import CHECKPOINTS, finished, folders, unfinished
 from tests.checkpoints import OTHER, STATE, leave_checkpoint
+from tests.permissions import of_any_user
 
 CONFIGURED = Config(name="x", data=DataConfig(sources=[SourceConfig("a", "d", 1.0)]))
 
@@ -91,18 +94,43 @@ def test_every_damage_is_named_whoever_shares_the_hashing(run: Path, damage: Cal
 def test_a_manifest_that_is_none_is_refused(run: Path, content: str) -> None:
     folder = folders(run)[-1]
     (folder / MANIFEST).write_text(content)
-    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json is damaged"):
         Manifest.load(folder)
     (folder / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json is missing"):
         Manifest.load(folder)
 
 
 def test_another_format_is_refused(run: Path) -> None:
     file = folders(run)[-1] / MANIFEST
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
+    with pytest.raises(CheckpointError, match="format 99, this version reads 2") as refused:
         Manifest.load(file.parent)
+    assert not isinstance(refused.value, DamagedCheckpoint)
+    assert file.parent in milestones(folders(run), 10**9), "what cannot be asked is not removed"
+
+
+def test_what_cannot_be_read_is_not_damaged(run: Path) -> None:
+    folder = folders(run)[-1]
+    manifest = Manifest.load(folder)
+    (folder / STATE).chmod(0)
+    with of_any_user(), pytest.raises(CheckpointError, match=rf"{STATE} cannot be read .*Permission denied") as refused:
+        manifest.damages(folder)
+    assert not isinstance(refused.value, DamagedCheckpoint)
+    (folder / MANIFEST).chmod(0)
+    with of_any_user(), pytest.raises(CheckpointError, match="cannot be read .*Permission denied") as refused:
+        Manifest.load(folder)
+    assert not isinstance(refused.value, DamagedCheckpoint)
+
+
+def test_a_file_of_tensors_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    for mask, mode in ((0o022, 0o644), (0o007, 0o660), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            tensors.write({"weight/a": torch.zeros(2)}, tmp_path / f"{mask}.safetensors")
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / f"{mask}.safetensors").stat().st_mode) == mode
 
 
 def test_what_a_kill_leaves_behind_is_never_taken_and_swept_away(run: Path) -> None:

@@ -184,8 +184,11 @@ def _newest(run: Path) -> tuple[Path, dict[str, Any]]:
             found = json.loads((folder / MANIFEST).read_bytes())
             if isinstance(found["step"], int) and isinstance(found["identity"]["data_fingerprint"], str):
                 return folder, found
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             continue
+        except OSError as error:
+            raise DataError(f"{folder / MANIFEST} cannot be read ({error}); give this user the permission, or see to "
+                            "the disk") from error
     raise DataError(f"{run / 'checkpoints'}: holds no checkpoint, so the run has consumed nothing that would last; "
                     "wait for its first one")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -49,8 +50,9 @@ class Replicated(DDPStrategy, TorchEngine):
     def __init__(self, device: torch.device) -> None:
         self._clipping, self._device = Clipping(), device
         known = inspect.signature(DistributedDataParallel).parameters  # which torch 2.13 renames
-        unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        super().__init__(precision_plugin=self._clipping, gradient_as_bucket_view=True, **{unsynced: False})
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
+        super().__init__(precision_plugin=self._clipping, **options)
 
     @property
     def root_device(self) -> torch.device:
