@@ -21,14 +21,15 @@ import signal
 import subprocess
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 from dlcm_lightning.cluster import slurm
-from dlcm_lightning.cluster.checks import Answer, Verdict, answers_in, judge
+from dlcm_lightning.cluster.checks import Answer, Finding, Verdict, answers_in, judge
+from dlcm_lightning.cluster.exclusions import EXCLUDED, record_exclusions, to_leave_out
 from dlcm_lightning.cluster.heartbeat import HEARTBEATS, Heard, Listener
 from dlcm_lightning.cluster.lives import (
     LIVES,
@@ -41,15 +42,22 @@ from dlcm_lightning.cluster.lives import (
     load_lives,
     save_lives,
 )
-from dlcm_lightning.cluster.snapshot import NAME, POINTERS, describe_life, job_folder, take
+from dlcm_lightning.cluster.snapshot import (
+    NAME,
+    POINTERS,
+    describe_life,
+    job_folder,
+    recorded_options,
+    take,
+)
 from dlcm_lightning.cluster.steps import Steps, job_name
 from dlcm_lightning.cluster.world import allocated
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config, ConfigError
+from dlcm_lightning.errors import NO_PROGRESS, STOPPED, USER_ERROR
 from dlcm_lightning.layout import CONFIG_FILE, LOGS, STOP, newest_step
 
 TOKEN = "token"
-BRAKE_CODE, MISTAKE_CODE, UNFINISHED_CODE = 3, 2, 75
 STACKS_SECONDS = 3.0
 OTHERS_SECONDS = 15.0
 """That the other ranks are given to answer when one has found something wrong."""
@@ -71,14 +79,14 @@ def decide(life: Life, stop: bool, may_go_on: bool, fruitless: int, limit: int) 
     if life.how == "finished":
         return Decision("end", "the run is finished")
     if life.how == "refused":
-        return Decision("end", "a mistake that the next life would meet again", MISTAKE_CODE)
+        return Decision("end", "a mistake that the next life would meet again", USER_ERROR)
     if stop:
         return Decision("end", f"{STOP} is there; remove it and submit again to go on")
     if not may_go_on:
         return Decision("leave", "SLURM has ended this job, and decides")
     if fruitless >= limit:
         return Decision("end", f"{fruitless} lives in a row brought no newer checkpoint than step {life.from_step}; "
-                               f"the last: {life.reason}. When that is mended, submit again", BRAKE_CODE)
+                               f"the last: {life.reason}. When that is mended, submit again", NO_PROGRESS)
     return Decision("again", "goes on from the newest checkpoint")
 
 
@@ -109,6 +117,8 @@ class Job:
     """Of the batch script, for a follow-up job."""
     signals: list[int] = field(default_factory=list)
     """That came, in order."""
+    warned: list[float] = field(default_factory=list)
+    """When SLURM announced the end of the job's time, in seconds since 1970."""
 
     def __post_init__(self) -> None:
         self.id = job_name()
@@ -150,14 +160,15 @@ class Job:
             self.lives.pop()
             self.life = replace(self.lives[-1], from_step=self.life.from_step)
             return self._end(decide(self.life, False, True, before, self.config.job.lives_without_progress))
-        verdict = self._check()
+        verdict, evidence = self._check_twice()
         if verdict.bad_nodes or verdict.mistakes:
             info = self._info()
             if info is not None and info.taken:  # ranks that were ended while they were asked have not answered
                 return self._close("taken", f"SLURM took the job before the first step ({info.state})")
         if verdict.bad_nodes:
             named = "; ".join(f"{node}: {why}" for node, why in verdict.bad_nodes.items())
-            return self._close("unfit", f"bad nodes: {named}", list(verdict.bad_nodes))
+            self._record(lambda: record_exclusions(self.folder, evidence, time.time()))
+            return self._close("unfit", f"bad nodes: {named}")
         if verdict.mistakes:
             first = verdict.mistakes[0]
             # What once went well may go well again.
@@ -167,8 +178,26 @@ class Job:
 
     # One life
 
+    def _check_twice(self) -> tuple[Verdict, dict[str, list[str]]]:
+        """What the ranks say of their nodes before the first step. Nobody is left out for one look: a launch may fail
+        once, and a node may be slow for a moment. Also the evidence against nodes that were bad in both."""
+        verdict = self._check()
+        if not verdict.bad_nodes or self._told_to_leave():
+            return verdict, {}
+        self.say(f"{', '.join(verdict.bad_nodes)}: looked at once more before anybody is left out")
+        again = self._check()
+        if again.mistakes or not again.bad_nodes:
+            return again, {}
+        both = {node: [verdict.bad_nodes[node], why] for node, why in again.bad_nodes.items()
+                if node in verdict.bad_nodes}
+        if not both:  # another one this time: whatever it is, it stays with no node
+            self.say(f"{', '.join(again.bad_nodes)} this time, and no longer {', '.join(verdict.bad_nodes)}")
+            return Verdict(again.rows, {}, [Finding("nodes", False, "another node was bad in each of two looks",
+                                                    "look at srun.txt of this life")]), {}
+        return replace(again, bad_nodes={node: lines[-1] for node, lines in both.items()}), both
+
     def _check(self) -> Verdict:
-        """Asks every rank about its node before the first step."""
+        """Asks every rank about its node."""
         (self.folder_of_life / TOKEN).write_text(secrets.token_hex(8))
         process = self.steps.start("doctor", ["--in-job"], 1, stdout=subprocess.PIPE)
         assert process.stdout is not None
@@ -232,6 +261,8 @@ class Job:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signals.append(number)
+        if number == signal.SIGUSR1:
+            self.warned.append(time.time())
 
     def _told_to_leave(self) -> bool:
         return bool(self.signals)
@@ -271,12 +302,15 @@ class Job:
             self.say(str(error))
             return None
 
-    def _save(self) -> None:
-        """The record; a disk that is full does not end a chain."""
+    def _record(self, write: Callable[[], None]) -> None:
+        """A disk that is full does not end a chain."""
         try:
-            save_lives(self.folder, self.lives)
+            write()
         except OSError as error:
-            self.say(f"{self.folder / LIVES} could not be written: {error}")
+            self.say(f"{self.folder}: a record could not be written: {error}")
+
+    def _save(self) -> None:
+        self._record(lambda: save_lives(self.folder, self.lives))
 
     def _note_end(self, how: How, reason: str) -> None:
         """Recorded at once: this process may not live to say more."""
@@ -284,15 +318,17 @@ class Job:
         self.life.to_step = newest_step(self.run)
         self._save()
 
-    def _close(self, how: How, reason: str, excluded: Sequence[str] = ()) -> int:
+    def _close(self, how: How, reason: str) -> int:
         self.life.how, self.life.reason = how, reason
         self.life.to_step = newest_step(self.run)
         self.life.out_of_time = signal.SIGUSR1 in self.signals
         info, stop = self._info(), (self.run / STOP).exists()
+        if info is not None and self.warned and info.ends is not None:
+            self.life.notice_seconds = max(1.0, info.ends - self.warned[0])
         return self._end(decide(self.life, stop, info is None or info.may_go_on, fruitless_in_a_row(self.lives),
-                                self.config.job.lives_without_progress), excluded)
+                                self.config.job.lives_without_progress))
 
-    def _end(self, decision: Decision, excluded: Sequence[str] = ()) -> int:
+    def _end(self, decision: Decision) -> int:
         self.life.ended = _now()
         self.life.decision = decision.why
         self.lives[-1] = self.life
@@ -300,9 +336,9 @@ class Job:
         self.say(f"{decision.action}: {decision.why}; steps {self.life.from_step} to {self.life.to_step}, see "
                  f"{self.folder / LIVES}")
         self._save()  # before anything is asked of SLURM, which may end this process at once
-        return self._again(excluded) if decision.action == "again" else decision.code
+        return self._again() if decision.action == "again" else decision.code
 
-    def _again(self, excluded: Sequence[str]) -> int:
+    def _again(self) -> int:
         """Asks SLURM for another life."""
         info = self._info()
         if info is not None and not info.may_go_on:
@@ -310,8 +346,9 @@ class Job:
             return 0
         if info is not None and not info.batch:
             self.say("this allocation is not a batch job: the same command continues")
-            return UNFINISHED_CODE
-        before = slurm.left_out(info) if info is not None and excluded else []
+            return STOPPED
+        before = slurm.left_out(info) if info is not None else []
+        wanted = to_leave_out(self.folder, before, hours=self.config.job.exclude_hours)
         try:
             slurm.requeue(self.id)
         except slurm.SlurmError as error:
@@ -320,27 +357,32 @@ class Job:
                 self.say(f"SLURM has ended this job, and decides ({error})")
                 return 0
             self.say(f"not requeued ({error}); another job follows this one")
-            return self._chain(excluded)
-        if excluded:
+            return self._chain(wanted)
+        if info is not None and set(wanted) != set(before):
             try:
-                slurm.exclude(self.id, [*before, *excluded])
-                self.say(f"without {', '.join(excluded)} from now on")
+                slurm.exclude(self.id, wanted)
+                self.say(f"from now on without {', '.join(wanted) or 'no node'}; why: {self.folder / EXCLUDED}")
             except slurm.SlurmError as error:
-                self.say(f"{', '.join(excluded)} could not be left out ({error})")
+                self.say(f"the nodes to leave out could not be named: {', '.join(wanted) or 'none'} ({error})")
         return 0
 
     def _chain(self, excluded: Sequence[str]) -> int:
         try:
             script = self.folder / "script.sh"
             script.write_text(slurm.call("scontrol", "write", "batch_script", self.id, "-"))
-            following = slurm.chain(self.id, script, self.arguments, {NAME: self.folder.name}, excluded, os.getcwd())
+            options = recorded_options(self.folder) or slurm.submitted_options(self.id, slurm.JobInfo.of(self.id))
+            notice = next((one.notice_seconds for one in reversed(self.lives) if one.notice_seconds), None)
+            if notice and not any(option.startswith("--signal") for option in options):
+                options.append(f"--signal=B:USR1@{notice:.0f}")  # as it was, for SLURM does not show it
+            following = slurm.chain(self.id, script, self.arguments, {NAME: self.folder.name}, options, excluded,
+                                    os.getcwd())
             self.say(f"job {following} follows")
             return 0
         except (OSError, slurm.SlurmError) as error:
             self.life.decision = f"no other life could be had: {error}; the same command continues"
             self.say(self.life.decision)
             self._save()
-            return UNFINISHED_CODE
+            return STOPPED
 
 
 def _now() -> str:

@@ -3,9 +3,11 @@ ends, is preempted, or dies, and the next one goes on where it stopped.
 
     <run>/jobs/<id>/                 of one submission; <id> is that of its first job
         code/  config.yaml           the package and the configuration as they were submitted
+        sbatch.json                  options given to sbatch, where they are known
+        excluded.json                nodes that were left out, since when, and the evidence
         lives.json                   every life: when, where, from and to which step, how it ended, what was decided
         life-000/                    of the first
-            environment.txt          variables, those that look secret blanked
+            environment.txt          variables that matter to a run, without passwords; for the owner to read
             packages.txt  nodes.txt
             checks.json              what was found before the first step: checks.py
             heartbeat/rank-00000     see heartbeat.py
@@ -75,6 +77,9 @@ class Life:
     decision: str = ""
     out_of_time: bool = False
     """Whether the time of the job was over: one that is shorter than a start and a step never gets anywhere."""
+
+    notice_seconds: float | None = None
+    """Between SLURM's announcement of the end of the job's time and that end, where there was one."""
 
     @property
     def fruitless(self) -> bool:

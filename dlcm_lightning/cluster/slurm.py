@@ -50,6 +50,27 @@ def call(*command: str, patience: float = PATIENCE_SECONDS) -> str:
         time.sleep(RETRY_SECONDS)
 
 
+WHOLE_LINES = ("Command", "WorkDir", "StdErr", "StdIn", "StdOut", "Comment", "AdminComment", "SystemComment")
+"""What `scontrol show job` gives a line of its own, since it may hold blanks. So may a job's name, which ends its line.
+"""
+
+
+def fields_of(shown: str) -> dict[str, str]:
+    """Of the first job that `scontrol show job` shows, a field or several a line."""
+    found: dict[str, str] = {}
+    for line in shown.strip().partition("\n\n")[0].splitlines():
+        name, _, value = line.strip().partition("=")
+        if name in WHOLE_LINES:
+            found.setdefault(name, value)
+            continue
+        words, named, job_name = line.partition(" JobName=")
+        for name, value in re.findall(r"(\S+?)=(\S*)", words):
+            found.setdefault(name, value)
+        if named:
+            found.setdefault("JobName", job_name)
+    return found
+
+
 @dataclass(frozen=True)
 class JobInfo:
     """`scontrol show job`."""
@@ -58,8 +79,7 @@ class JobInfo:
 
     @staticmethod
     def of(job: str) -> JobInfo:
-        shown = call("scontrol", "show", "job", "--oneliner", job)
-        return JobInfo(dict(re.findall(r"(\S+?)=(\S*)", shown)))
+        return JobInfo(fields_of(call("scontrol", "show", "job", job)))
 
     @property
     def may_go_on(self) -> bool:
@@ -78,6 +98,14 @@ class JobInfo:
         return not self.may_go_on or (preempted != "None" and preempted >= self.fields.get("StartTime", ""))
 
     @property
+    def ends(self) -> float | None:
+        """When its time is over, in seconds since 1970; None where it has no limit."""
+        try:
+            return time.mktime(time.strptime(self.fields.get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
+        except ValueError:
+            return None
+
+    @property
     def state(self) -> str:
         return f"{self.fields.get('JobState', '?')}, reason {self.fields.get('Reason', '?')}"
 
@@ -94,7 +122,8 @@ def left_out(info: JobInfo) -> list[str]:
 
 
 def exclude(job: str, nodes: Iterable[str]) -> None:
-    """A job that waits will do without these nodes, and no others; a running one keeps what it has."""
+    """A job that waits will do without these nodes, and no others (none of them: with all); a running one keeps what it
+    has."""
     call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(dict.fromkeys(nodes))}")
 
 
@@ -102,26 +131,45 @@ def requeue(job: str) -> None:
     call("scontrol", "requeue", job)
 
 
-def chain(job: str, script: Path, arguments: Sequence[str], variables: Mapping[str, str], excluded: Iterable[str],
-          folder: str) -> str:
-    """Submits the same once more, to begin when this job has ended; number of the new job. What was said to sbatch on
-    its command line is read back from this job, as far as SLURM shows it."""
-    info = JobInfo.of(job)
-    found, excluded = info.fields, dict.fromkeys([*left_out(info), *excluded])
-    said = {"--partition": "Partition", "--account": "Account", "--qos": "QOS", "--time": "TimeLimit",
-            "--nodes": "NumNodes", "--job-name": "JobName", "--output": "StdOut", "--reservation": "Reservation",
-            "--constraint": "Features"}
-    options = [f"{option}={found[name]}" for option, name in said.items()
-               if found.get(name, "(null)") not in ("(null)", "")]
-    if gpus := os.environ.get("SLURM_GPUS_PER_NODE", os.environ.get("SLURM_GPUS_ON_NODE")):
-        options.append(f"--gpus-per-node={gpus}")
-    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
-        options.append(f"--array={task}")
-    if excluded:
-        options.append(f"--exclude={','.join(excluded)}")
+SHOWN = {"--partition": "Partition", "--account": "Account", "--qos": "QOS", "--time": "TimeLimit",
+         "--nodes": "NumNodes", "--job-name": "JobName", "--output": "StdOut", "--error": "StdErr",
+         "--reservation": "Reservation", "--constraint": "Features", "--comment": "Comment", "--licenses": "Licenses",
+         "--nice": "Nice"}
+"""Options of sbatch, and where `scontrol show job` shows them."""
+SET = {"--gpus-per-node": ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"), "--mem": ("SLURM_MEM_PER_NODE",),
+       "--mem-per-cpu": ("SLURM_MEM_PER_CPU",), "--mem-per-gpu": ("SLURM_MEM_PER_GPU",),
+       "--cpus-per-task": ("SLURM_CPUS_PER_TASK",), "--hint": ("SLURM_HINT",),
+       "--distribution": ("SLURM_DISTRIBUTION",), "--array": ("SLURM_ARRAY_TASK_ID",)}
+"""Options, and the variables that tell a job of them."""
+HIDDEN = ("--signal", "--open-mode", "--mail-type", "--mail-user", "--tmp", "--switches")
+"""Options that are in neither. The line of submission has them, where SLURM keeps accounts."""
+
+
+def submitted_options(job: str, info: JobInfo, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """What was said to sbatch on its command line or in the script, as far as it can be found out."""
+    options = [f"{option}={value}" for option, name in SHOWN.items()
+               if (value := info.fields.get(name, "")) not in ("", "(null)")
+               and not (name == "StdErr" and value == info.fields.get("StdOut"))]
+    options += [f"{option}={value}" for option, names in SET.items()
+                if (value := next((environment[name] for name in names if environment.get(name)), ""))]
+    if info.fields.get("OverSubscribe") == "NO":
+        options.append("--exclusive")
+    try:
+        line = call("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=SubmitLine",
+                    patience=0)
+    except SlurmError:  # no accounts, or an older SLURM
+        return options
+    return options + [f"{option}={given[1]}" for option in HIDDEN
+                      if (given := re.search(rf"(?:^|\s){option}[= ](\S+)", line))]
+
+
+def chain(job: str, script: Path, arguments: Sequence[str], variables: Mapping[str, str], options: Sequence[str],
+          excluded: Iterable[str], folder: str) -> str:
+    """Submits the same once more, to begin when this job has ended; number of the new job. options: of sbatch."""
+    left = [f"--exclude={','.join(dict.fromkeys(excluded))}"] if excluded else []
     exported = ",".join(["ALL", *(f"{name}={value}" for name, value in variables.items())])
-    return call("sbatch", "--parsable", f"--dependency=afterany:{job}", f"--export={exported}", f"--chdir={folder}",
-                *options, str(script), *arguments).strip().partition(";")[0]
+    return call("sbatch", "--parsable", *options, *left, f"--dependency=afterany:{job}", f"--export={exported}",
+                f"--chdir={folder}", str(script), *arguments).strip().partition(";")[0]
 
 
 def srun(tasks_per_node: int, nodes: int, processors: int, gpus: int) -> list[str]:

@@ -7,6 +7,8 @@ slurm/job.sh are read where they are.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -19,6 +21,7 @@ import dlcm_lightning
 from dlcm_lightning.cluster.slurm import SlurmError, call
 from dlcm_lightning.compose import load_config, save_config
 from dlcm_lightning.config import Config, ConfigError
+from dlcm_lightning.durable import write_atomically
 from dlcm_lightning.layout import CONFIG_FILE, JOBS
 
 NAME = "DLCM_JOB"
@@ -26,7 +29,15 @@ NAME = "DLCM_JOB"
 CODE = "code"
 POINTERS = Path(".jobs")
 """Below the folder of submission: NAME leads to the folder of that job, whichever run it belongs to."""
-SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
+SBATCH = "sbatch.json"
+SECRET = re.compile(r"key|token|secret|passw|credential|auth|jwt|cookie|signature", re.IGNORECASE)
+KEPT = re.compile(
+    r"(SLURM|SBATCH|SRUN|CUDA|NVIDIA|NCCL|GLOO|UCX|FI|OMPI|PMI|PMIX|OMP|MKL|OPENBLAS|KMP|GOMP|TORCH|PYTORCH|TORCHINDUCTOR|"
+    r"TRITON|PYTHON|DLCM|DS|LC|CONDA|XDG|MASTER|GROUP|LOCAL|NODE)_?\w*|PATH|LD_LIBRARY_PATH|LD_PRELOAD|HOME|HOSTNAME|USER|"
+    r"LOGNAME|SHELL|LANG|TZ|TMPDIR|PWD|RANK|WORLD_SIZE|VIRTUAL_ENV|LOADEDMODULES|MODULEPATH|(?i:https?_proxy|no_proxy)")
+"""Names of variables whose values are kept: what libraries, SLURM and this package read."""
+IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+IN_QUERY = re.compile(r"((?:key|token|secret|password|sig|signature|credential)=)[^&\s]+", re.IGNORECASE)
 
 
 def job_folder(config: Config, name: str) -> Path:
@@ -44,14 +55,31 @@ def submit(script: str, config_file: str, overrides: Sequence[str], options: Seq
     wrong configuration, or sbatch refuses."""
     config = load_config(config_file, overrides)
     folder = job_folder(config, time.strftime("%Y%m%d-%H%M%S"))
+    made = [one for one in (folder, *folder.parents, POINTERS) if not one.exists()]
     take(folder, config)
+    write_atomically(folder / SBATCH, (json.dumps({"options": list(options)}, indent=1) + "\n").encode())
     try:
         said = call("sbatch", "--parsable", f"--export=ALL,{NAME}={folder.name}", *options, script, config_file,
                     *overrides)
     except SlurmError as error:
-        shutil.rmtree(folder)
+        _undo(folder, made)
         raise ConfigError(f"{script}: sbatch refuses ({error}); correct its options, or slurm/site.sh") from error
     return said.strip().partition(";")[0]
+
+
+def _undo(folder: Path, made: Iterable[Path]) -> None:
+    """Nothing is left of a submission. made: folders that it found missing."""
+    shutil.rmtree(folder)
+    (POINTERS / folder.name).unlink(missing_ok=True)
+    for one in made:
+        with contextlib.suppress(OSError):  # something else stands in it by now
+            one.rmdir()
+
+
+def recorded_options(folder: Path) -> list[str]:
+    """Those given to sbatch, where the submission was made here; none where it was made by sbatch itself."""
+    file = folder / SBATCH
+    return list(json.loads(file.read_text())["options"]) if file.is_file() else []
 
 
 def take(folder: Path, config: Config) -> None:
@@ -77,12 +105,23 @@ def _take(folder: Path, config: Config) -> None:
 
 
 def describe_life(life: Path, nodes: Iterable[str]) -> None:
-    """Variables, packages and nodes of one life."""
-    variables = {name: "(not shown)" if SECRET.search(name) else value for name, value in os.environ.items()}
-    (life / "environment.txt").write_text(_lines(variables))
+    """Variables, packages and nodes of one life. Variables are for their owner to read; of those that are not known to
+    matter there is the name alone."""
+    variables = {name: harmless_value(name, value) for name, value in os.environ.items()}
+    handle = os.open(life / "environment.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w") as file:
+        os.fchmod(handle, 0o600)  # where it was there before
+        file.write(_lines(variables))
     installed = {one.metadata["Name"]: one.version for one in distributions()}
     (life / "packages.txt").write_text(_lines(installed))
     (life / "nodes.txt").write_text("".join(f"{node}\n" for node in nodes))
+
+
+def harmless_value(name: str, value: str) -> str:
+    """The value of a variable as others may see it."""
+    if not KEPT.fullmatch(name) or SECRET.search(name):
+        return "(not kept)"
+    return IN_QUERY.sub(r"\1***", IN_URL.sub("***", value))
 
 
 def _lines(values: Mapping[str, str]) -> str:

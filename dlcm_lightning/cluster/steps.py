@@ -68,9 +68,8 @@ class Steps:
                 env={**outside, **variables})
 
     def complaints(self) -> list[tuple[str, str]]:
-        """Nodes, and what srun said of tasks that ended badly there."""
-        said = (self.life / SRUN_SAID).read_text(errors="replace")
-        return re.findall(r"^srun: error: (\S+): (tasks? .+)$", said, re.MULTILINE)
+        """Nodes, and what srun said of them."""
+        return complaints_in((self.life / SRUN_SAID).read_text(errors="replace"))
 
     def what_srun_said(self, code: int) -> str:
         """The first complaint."""
@@ -96,6 +95,22 @@ class Steps:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+LAUNCH = re.compile(r"^srun: error: Task launch for \S+ failed on node (\S+): (.+)$", re.MULTILINE)
+TASKS = re.compile(r"^srun: error: (\S+): (tasks? .+)$", re.MULTILINE)
+KILLED = re.compile(r"Killed|Terminated|exit code (?:137|143)\b")
+ABORTED = re.compile(r"Job step aborted|Force Terminated|CANCELLED AT|Application launch failed")
+
+
+def complaints_in(said: str) -> list[tuple[str, str]]:
+    """Nodes and what is wrong with them, by what srun has said. Tasks that could not be launched, and tasks that ended
+    by themselves, speak against their own node. When srun gives a step up because of one node, it kills the tasks of
+    the others: that they were killed speaks against nobody, unless nothing else was said."""
+    launches = [(node, f"launch failed: {what}") for node, what in LAUNCH.findall(said)]
+    ended = [(nodes, what) for nodes, what in TASKS.findall(said) if not KILLED.search(what)]
+    killed = [(nodes, what) for nodes, what in TASKS.findall(said) if KILLED.search(what)]
+    return [*launches, *ended] or ([] if ABORTED.search(said) else killed)
 
 
 def fewest(counts: str) -> int:

@@ -12,6 +12,7 @@ LARGEST_COUNT = 10**18
 """Of anything that is counted: numbers of samples and tokens below it, and their sums, stay in 64 bits."""
 LONGEST_NAME = 128
 SAFE_NAME = re.compile(r"\w[\w.-]*")
+CREDENTIALS = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 
 
 def require(condition: bool, field_name: str, value: object, remedy: str) -> None:
@@ -55,6 +56,8 @@ def local_path(field_name: str, value: str) -> str:
 def path_or_address(field_name: str, value: str) -> str:
     """The same for what may also be an address that fsspec knows."""
     require(bool(value.strip()), field_name, value, "give a path or an address")
+    require(not CREDENTIALS.search(value), field_name, CREDENTIALS.sub("://***@", value),
+            "a password in an address would stand in every file of the run; give it to the store by the environment")
     try:
         return expanded(value)
     except ValueError as error:

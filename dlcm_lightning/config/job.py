@@ -27,6 +27,8 @@ class JobConfig:
     """Longest validation, and longest end of a run: the last validation, the floors, the report."""
     check_minutes: float = 5.0
     """Longest time that all ranks together may take for the checks before the first step."""
+    exclude_hours: float = 24.0
+    """How long a node that was found bad, twice in a row, is left out. 0: as long as this chain of jobs goes on."""
     slowest_share: float = 0.5
     """A node whose matrix products or all-reduce run below this share of the nodes' median is left out; 0 leaves none
     out."""
@@ -36,4 +38,5 @@ class JobConfig:
         for name in ("heartbeat_seconds", "start_minutes", "data_minutes", "step_minutes", "save_minutes",
                      "validate_minutes", "check_minutes"):
             require_positive(f"job.{name}", getattr(self, name), 10**6)
+        require_range("job.exclude_hours", self.exclude_hours, 0, 10**6)
         require(0 <= self.slowest_share < 1, "job.slowest_share", self.slowest_share, "a share lies in [0, 1)")

@@ -118,7 +118,7 @@ def test_what_cannot_be_read_is_not_damaged(run: Path) -> None:
         manifest.damages(folder)
     assert not isinstance(refused.value, DamagedCheckpoint)
     (folder / MANIFEST).chmod(0)
-    with of_any_user(), pytest.raises(CheckpointError, match="cannot be read .*Permission denied") as refused:
+    with of_any_user(), pytest.raises(CheckpointError, match=r"cannot be read .*Permission denied") as refused:
         Manifest.load(folder)
     assert not isinstance(refused.value, DamagedCheckpoint)
 

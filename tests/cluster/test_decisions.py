@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dlcm_lightning.cluster.checks import Answer, Finding, answers_in, judge, room
-from dlcm_lightning.cluster.job import decide
+from dlcm_lightning.cluster.checks import Answer, Finding, Verdict, answers_in, judge, room
+from dlcm_lightning.cluster.exclusions import load_exclusions, record_exclusions, to_leave_out
+from dlcm_lightning.cluster.job import Job, decide
 from dlcm_lightning.cluster.lives import How, Life, Outcome, fruitless_in_a_row, load_lives, save_lives
+from dlcm_lightning.cluster.steps import complaints_in
 from dlcm_lightning.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
 from dlcm_lightning.scaling.memory import kept_bytes
 
@@ -154,3 +156,62 @@ def test_room_counts_the_checkpoints_that_are_there_and_will_be(tmp_path: Path) 
     assert kept_bytes(good) == kept_bytes(config) // 3 * (3 + 1000)
     wrong = replace(config, train=TrainConfig(keep_last=10**9))
     assert not room(wrong, tmp_path).good and "keep_last" in room(wrong, tmp_path).remedy
+
+
+# What srun printed when a node could not launch its tasks after a hang; the other one was well.
+LAUNCH_FAILED = """\
+srun: error: Task launch for StepId=1.0 failed on node n2: Zero Bytes were transmitted or received
+srun: error: Application launch failed: Zero Bytes were transmitted or received
+srun: Job step aborted: Waiting up to 12 seconds for job step to finish.
+slurmstepd: error: *** STEP 1.0 ON n1 CANCELLED AT 2026-01-01T10:00:00 ***
+srun: error: n1: tasks 0-1: Killed
+"""
+
+
+@pytest.mark.parametrize(("said", "blamed"), [
+    (LAUNCH_FAILED, {"n2": "launch failed: Zero Bytes were transmitted or received"}),
+    ("srun: error: n2: tasks 2-3: Exited with exit code 1\nsrun: error: n1: tasks 0-1: Terminated\n",
+     {"n2": "tasks 2-3: Exited with exit code 1"}),
+    ("srun: error: n1: tasks 0-1: Terminated\nsrun: error: n2: task 2: Exited with exit code 137\n"
+     "srun: Job step aborted: Waiting up to 12 seconds for job step to finish.\n", {}),
+    ("srun: error: n2: task 3: Killed\n", {"n2": "task 3: Killed"}),  # as when its memory is full
+    ("srun: error: n[1-2]: tasks 0-3: Exited with exit code 2\n", {"n[1-2]": "tasks 0-3: Exited with exit code 2"}),
+    ("srun: warning: can't honor --ntasks-per-node\n", {}),
+])
+def test_a_node_is_blamed_for_what_is_its_own_and_not_for_what_srun_killed(said: str, blamed: dict[str, str]) -> None:
+    assert dict(complaints_in(said)) == blamed
+
+
+def looked(monkeypatch: pytest.MonkeyPatch, *verdicts: Verdict) -> tuple[Verdict, dict[str, list[str]]]:
+    """What two looks come to; no third one is there."""
+    job, looks = object.__new__(Job), iter(verdicts)
+    job.lives, job.signals = [], []
+    monkeypatch.setattr(Job, "_check", lambda self: next(looks))
+    return job._check_twice()
+
+
+def test_nobody_is_left_out_for_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    good, once, again = Verdict(), Verdict(bad_nodes={"n2": "launch failed"}), Verdict(bad_nodes={"n2": "too slow"})
+    assert looked(monkeypatch, good) == (good, {})
+    assert looked(monkeypatch, once, good) == (good, {})
+    verdict, evidence = looked(monkeypatch, once, again)
+    assert verdict.bad_nodes == {"n2": "too slow"} and evidence == {"n2": ["launch failed", "too slow"]}
+    verdict, evidence = looked(monkeypatch, Verdict(bad_nodes={"n1": "x", "n2": "y"}), again)
+    assert list(verdict.bad_nodes) == ["n2"] and list(evidence) == ["n2"]
+    verdict, evidence = looked(monkeypatch, Verdict(bad_nodes={"n1": "killed"}), again)
+    assert not verdict.bad_nodes and not evidence and verdict.mistakes[0].what == "nodes"
+    refused = Verdict(mistakes=[BAD])
+    assert looked(monkeypatch, once, refused) == (refused, {})
+
+
+def test_a_node_is_left_out_with_its_evidence_until_its_time_is_over(tmp_path: Path) -> None:
+    assert to_leave_out(tmp_path, ["n9"], 0.0, 24) == ["n9"]
+    record_exclusions(tmp_path, {"n2": ["launch failed", "too slow"]}, 1000.0)
+    record_exclusions(tmp_path, {"n3": ["gone", "gone"]}, 1000.0 + 12 * 3600)
+    assert [(one.node, one.evidence) for one in load_exclusions(tmp_path)] == [
+        ("n2", ["launch failed", "too slow"]), ("n3", ["gone", "gone"])]
+    hour = 3600.0
+    assert to_leave_out(tmp_path, ["n9"], 1000 + 13 * hour, 24) == ["n9", "n2", "n3"]
+    assert to_leave_out(tmp_path, ["n9", "n2", "n3"], 1000 + 25 * hour, 24) == ["n9", "n3"]
+    assert to_leave_out(tmp_path, ["n2", "n3"], 1000 + 99 * hour, 24) == []
+    assert to_leave_out(tmp_path, [], 1000 + 9999 * hour, 0) == ["n2", "n3"]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from dlcm_lightning.cluster import slurm
 from dlcm_lightning.cluster.lives import VARIABLE, Outcome, first_crash, recorded
-from dlcm_lightning.cluster.slurm import JobInfo
-from dlcm_lightning.cluster.snapshot import describe_life, job_folder, take
-from dlcm_lightning.compose import load_config
+from dlcm_lightning.cluster.slurm import JobInfo, SlurmError, fields_of, submitted_options
+from dlcm_lightning.cluster.snapshot import describe_life, job_folder, submit, take
+from dlcm_lightning.compose import load_config, save_config
 from dlcm_lightning.config import Config, ConfigError, DataConfig, SourceConfig, TrainConfig
 from dlcm_lightning.errors import Stopped
 
@@ -92,13 +95,110 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_remedy(tmp_path: Path, c
         take(job_folder(config, "7"), config)
 
 
-def test_a_life_is_described_without_its_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("AWS_SECRET_ACCESS_KEY", "abc"), ("HF_TOKEN", "def"), ("NCCL_SOCKET_IFNAME", "ib0")):
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "hush1", "HF_TOKEN": "hush2", "DATABASE_URL": "postgres://u:hush3@db/x", "PGPASS": "hush4",
+    "SLURM_JWT": "hush5", "https_proxy": "http://me:hush6@proxy:3128", "HTTP_PROXY": "http://hush7@proxy",
+    "DLCM_STORE": "https://a/b?sig=hush8&x=1", "MY_OWN_THING": "hush9", "PIP_INDEX_URL": "https://u:hush10@index/simple",
+    "SLACK_WEBHOOK": "https://hooks/hush11", "PYTHONPATH_TOKEN": "hush12",
+}
+
+
+def test_a_life_is_described_without_its_secrets_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                     ) -> None:
+    for name, value in {**SECRETS, "NCCL_SOCKET_IFNAME": "ib0", "SLURM_JOB_ID": "7"}.items():
         monkeypatch.setenv(name, value)
+    file = tmp_path / "environment.txt"
+    file.touch(mode=0o644)
     describe_life(tmp_path, ["n1", "n2"])
-    text = (tmp_path / "environment.txt").read_text()
-    assert "abc" not in text and "def\n" not in text and "NCCL_SOCKET_IFNAME=ib0" in text
+    text = file.read_text()
+    assert "hush" not in text
+    assert "NCCL_SOCKET_IFNAME=ib0\n" in text and "SLURM_JOB_ID=7\n" in text and "PATH=/" in text
+    assert "https_proxy=http://***@proxy:3128\n" in text and "DLCM_STORE=https://a/b?sig=***&x=1\n" in text
+    assert "MY_OWN_THING=(not kept)\n" in text
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert (tmp_path / "nodes.txt").read_text() == "n1\nn2\n"
+
+
+def test_a_password_in_an_address_is_refused_before_it_stands_in_files() -> None:
+    with pytest.raises(ConfigError, match=r"data\.root = .*\*\*\*@host.*a password in an address") as refused:
+        DataConfig(root="https://me:hush@host/x", sources=[SourceConfig("a", "en", 1.0)])
+    assert "hush" not in str(refused.value)
+
+
+def test_a_refused_submission_leaves_nothing_behind(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+                                                    ) -> None:
+    monkeypatch.chdir(tmp_path)
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2; exit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sbatch.parent), prepend=":")
+    save_config(config, tmp_path / "run.yaml")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"sbatch refuses .*invalid partition"):
+            submit("slurm/x.sh", "run.yaml", [], ["--partition=none"])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "run.yaml"]
+        (tmp_path / "runs/run").mkdir(parents=True)  # what was there stays
+        with pytest.raises(ConfigError, match="sbatch refuses"):
+            submit("slurm/x.sh", "run.yaml", [], [])
+        assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["run"]
+        (tmp_path / "runs/run").rmdir()
+        (tmp_path / "runs").rmdir()
+
+
+SHOWN = """\
+JobId=7 ArrayJobId=5 ArrayTaskId=2 JobName=my run JobState=CANCELLED nodes=3
+   UserId=me(1) GroupId=me(1) MCS_label=N/A
+   Priority=1 Nice=5 Account=team QOS=(null)
+   JobState=RUNNING Reason=None Dependency=(null)
+   RunTime=00:00:02 TimeLimit=01:00:00 TimeMin=N/A
+   SubmitTime=2026-01-01T10:00:00 EligibleTime=2026-01-01T10:00:00
+   StartTime=2026-01-01T10:00:01 EndTime=2026-01-01T11:00:01 Deadline=N/A
+   Partition=train AllocNode:Sid=login:1
+   ReqNodeList=(null) ExcNodeList=n[3-4]
+   NumNodes=2 NumCPUs=4 NumTasks=2 CPUs/Task=1
+   Features=(null) OverSubscribe=NO
+   Command=/home/me/my project/slurm/x.sh a=1 b=2
+   WorkDir=/home/me/my project
+   Comment=for Anna, Reason=why not
+   StdErr=/home/me/my project/out 7.txt
+   StdIn=/dev/null
+   StdOut=/home/me/my project/out 7.txt
+
+JobId=8 ArrayJobId=5 ArrayTaskId=3 JobName=other
+   JobState=PENDING
+"""
+
+
+def test_blanks_in_names_and_paths_are_no_ends_of_fields() -> None:
+    fields = fields_of(SHOWN)
+    assert fields["JobName"] == "my run JobState=CANCELLED nodes=3" and fields["JobState"] == "RUNNING"
+    assert fields["StdOut"] == "/home/me/my project/out 7.txt" and fields["WorkDir"] == "/home/me/my project"
+    assert fields["Reason"] == "None" and fields["Comment"] == "for Anna, Reason=why not"
+    assert JobInfo(fields).ends == time.mktime((2026, 1, 1, 11, 0, 1, 0, 0, -1))
+    assert JobInfo({"EndTime": "Unknown"}).ends is None
+
+
+def test_a_follow_up_job_is_given_what_the_first_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"SLURM_MEM_PER_NODE": "5120", "SLURM_GPUS_ON_NODE": "8", "SLURM_ARRAY_TASK_ID": "2"}
+
+    def accounts(*command: str, patience: float = 0) -> str:
+        assert command[0] == "sacct"
+        return "sbatch --mem=5G --signal=B:USR1@50 --job-name my run --mail-type END slurm/x.sh run.yaml\n"
+
+    monkeypatch.setattr(slurm, "call", accounts)
+    options = submitted_options("5_2", JobInfo(fields_of(SHOWN)), environment)
+    assert {"--job-name=my run JobState=CANCELLED nodes=3", "--output=/home/me/my project/out 7.txt", "--account=team",
+            "--partition=train", "--time=01:00:00", "--nodes=2", "--nice=5", "--comment=for Anna, Reason=why not",
+            "--mem=5120", "--gpus-per-node=8", "--array=2", "--exclusive", "--signal=B:USR1@50", "--mail-type=END"
+            } == set(options)
+
+    def no_accounts(*command: str, patience: float = 0) -> str:
+        raise SlurmError("Slurm accounting storage is disabled")
+
+    monkeypatch.setattr(slurm, "call", no_accounts)
+    assert set(options) - set(submitted_options("5_2", JobInfo(fields_of(SHOWN)), environment)) == {
+        "--signal=B:USR1@50", "--mail-type=END"}
 
 
 @pytest.mark.parametrize(("fields", "may_go_on", "taken"), [
