@@ -67,11 +67,22 @@ class Desk:
         return lives
 
     def step(self) -> int:
-        """The last that was logged."""
+        """The last that was logged; a line that is being written does not count."""
         try:
-            return int(json.loads((self.run / "metrics.jsonl").read_text().splitlines()[-1])["step"])
-        except (FileNotFoundError, IndexError, ValueError):
+            lines = (self.run / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
+            return int(json.loads(lines[-1])["step"])
+        except (FileNotFoundError, IndexError):
             return 0
+
+    def trained(self, number: int) -> int:
+        """Steps that life `number` has made, by the signs of life of its first rank."""
+        life = self.lives()[number]
+        folder = next((self.run / "jobs").iterdir())
+        try:
+            heard = json.loads((folder / f"life-{number:03d}/heartbeat/rank-00000").read_text())
+        except FileNotFoundError:
+            return 0
+        return max(0, int(heard["step"]) - int(life["from_step"]))
 
     def until(self, what: str, true: Callable[[], bool], seconds: float = 120.0) -> None:
         """AssertionError, with all that is known: it does not become true."""

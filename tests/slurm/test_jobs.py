@@ -14,6 +14,7 @@ import torch
 
 from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
 from dlcm_lightning.cluster.local import LocalRanks
+from dlcm_lightning.cluster.slurm import fields_of
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.layout import STOP, folders
 from dlcm_lightning.training.verify_resume import lines_of
@@ -26,16 +27,18 @@ ONE = ("--nodes=1", "--gpus-per-node=1", "--time=30", "--signal=B:USR1@50")
 
 
 def trains_on(desk: Desk, behind: int = -1, seconds: float = 150.0) -> int:
-    """Waits until a life behind the one of that number has made some steps; its number."""
-    reached = desk.step()
+    """Waits until a life after the one of that number has made some steps of its own; its number."""
+    found = -1
 
     def trains() -> bool:
+        nonlocal found
         lives = desk.lives()
         assert not lives or lives[-1]["decision"] in GOES_ON, desk.story()
-        return len(lives) > behind + 1 and desk.step() > reached + 2
+        found = len(lives) - 1
+        return found > behind and lives[found]["ended"] is None and desk.trained(found) > 2
 
-    desk.until(f"a life behind {behind} trains", trains, seconds)
-    return len(desk.lives()) - 1
+    desk.until(f"a life after {behind} trains", trains, seconds)
+    return found
 
 
 def test_a_run_that_everything_happens_to_ends_with_the_weights_of_one_left_alone(desk: Desk) -> None:
@@ -133,7 +136,8 @@ def test_a_crash_at_the_same_step_ends_the_chain_with_the_reason(desk: Desk) -> 
 
 
 def test_a_site_that_forbids_requeueing_gets_a_chain_of_jobs(desk: Desk) -> None:
-    first = desk.submit(*ONE, "--no-requeue")
+    given = ("--job-name=my own run", "--mem=3G", "--comment=for Anna", "--output=slurm-my run %j.out")
+    first = desk.submit(*ONE, "--no-requeue", *given)
     trains_on(desk)
     kill(processes(first, 0), signal.SIGKILL)
     trains_on(desk, 0)
@@ -141,6 +145,24 @@ def test_a_site_that_forbids_requeueing_gets_a_chain_of_jobs(desk: Desk) -> None
     assert lives[0]["job"] == first != lives[1]["job"]
     assert lives[1]["from_step"] == lives[0]["to_step"]
     assert len(list((desk.run / "jobs").iterdir())) == 1
+    fields = fields_of(desk.cluster.call("scontrol", "show", "job", lives[1]["job"]))
+    assert (fields["JobName"], fields["MinMemoryNode"], fields["Comment"]) == ("my own run", "3G", "for Anna")
+    assert fields["StdOut"] == str(desk.folder / f"slurm-my run {first}.out")
+
+
+def test_tasks_that_each_see_a_gpu_of_their_own_are_one_run(desk: Desk) -> None:
+    script = desk.folder / "own.sh"
+    script.write_text(f"#!/bin/bash\nsrun --ntasks=2 --gpus-per-task=1 {sys.executable} -m dlcm_lightning pretrain "
+                      "run.yaml\n")
+    job = desk.cluster.call("sbatch", "--parsable", "--nodes=1", "--ntasks=2", "--gpus-per-task=1",
+                            "--output=slurm-own.out", str(script), cwd=desk.folder, DLCM_DEVICE="cpu").strip()
+    desk.until("it trains", lambda: desk.step() > 3)
+    (desk.run / STOP).touch()
+    desk.ended(job)
+    newest = folders(desk.run)[-1]
+    assert len(list(newest.glob("state-*-of-00002.safetensors"))) == 2, desk.output()
+    steps = [line["step"] for line in lines_of(desk.run)]
+    assert steps == list(range(1, len(steps) + 1)), "every step once"
 
 
 def test_one_task_of_an_array_is_requeued_alone(desk: Desk) -> None:
@@ -210,6 +232,6 @@ def test_every_life_leaves_what_it_was(desk: Desk) -> None:
     assert (folder / "nodes.txt").read_text() == "n1\n"
     assert "torch=" in (folder / "packages.txt").read_text()
     variables = (folder / "environment.txt").read_text()
-    assert "SLURM_JOB_ID=" in variables and "SOME_SECRET_KEY=(not shown)" in variables
+    assert "SLURM_JOB_ID=" in variables and "SOME_SECRET_KEY=(not kept)" in variables
     assert (folder.parent / "code/dlcm_lightning/cluster/job.py").is_file()
     assert json.loads((folder.parent / "lives.json").read_text())[0]["from_step"] == 0
