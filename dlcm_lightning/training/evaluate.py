@@ -62,7 +62,7 @@ def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Call
     module.to(where)
     check_fingerprint(checkpoint, Probe(Tokenizer.load(reader.store)), module)
     loader = DataLoader(ValidationBatches(reader), batch_size=None)
-    metrics = metrics_of(validate(module, loader, progress=True), config.data.domains, module.target_ratio)
+    metrics = metrics_of(validate(module, loader, progress=True), config.data.domains, module.boundary)
     counted = _floors(reader, report)
     report(validation_table(metrics, counted))
     question = {"overrides": asked, "precision": str(dtype).removeprefix("torch."), "attention": backend,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from dlcm_lightning.config import BoundaryConfig
 from dlcm_lightning.training.objective import COLUMNS, Tally, rate_loss
 
 
@@ -32,18 +33,22 @@ def _describe(sums: list[float], segmented: bool) -> dict[str, float]:
     return metrics
 
 
-def metrics_of(tally: Tally, domains: list[str], ratio: float | None) -> dict[str, Any]:
+def metrics_of(tally: Tally, domains: list[str], boundary: BoundaryConfig | None) -> dict[str, Any]:
     """Numbers of all domains together, and under "domains" of each that has tokens.
 
     loss in nats per target, bits_per_byte, F and G, R_sampled and R_thresholded in tokens per concept, p_sd,
-    p_near_half, the share of tokens with |p - 1/2| < 0.05, and concept_imbalance, the most concepts of a rank over the
-    mean of all, averaged over steps. ratio: the target R, None for a dense model, which has none of the latter.
+    p_near_half, the share of tokens with |p - 1/2| < 0.05, concept_imbalance, the most concepts of a rank over the
+    mean of all, averaged over steps, and rate_loss by the formula that is optimised: of the whole batch, or the mean of
+    the documents'. Forms without one (rule, fixed) have none. boundary: None for a dense model, which has none of this.
     """
     sums = tally.domains.cpu()
-    segmented = ratio is not None
+    segmented = boundary is not None
     metrics: dict[str, Any] = _describe(sums.sum(0).tolist(), segmented)
-    if ratio is not None:
-        metrics["rate_loss"] = rate_loss(tally.rate, tally.mean_probability, ratio).item()
+    if boundary is not None:
+        if boundary.learned and boundary.rate_scope == "global":
+            metrics["rate_loss"] = rate_loss(tally.rate, tally.mean_probability, boundary.target_ratio).item()
+        elif boundary.learned:
+            metrics["rate_loss"] = _ratio(tally.scalar("document_rate_loss").item(), tally.scalar("documents").item())
         metrics["concept_imbalance"] = _ratio(tally.scalar("imbalance").item(), tally.scalar("steps").item())
     metrics["domains"] = {
         domain: _describe(row, segmented)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dlcm_lightning.batch import Batch
-from dlcm_lightning.config import Config
+from dlcm_lightning.config import BoundaryConfig, Config
 from dlcm_lightning.model import mup
 from dlcm_lightning.model.dlcm import DLCM, LanguageModel, Output, assemble
 from dlcm_lightning.ops.collectives import all_reduce_sum, world_size
@@ -102,9 +102,9 @@ class PretrainModule(LightningModule):
         return self.previous_counts.device
 
     @property
-    def target_ratio(self) -> float | None:
-        """R; None for a dense model."""
-        return self.config.model.boundary.target_ratio if self.config.model.kind == "dlcm" else None
+    def boundary(self) -> BoundaryConfig | None:
+        """None for a dense model."""
+        return self.config.model.boundary if self.config.model.kind == "dlcm" else None
 
     @property
     def consumed_tokens(self) -> int:

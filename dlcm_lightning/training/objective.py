@@ -34,11 +34,13 @@ from dlcm_lightning.ops.collectives import all_reduce_sum, rank, world_size
 
 COLUMNS = ("tokens", "sampled", "thresholded", "p", "p_squared", "near_half", "nll", "targets", "bytes")
 """What is summed per domain. near_half counts |p - 1/2| < 0.05; nll is in nats."""
-SCALARS = ("squared_lengths", "concepts", "samples", "noise", "unreadable", "steps", "imbalance")
+SCALARS = ("squared_lengths", "concepts", "samples", "noise", "unreadable", "steps", "imbalance", "documents",
+           "document_rate_loss")
 """What is summed once. squared_lengths: of documents, which attention's cost follows. concepts: fillers included, they
 are work too. samples, noise: digests of which rows these are and of what their noise is a function of, the same for
 every split and order. unreadable: rows. Of whole steps only: their number, and the sum over them of the most concepts
-that a rank had over the mean, this model's own straggler."""
+that a rank had over the mean, this model's own straggler. documents, document_rate_loss: pieces, and the sum of the
+rate losses of each, where the loss is taken by document."""
 COUNTS = ("targets", "tokens", "documents")
 """Of a whole step over all ranks, filler rows left out."""
 NEAR_HALF = 0.05
@@ -140,6 +142,7 @@ def measure(
         scalars[SCALARS.index("concepts")] = len(output.concepts)
     scalars[SCALARS.index("samples")] = digest(batch.samples, batch.samples >= 0)
     scalars[SCALARS.index("noise")] = digest(batch.noise_keys, batch.samples >= 0)
+    scalars[SCALARS.index("documents")] = real.sum()
     features = torch.zeros(0, dtype=torch.float64, device=device)
     if output.segmentation is not None:
         p = output.segmentation.probabilities.detach()
@@ -149,6 +152,11 @@ def measure(
         columns[COLUMNS.index("p")] = p
         columns[COLUMNS.index("p_squared")] = p.square()
         columns[COLUMNS.index("near_half")] = (p - 0.5).abs() < NEAR_HALF
+        if config.learned and config.rate_scope == "document":
+            lengths = batch.documents.lengths()
+            rates, means = (_by_document(one.to(p.dtype), batch) / lengths for one in (sampled, p))  # (N,)
+            losses = rate_loss(rates, means, config.target_ratio)
+            scalars[SCALARS.index("document_rate_loss")] = (losses.double() * real).sum()
         if (states := output.segmentation.features) is not None:
             features = (counted.to(states.dtype) @ states).double()
     rows = (columns * counted).view(len(COLUMNS), -1, batch.row_tokens).sum(-1).t()  # (B, C)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 import torch
-from tqdm import tqdm
 
 from dlcm_lightning.batch import Batch, StepCounts
+from dlcm_lightning.progress import progress_bar
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.objective import Tally, over_ranks
 
@@ -17,7 +16,6 @@ from dlcm_lightning.training.objective import Tally, over_ranks
 def validate(module: PretrainModule, batches: Iterable[Batch], progress: bool = False) -> Tally:
     """The tally of `batches` over all ranks. The count of sampled boundaries uses the rows' noise and the same p."""
     whole = module.empty_tally()
-    shown = progress and sys.stderr.isatty()
-    for batch in tqdm(batches, desc="validate", unit="batch", disable=not shown, leave=False):
+    for batch in progress_bar(batches, desc="validate", unit="batch", disable=not progress):
         whole = whole + module.tally(batch.to(module.device), None)[0]
     return over_ranks(whole, StepCounts())[0]

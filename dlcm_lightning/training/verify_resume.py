@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
 from dlcm_lightning.cluster.local import LocalRanks
@@ -35,6 +34,7 @@ from dlcm_lightning.data.building.prepare import prepare_sample_corpus
 from dlcm_lightning.durable import write_atomically
 from dlcm_lightning.errors import STOPPED
 from dlcm_lightning.layout import CHECKPOINTS, UNFINISHED, folders
+from dlcm_lightning.progress import progress_bar
 from dlcm_lightning.training.callbacks.metrics import TIMED
 
 STEPS_TO_SPARE = 6
@@ -126,7 +126,7 @@ def verify_resume(config: Config, folder: Path, kills: int, seed: int, report: C
     report(f"straight through: {steps} steps")
     straight.finish()
     hit: Counter[str] = Counter()
-    for disturbance in tqdm(disturbances, desc="disturbed", unit="life", disable=not sys.stderr.isatty()):
+    for disturbance in progress_bar(disturbances, desc="disturbed", unit="life"):
         hit[str(disturbance)] += disturbed.disturb(disturbance, random.Random(hash((seed, verdict.lives))))
         verdict.lives += 1
     disturbed.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -15,8 +16,9 @@ from dlcm_lightning.model.dlcm import DLCM
 from dlcm_lightning.training.datamodule import TrainLoader
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.objective import COUNTS, counts_of, rate_loss, rate_slope
+from dlcm_lightning.training.objective import COUNTS, counts_of, probability_sum, rate_loss, rate_slope
 from dlcm_lightning.training.stopwatch import Stopwatch
+from dlcm_lightning.training.validation import validate
 from tests import reference as oracle
 from tests.synthetic import VOCABULARY
 
@@ -129,10 +131,48 @@ def test_a_tally_counts_by_domain_and_leaves_fillers_out(run_config: Config) -> 
     for number in range(len(config.data.domains)):
         rows = (batch.domains == number) & (batch.samples >= 0)
         assert tally.domains[number, 0] == 64 * rows.sum()
-    metrics = metrics_of(tally, config.data.domains, 4.0)
+    metrics = metrics_of(tally, config.data.domains, config.model.boundary)
     assert metrics["R_sampled"] == pytest.approx(1 / metrics["F"])
-    doubled = metrics_of(tally + tally, config.data.domains, 4.0)
+    doubled = metrics_of(tally + tally, config.data.domains, config.model.boundary)
     assert doubled["bits_per_byte"] == pytest.approx(metrics["bits_per_byte"])
+
+
+@pytest.mark.parametrize("scope", ["global", "document"])
+def test_the_rate_loss_that_is_logged_is_the_one_that_is_optimised(run_config: Config, scope: str) -> None:
+    """By loops over the documents that count, and by the gradient on every probability."""
+    boundary = replace(run_config.model.boundary, rate_scope=scope, rate_weight=1.0)  # type: ignore[arg-type]
+    config = replace(run_config, model=replace(run_config.model, boundary=boundary),
+                     data=replace(run_config.data, rows_per_step=5, micro_batch_rows=3))
+    module = module_for(config)
+    batch = Reader(config.data, config.seed, config.model.vocab_size).step_batches(0)[1]  # two rows and a filler
+    tally, output = module.tally(batch, batch.noise)
+    p, b = output.segmentation.probabilities.detach(), output.segmentation.boundaries.double()
+    starts = batch.documents.starts.tolist()
+    pieces = [(begin, end) for begin, end in itertools.pairwise(starts) if batch.counted()[begin]]
+    if scope == "global":
+        pieces = [(0, 128)]
+    each = [rate_loss(b[begin:end].mean(), p[begin:end].mean(), 4.0).item() for begin, end in pieces]
+    logged = metrics_of(tally, config.data.domains, boundary)["rate_loss"]
+    assert logged == pytest.approx(sum(each) / len(each), rel=1e-12)
+    assert metrics_of(tally + tally, config.data.domains, boundary)["rate_loss"] == pytest.approx(logged, rel=1e-12)
+
+    counts = torch.tensor([1.0, 128.0, len(pieces)], dtype=torch.float64)
+    free = p.clone().requires_grad_()
+    surrogate = probability_sum(replace(output, segmentation=replace(output.segmentation, probabilities=free)), batch,
+                                counts, boundary, tally.rate)
+    surrogate.backward()
+    also = p.clone().requires_grad_()
+    (sum(rate_loss(b[begin:end].mean(), also[begin:end].mean(), 4.0) for begin, end in pieces) / len(pieces)).backward()
+    torch.testing.assert_close(free.grad, also.grad)
+
+
+@pytest.mark.parametrize("form", ["rule", "fixed"])
+def test_forms_without_a_rate_loss_log_none(run_config: Config, form: str) -> None:
+    boundary = replace(run_config.model.boundary, form=form)  # type: ignore[arg-type]
+    config = replace(run_config, model=replace(run_config.model, boundary=boundary))
+    tally, _ = module_for(config).tally(one_batch(config), one_batch(config).noise)
+    found = metrics_of(tally, config.data.domains, boundary)
+    assert "rate_loss" not in found and found["R_sampled"] > 1
 
 
 def test_a_step_without_a_token_leaves_the_boundary_as_it_is(run_config: Config) -> None:
@@ -221,3 +261,14 @@ def test_every_micro_batch_names_the_counts_of_the_step_behind_it(run_config: Co
     for number, batch in enumerate(seen):
         later = seen[number // 2 * 2 + 2].step if number < len(seen) - 2 else StepCounts()
         assert batch.following == later and batch.step.tokens == 256
+
+
+def test_validation_cuts_concepts_at_one_half_as_inference_does(run_config: Config) -> None:
+    """The concepts that the backbone saw are those of thresholding; drawing finds others in the same rows."""
+    module = module_for(run_config)
+    reader = Reader(run_config.data, run_config.seed, run_config.model.vocab_size)
+    batches = [reader.step_batches(number)[0] for number in range(3)]
+    tally = validate(module, batches)
+    assert tally.scalar("concepts") == tally.total("thresholded") != tally.total("sampled")
+    expected = [module.model(batch.tokens, batch.documents, None, batch.targets).nll_sum for batch in batches]
+    torch.testing.assert_close(tally.total("nll"), torch.stack(expected).sum().detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -99,3 +100,28 @@ def test_where_all_checkpoints_are_damaged_nothing_is_begun_anew(run_config: Con
     assert sorted(file.name for file in (stopped / "checkpoints").iterdir()) == before
     shutil.rmtree(stopped / "checkpoints")
     pretrain(replace(run_config, seed=run_config.seed), quiet)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(run_config: Config, monkeypatch: pytest.MonkeyPatch
+                                                            ) -> None:
+    """Every file of it is flushed, then it is renamed, then its name is flushed: a power failure leaves it whole or not
+    at all."""
+    happened: list[tuple[str, int]] = []
+    flush, rename = os.fsync, Path.rename
+
+    def flushed(handle: int) -> None:
+        flush(handle)
+        happened.append(("flushed", os.fstat(handle).st_ino))
+
+    def renamed(self: Path, target: Path) -> Path:
+        for file in self.iterdir() if self.is_dir() else ():
+            assert ("flushed", file.stat().st_ino) in happened, f"{file.name} is not on the disk when it is renamed"
+        happened.append(("renamed", self.stat().st_ino))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "rename", renamed)
+    pretrain(run_config, quiet)
+    for folder in folders(Path(run_config.train.runs) / run_config.name):
+        named = happened.index(("renamed", folder.stat().st_ino))
+        assert ("flushed", folder.parent.stat().st_ino) in happened[named:]

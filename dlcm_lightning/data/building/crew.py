@@ -22,12 +22,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
-from tqdm import tqdm
-
 from dlcm_lightning.data.building.plan import Plan
 from dlcm_lightning.data.building.tasks import Task
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.progress import progress_bar
 
 REPORT_SECONDS = 0.25
 """A worker tells of its progress no more often."""
@@ -46,9 +45,8 @@ class Progress:
     """The bar of a build: input bytes, MB/s, time left, tokens/s. It shows if the build takes longer than 5 s."""
 
     def __init__(self, source: str, total_bytes: int, done_bytes: int = 0) -> None:
-        interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file wants few lines
-        self._bar = tqdm(total=total_bytes, initial=done_bytes, desc=f"tokenise {source}", unit="B", unit_scale=True,
-                         delay=5, leave=False, mininterval=interval)
+        self._bar = progress_bar(total=total_bytes, initial=done_bytes, desc=f"tokenise {source}", unit="B",
+                                 unit_scale=True)
         self._tokens, self._began = 0, time.monotonic()
 
     def __call__(self, read: int, tokens: int) -> None:

@@ -24,7 +24,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dlcm_lightning.data.building.documents import SPLITS
 from dlcm_lightning.data.building.duplicates import CHUNK_DOCUMENTS, Marks, find_duplicates
@@ -34,6 +33,7 @@ from dlcm_lightning.data.building.writer import finish_split, finished_shards
 from dlcm_lightning.data.manifest import MANIFEST, Manifest, ShardEntry, parse_manifest, sidecar
 from dlcm_lightning.durable import flush, write_atomically
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.progress import progress_bar
 
 TASKS = "tasks"
 LISTED = 20
@@ -128,8 +128,7 @@ def _merge(working: Path, plan: Plan, chunk_documents: int) -> None:
     if not total:
         shutil.rmtree(working)
         raise DataError(f"source {plan.source!r}: no document with text in it; check the inputs and their text field")
-    with tqdm(total=2 * total, desc=f"merge {plan.source}", unit=" documents", unit_scale=True, delay=5,
-              leave=False) as bar:
+    with progress_bar(total=2 * total, desc=f"merge {plan.source}", unit=" documents", unit_scale=True) as bar:
         kept = {split: _without_copies(working, split, entries, chunk_documents, bar.update)
                 for split, entries in shards.items()}
     for split in SPLITS:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
-from tqdm import tqdm
-
 from dlcm_lightning.data.building.documents import SPLITS, clean, digest
 from dlcm_lightning.data.looking.audit import Audit, Consumed
 from dlcm_lightning.data.looking.lookup import Place, at_number, streams_of, with_md5
 from dlcm_lightning.data.looking.table import harmless, percent, table
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.progress import progress_bar
 
 MOST_LINES = 40
 
@@ -78,7 +77,7 @@ def find_md5(audit: Audit, identity: bytes) -> list[Place]:
     streams = [stream for split in SPLITS for stream in streams_of(audit.reader, split)]
     documents = sum(stream.manifest.shards.total(name) for stream in streams
                     for name in ("documents", "skipped_documents"))
-    with tqdm(total=16 * documents, desc="search", unit="B", unit_scale=True, delay=5, leave=False) as bar:
+    with progress_bar(total=16 * documents, desc="search", unit="B", unit_scale=True) as bar:
         return [place for stream in streams for place in with_md5(stream, identity, bar.update)]
 
 

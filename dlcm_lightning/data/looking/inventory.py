@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import fsspec
-from tqdm import tqdm
 
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.building.documents import SPLITS
@@ -28,6 +27,7 @@ from dlcm_lightning.data.store import Store, store_at
 from dlcm_lightning.data.tokenizer import TOKENIZER, Tokenizer
 from dlcm_lightning.data.verify import verify_shard
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.progress import progress_bar
 
 LISTED = 5
 """Files named of those that no manifest lists."""
@@ -100,7 +100,7 @@ def _verify(store: Store, names: list[str], workers: int, report: Callable[[str]
                 report(f"note: {harmless(note)}")
     shards = [(stream, number) for stream in streams for number in range(len(stream.manifest.shards))]
     found.shards, found.bytes = len(shards), sum(stream.manifest.shards.total("size") for stream in streams)
-    with tqdm(total=found.bytes, desc="verify", unit="B", unit_scale=True, delay=5, leave=False) as bar:
+    with progress_bar(total=found.bytes, desc="verify", unit="B", unit_scale=True) as bar:
         for size, damages in _checked(shards, workers):
             found.damaged += bool(damages)
             for damage in damages:

@@ -36,7 +36,7 @@ class Conclude(Callback):
         assert isinstance(module, PretrainModule)
         config, model = module.config, module.model
         tally = validate(module, self.data.validation_loader(), progress=trainer.is_global_zero)
-        validation = metrics_of(tally, config.data.domains, module.target_ratio)
+        validation = metrics_of(tally, config.data.domains, module.boundary)
         rate = (self.rate_before + self._rate()) / 2
         tokens = config.total_steps * config.data.tokens_per_step
         self.outcome = Report(

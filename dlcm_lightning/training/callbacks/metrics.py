@@ -20,7 +20,7 @@ from dlcm_lightning.batch import Batch
 from dlcm_lightning.durable import write_atomically
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import LENGTHS, PretrainModule
-from dlcm_lightning.training.objective import Tally
+from dlcm_lightning.training.objective import SCALARS, Tally
 from dlcm_lightning.training.stopwatch import Stopwatch
 from dlcm_lightning.training.strategies.engine import Engine
 
@@ -133,7 +133,7 @@ class Metrics(Callback):
         """The numbers of one line. Reading them waits for the device, so that the lap behind it is honest."""
         assert self.window is not None and self._recent is not None
         config = module.config
-        metrics = metrics_of(self.window, config.data.domains, module.target_ratio)
+        metrics = metrics_of(self.window, config.data.domains, module.boundary)
         metrics |= {name: int(self.window.scalar(name)) for name in ("samples", "noise")}
         if config.data.unreadable == "mask":
             metrics["unreadable_rows"] = round(self.window.scalar("unreadable").item())
@@ -169,5 +169,7 @@ class Metrics(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
-            self.window = Tally(state_dict["domains"], state_dict["scalars"], state_dict["features"])
+            scalars = state_dict["scalars"]  # fewer where an older version has saved them
+            scalars = torch.cat([scalars, scalars.new_zeros(len(SCALARS) - len(scalars))])
+            self.window = Tally(state_dict["domains"], scalars, state_dict["features"])
             self.lengths = state_dict.get("lengths")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
+from dlcm_lightning.progress import progress_bar
 from dlcm_lightning.training.callbacks.metrics import Metrics
 from dlcm_lightning.training.module import PretrainModule
-
-SECONDS_BETWEEN_LINES = 15.0
-"""Where the output is a file and not a terminal, a bar is a line, and one every quarter of a minute will do."""
 
 
 class Progress(Callback):
@@ -25,9 +22,8 @@ class Progress(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, PretrainModule)
         if trainer.is_global_zero:
-            interval = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
-            self.bar = tqdm(total=module.config.total_steps, initial=trainer.global_step, desc="pretrain", unit="step",
-                            mininterval=interval, maxinterval=max(10.0, interval), smoothing=0.05, dynamic_ncols=True)
+            self.bar = progress_bar(total=module.config.total_steps, initial=trainer.global_step, desc="pretrain",
+                                    unit="step", smoothing=0.05, delay=0, leave=True)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if self.bar is None or trainer.global_step == self.bar.n:
@@ -41,10 +37,13 @@ class Progress(Callback):
             self.bar.set_postfix(shown, refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, module, "fit")
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.close()
 
-    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

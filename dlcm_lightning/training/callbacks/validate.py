@@ -38,5 +38,5 @@ class Validate(Callback):
         with self.stopwatch.paused("validate"):
             tally = validate(module, data.validation_loader(), progress=trainer.is_global_zero)
         if trainer.is_global_zero:
-            metrics = metrics_of(tally, config.data.domains, module.target_ratio)
+            metrics = metrics_of(tally, config.data.domains, module.boundary)
             self.writer.write("validation", step, module.consumed_tokens, metrics)
