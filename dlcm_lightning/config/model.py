@@ -116,7 +116,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     norm_epsilon: float = 1e-5
     attention: AttentionBackend = "auto"
-    """auto picks what the machine has: flash, then varlen, on a GPU; sdpa on a CPU."""
+    """auto picks what the machine has: varlen, then flash, on a GPU; sdpa on a CPU."""
     boundary: BoundaryConfig = field(default_factory=BoundaryConfig)
     mup: MupConfig = field(default_factory=MupConfig)
 

@@ -5,8 +5,8 @@ backbone (documents over concepts), and cross-attention, whose keys are replicat
 that query i and key i always sit at the same place. Four backends take equal arguments and are compared with each
 other by test; which one runs is chosen once, by `choose_backend`, and named in the log.
 
-    flash      flash_attn's varlen kernel (GPU, extra `flash`)
     varlen     torch's own varlen kernel (GPU)
+    flash      flash_attn's varlen kernel (GPU, extra `gpu`)
     sdpa       scaled_dot_product_attention over documents grouped by length: exact, and no loop over documents
     reference  one document at a time, the whole score matrix in memory: the oracle, and the fallback in float64
 
@@ -54,10 +54,11 @@ _torch_varlen_parameters = frozenset(inspect.signature(_torch_varlen).parameters
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-    """flash_attn's varlen kernel. CUDA, fp16 or bf16."""
+    """flash_attn's varlen kernel. CUDA, fp16 or bf16. It does not ask for torch's deterministic mode, and unless it is
+    told adds up the gradient of the queries in any order."""
     assert _flash_varlen is not None
     return _flash_varlen(query, key, value, segments.starts, segments.starts, segments.longest, segments.longest,
-                         causal=True)
+                         causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
@@ -190,7 +191,7 @@ def choose_backend(wanted: AttentionBackend, device: torch.device, dtype: torch.
 
     Raises ConfigError where the one asked for cannot run here, with the reason and what can.
     """
-    candidates = [name for name in ("flash", "varlen", "sdpa", "reference") if why_not(name, device, dtype) is None]
+    candidates = [name for name in ("varlen", "flash", "sdpa", "reference") if why_not(name, device, dtype) is None]
     if wanted == "auto":
         return candidates[0]
     if wanted not in candidates:
