@@ -56,7 +56,7 @@ def run_file(tmp_path: Path, tokenizer: Tokenizer) -> Path:
 def test_tokenize_then_pretrain_from_a_folder_of_texts(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", str(run_file)]) == 0
     said = capsys.readouterr().out
-    assert "attention sdpa, float32" in said
+    assert "attention sdpa, ddp" in said and "float32: as configured" in said
     assert "unigram" in said and "R thresh." in said and "tokens/s" in said and "make tensorboard" in said
     assert main(["pretrain", str(run_file)]) == 0
     assert "is finished" in capsys.readouterr().out
@@ -81,6 +81,39 @@ def test_a_mistake_is_answered_with_field_value_and_remedy_in_one_line(
     assert main(["pretrain", str(run_file), override]) == 2
     error = capsys.readouterr().err
     assert error.startswith("dlcm: ") and re.search(said, error), error
+
+
+SMOKE = "configs/run/smoke.yaml"
+
+
+@pytest.mark.parametrize("arguments", [
+    ["estimate", SMOKE, "--nodes", "0"], ["estimate", SMOKE, "--gpus-per-node", "0"], ["estimate", SMOKE, "--mfu", "0"],
+    ["estimate", SMOKE, "--mfu", "nan"], ["estimate", SMOKE, "--mfu", "1.5"], ["estimate", SMOKE, "--nodes", "1e3"],
+    ["estimate", SMOKE, "--peak-tflops", "inf"], ["estimate", SMOKE, "--gpu-gigabytes", "-80"],
+    ["estimate", SMOKE, "--document-tokens", "0"], ["estimate", SMOKE, "optim.total_tokens=10000000000000000000000"],
+    ["estimate", SMOKE, "optim.total_tokens=1e22"], ["export", "runs/x", "out", "--split-megabytes", "nan"],
+    ["export", "runs/x", "out", "--split-megabytes", "0"], ["export", "runs/x", "out", "--step", "-1"],
+    ["verify-resume", "--kills", "-1"], ["verify-resume", "--seed", "99999999999999999999"],
+    ["data", "verify", SMOKE, "--workers", "0"], ["data", "inspect", SMOKE, "--characters", "0"],
+    ["data", "audit", "runs/x", "--at-step", "-5"],
+    *(["tokenize", "x", "--out", "y", "--source", "s", "--domain", "d", option, value] for option, value in (
+        ("--shard-megabytes", "nan"), ("--task-megabytes", "nan"), ("--task-megabytes", "0"), ("--workers", "0"),
+        ("--validation-share", "nan"), ("--validation-share", "1"), ("--array", "3/3"), ("--out", "s3://bucket/x"),
+        ("--out", "memory:x"), ("--out", "file:/tmp/x"), ("--out", ""), ("--out", "$NOT_SET_ANYWHERE/x"))),
+], ids=" ".join)
+def test_every_number_and_path_is_bounded_at_its_door(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(arguments)
+    except SystemExit as usage:
+        code = usage.code  # type: ignore[assignment]
+    said = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in said
+    assert re.search(r"write a (whole )?number from|at most|i/n|give a (folder|path)|NOT_SET_ANYWHERE is not set", said)
+
+
+def test_a_field_in_the_place_of_a_run_file_changes_the_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "optim.total_tokens=409600", "--nodes", "1", "--gpus-per-node", "1"]) == 0
+    assert "steps        100 of 4,096 tokens" in capsys.readouterr().out
 
 
 def test_a_wrong_configuration_is_refused_before_torch_is_loaded() -> None:

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dlcm_lightning.cli.arguments import QUICKSTART, parser
+from dlcm_lightning.cli.arguments import QUICKSTART, is_override, parser
 from dlcm_lightning.cluster.launch import leave
 from dlcm_lightning.cluster.lives import this_life
 from dlcm_lightning.data.looking.table import harmless
@@ -26,10 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().parse_args(argv)  # says which arguments nobody knows
     elif rest:
         arguments.overrides += rest  # field=value behind an option
-    if "run_file" in arguments and arguments.run_file:
-        if arguments.config != QUICKSTART:  # what stands in the place of a run file is an override then
-            arguments.overrides.insert(0, arguments.config)
-        arguments.config = arguments.run_file
+    if "run_file" in arguments:
+        if is_override(arguments.config) or (arguments.run_file and arguments.config != QUICKSTART):
+            arguments.overrides.insert(0, arguments.config)  # it only stands in the place of a run file
+            arguments.config = QUICKSTART
+        arguments.config = arguments.run_file or arguments.config
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dlcm_lightning import __version__
 from dlcm_lightning.cli import commands
+from dlcm_lightning.config.checks import LARGEST_COUNT, local_path, path_or_address
+from dlcm_lightning.errors import ConfigError
 
 QUICKSTART = "configs/run/quickstart.yaml"
 
@@ -27,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     configured("job", commands.job, "one life of a run inside a SLURM job; what slurm/*.sh call")
     command = subcommands.add_parser("submit", help="what slurm/*.sh call where they are started without sbatch",
                                   description="Check a configuration, copy the code into the run's directory, sbatch.")
-    command.add_argument("script", help="such as slurm/dlcm_1t.sh")
+    command.add_argument("script", type=_path, help="such as slurm/dlcm_1t.sh")
     _add_run_file(command)
     command.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="of sbatch; may be repeated")
     command.set_defaults(run=commands.submit)
@@ -50,19 +55,19 @@ def parser() -> argparse.ArgumentParser:
     command = subcommands.add_parser(
         "evaluate", help="the validation table of any checkpoint",
         description="Bits per byte and tokens per concept by domain, of a checkpoint of a run, on one process.")
-    command.add_argument("run_folder", metavar="RUN", help="directory of a run, such as runs/quickstart")
+    command.add_argument("run_folder", metavar="RUN", type=_path, help="directory of a run, such as runs/quickstart")
     command.add_argument("overrides", nargs="*", metavar="field=value", help="such as data.validation_rows=512")
-    command.add_argument("--step", type=_count, help="of a checkpoint (the newest)")
+    command.add_argument("--step", type=_whole(0, LARGEST_COUNT), help="of a checkpoint (the newest)")
     command.set_defaults(run=commands.evaluate)
     command = subcommands.add_parser(
         "export", help="a checkpoint as a model that plain PyTorch loads",
         description="Write model.safetensors, config.yaml and tokenizer.json of a run's checkpoint, whatever strategy "
                     "and however many processes wrote it.")
-    command.add_argument("run_folder", metavar="RUN", help="directory of a run, such as runs/quickstart")
-    command.add_argument("out", metavar="OUT", help="folder to write; must not exist")
-    command.add_argument("--step", type=_count, help="of a checkpoint (the newest)")
+    command.add_argument("run_folder", metavar="RUN", type=_path, help="directory of a run, such as runs/quickstart")
+    command.add_argument("out", metavar="OUT", type=_path, help="folder to write; must not exist")
+    command.add_argument("--step", type=_whole(0, LARGEST_COUNT), help="of a checkpoint (the newest)")
     command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the matrices (fp32)")
-    command.add_argument("--split-megabytes", type=float, default=5000, help="largest file (5000)")
+    command.add_argument("--split-megabytes", type=_real(0.001, 1e9), default=5000, help="largest file (5000)")
     command.set_defaults(run=commands.export)
     _add_tokenize(subcommands.add_parser(
         "tokenize", help="documents -> shards with a manifest",
@@ -74,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     command = actions.add_parser(
         "merge", help="finish a source that `tokenize --array` built",
         description="Leave out exact duplicates, write the manifests and give the source its name.")
-    command.add_argument("out", help="the --out of `dlcm tokenize`")
+    command.add_argument("out", type=_path, help="the --out of `dlcm tokenize`")
     command.add_argument("--source", required=True, help="name of the source")
     command.set_defaults(run=commands.merge)
     _add_looking(actions)
@@ -82,8 +87,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_run_file(command: argparse.ArgumentParser, text: str = "run file") -> None:
-    command.add_argument("config", nargs="?", default=QUICKSTART, help=f"{text} (default {QUICKSTART})")
-    command.add_argument("--config", dest="run_file", metavar="FILE", help="the same, as an option")
+    command.add_argument("config", nargs="?", default=QUICKSTART, type=_run_file, help=f"{text} (default {QUICKSTART})")
+    command.add_argument("--config", dest="run_file", metavar="FILE", type=_path, help="the same, as an option")
     command.add_argument("overrides", nargs="*", metavar="field=value", help="such as optim.total_tokens=1000000")
 
 
@@ -93,24 +98,25 @@ def _add_looking(actions: Any) -> None:
         "verify", help="compare every byte of shards with their manifests",
         description="Read all shards of both splits of every source; name each that is damaged, and its remedy.")
     _add_run_file(command, "run file, or a folder or address of sources")
-    command.add_argument("--workers", type=int, help="threads (one a core, at most 8)")
+    command.add_argument("--workers", type=_whole(1, 1024), help="threads (one a core, at most 8)")
     command.set_defaults(run=commands.verify)
     command = actions.add_parser(
         "inspect", help="what a run would read: the mixture, epochs, documents",
         description="Show the mixture of a run, how often each source is read in its budget, and some documents.")
     _add_run_file(command)
-    command.add_argument("--documents", type=_count, default=2, help="shown of every source (2)")
-    command.add_argument("--characters", type=_count, default=400, help="shown of every document (400)")
+    command.add_argument("--documents", type=_whole(0, 10**6), default=2, help="shown of every source (2)")
+    command.add_argument("--characters", type=_whole(1, 10**9), default=400, help="shown of every document (400)")
     command.set_defaults(run=commands.inspect)
     command = actions.add_parser(
         "audit", help="what a run has consumed; when it met a document",
         description="What a run has consumed up to its newest checkpoint, by source; or where a document lies and at "
                     "which samples and steps it was, or will be, read.")
-    command.add_argument("run_folder", metavar="RUN", help="directory of a run, such as runs/quickstart")
+    command.add_argument("run_folder", metavar="RUN", type=_path, help="directory of a run, such as runs/quickstart")
     command.add_argument("overrides", nargs="*", metavar="field=value", help="such as data.root=... if it has moved")
-    command.add_argument("--at-step", type=int, metavar="N", help="look at another position than the newest checkpoint")
+    command.add_argument("--at-step", type=_whole(0, LARGEST_COUNT), metavar="N",
+                         help="look at another position than the newest checkpoint")
     which = command.add_mutually_exclusive_group()
-    which.add_argument("--document", metavar="FILE", help="find this text; - reads it from standard input")
+    which.add_argument("--document", metavar="FILE", type=_path, help="find this text; - reads it from standard input")
     which.add_argument("--md5", metavar="HEX", help="find the document with this md5")
     which.add_argument("--number", metavar="SOURCE:N", help="find document N of a source, from 0; validation: "
                                                             "SOURCE/validation:N")
@@ -119,12 +125,15 @@ def _add_looking(actions: Any) -> None:
 
 def _add_estimate(command: argparse.ArgumentParser) -> None:
     _add_run_file(command)
-    command.add_argument("--nodes", type=_count, default=1, help="(1)")
-    command.add_argument("--gpus-per-node", type=_count, default=8, help="(8)")
-    command.add_argument("--gpu-gigabytes", type=float, default=80, help="memory of a GPU (80)")
-    command.add_argument("--peak-tflops", type=float, default=989, help="dense bf16 peak of a GPU (989, an H100)")
-    command.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (0.4)")
-    command.add_argument("--document-tokens", type=float, help="mean length of documents by tokens (a whole row)")
+    command.add_argument("--nodes", type=_whole(1, 2**17), default=1, help="(1)")
+    command.add_argument("--gpus-per-node", type=_whole(1, 1024), default=8, help="(8)")
+    command.add_argument("--gpu-gigabytes", type=_real(0.001, 1e6), default=80, help="memory of a GPU (80)")
+    command.add_argument("--peak-tflops", type=_real(0.001, 1e6), default=989,
+                         help="dense bf16 peak of a GPU (989, an H100)")
+    command.add_argument("--mfu", type=_real(0.0001, 1), default=0.4,
+                         help="share of the peak that training reaches (0.4)")
+    command.add_argument("--document-tokens", type=_real(1, 1e12),
+                         help="mean length of documents by tokens (a whole row)")
     command.add_argument("--dry-run", action="store_true",
                          help="also run one step, validation, save, load and export at debug width")
     command.set_defaults(run=commands.estimate)
@@ -133,35 +142,86 @@ def _add_estimate(command: argparse.ArgumentParser) -> None:
 def _add_verify_resume(command: argparse.ArgumentParser) -> None:
     command.add_argument("--strategy", choices=("ddp", "fsdp2", "zero1", "zero2", "zero3"),
                          help="how the model is spread (as the run file says)")
-    command.add_argument("--config", default=commands.SMOKE,
+    command.add_argument("--config", default=commands.SMOKE, type=_path,
                          help=f"run file (default {commands.SMOKE} on two processes)")
-    command.add_argument("--kills", type=_count, default=6, help="disturbances (6)")
-    command.add_argument("--seed", type=_count, default=0, help="of the moments and kinds of disturbances (0)")
+    command.add_argument("--kills", type=_whole(0, 100_000), default=6, help="disturbances (6)")
+    command.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0,
+                         help="of the moments and kinds of disturbances (0)")
     command.add_argument("overrides", nargs="*", metavar="field=value", help="such as train.devices=4")
     command.set_defaults(run=commands.verify_resume)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: write a number from 0")
-    return int(text)
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    """A whole number between these, both included."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal()) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: write a whole number from {least:,} to {most:,}")
+        return int(text)
+
+    return parse
+
+
+def _real(least: float, most: float) -> Callable[[str], float]:
+    """A number between these, both included; not a number is outside."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: write a number from {least:g} to {most:g}")
+        return value
+
+    return parse
+
+
+def _path(text: str) -> str:
+    """A path of this machine, ~ and variables replaced."""
+    return _checked(local_path, text)
+
+
+def _path_or_address(text: str) -> str:
+    return _checked(path_or_address, text)
+
+
+def _run_file(text: str) -> str:
+    """In its place may stand an override, or for some commands an address."""
+    return text if is_override(text) else _checked(path_or_address, text)
+
+
+def is_override(text: str) -> bool:
+    """Whether it sets a field, and is not the path of a file with such a name."""
+    name, equals, _ = text.partition("=")
+    return bool(equals and re.fullmatch(r"[\w.\[\]]+", name)) and not Path(text).exists()
+
+
+def _checked(check: Callable[[str, str], str], text: str) -> str:
+    try:
+        return check("path", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_tokenize(command: argparse.ArgumentParser) -> None:
-    command.add_argument("inputs", nargs="+", help="files or folders; folders are read in the order of paths")
-    command.add_argument("--out", required=True, help="a data.root: the source appears in it as a folder")
-    command.add_argument("--recipe", help="YAML of a corpus, such as data/sources/nemotron-cc.yaml")
-    command.add_argument("--tokenizer", help="folder with tokenizer.json; not needed once --out holds one")
+    command.add_argument("inputs", nargs="+", type=_path_or_address,
+                         help="files or folders; folders are read in the order of paths")
+    command.add_argument("--out", required=True, type=_path, help="a data.root: the source appears in it as a folder")
+    command.add_argument("--recipe", type=_path, help="YAML of a corpus, such as data/sources/nemotron-cc.yaml")
+    command.add_argument("--tokenizer", type=_path_or_address,
+                         help="folder with tokenizer.json; not needed once --out holds one")
     command.add_argument("--source", help="name of the source (or of the recipe)")
     command.add_argument("--domain", help="domain, such as web-en or code (or of the recipe)")
     command.add_argument("--glob", help="which files below the folders, such as '**/*.py' (all that are not hidden)")
     command.add_argument("--text-field", help="field of a json line, or column, that holds the text (text)")
-    command.add_argument("--workers", type=int, help="processes (one a core)")
+    command.add_argument("--workers", type=_whole(1, 1024), help="processes (one a core)")
     command.add_argument("--array", type=_part, metavar="i/n",
                          help="do every n-th task from i, as one of n jobs; then `dlcm data merge`")
-    command.add_argument("--validation-share", type=float, default=0.02, help="of the documents, by md5 (0.02)")
-    command.add_argument("--shard-megabytes", type=float, default=256, help="size of a shard (256)")
-    command.add_argument("--task-megabytes", type=float, default=256,
+    command.add_argument("--validation-share", type=_real(0, 0.999), default=0.02,
+                         help="of the documents, by md5 (0.02)")
+    command.add_argument("--shard-megabytes", type=_real(1e-6, 1e6), default=256, help="size of a shard (256)")
+    command.add_argument("--task-megabytes", type=_real(1e-6, 1e6), default=256,
                          help="smaller input files share a task up to this size (256)")
     command.set_defaults(run=commands.tokenize)
 
