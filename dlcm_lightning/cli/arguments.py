@@ -10,7 +10,7 @@ from typing import Any
 
 from dlcm_lightning import __version__
 from dlcm_lightning.cli import commands
-from dlcm_lightning.config.checks import LARGEST_COUNT, local_path, path_or_address
+from dlcm_lightning.config.checks import CREDENTIALS, LARGEST_COUNT, local_path, path_or_address
 from dlcm_lightning.errors import ConfigError
 
 QUICKSTART = "configs/run/quickstart.yaml"
@@ -71,8 +71,9 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=commands.export)
     _add_tokenize(subcommands.add_parser(
         "tokenize", help="documents -> shards with a manifest",
-        description="Tokenise jsonl, parquet and text files, compressed or not, into WebDataset shards. The same "
-                    "command continues what was interrupted."))
+        description="Tokenise jsonl, parquet, WebDataset and text files, compressed or not, into WebDataset shards. "
+                    "The same command continues what was interrupted. What became of every input stands in "
+                    "account.json of the source."))
     data = subcommands.add_parser("data", help="sources of shards",
                                   description="What can be done with sources of shards.")
     actions = data.add_subparsers(dest="action", required=True)
@@ -186,6 +187,16 @@ def _path_or_address(text: str) -> str:
     return _checked(path_or_address, text)
 
 
+def _input(text: str) -> str:
+    """The variables of a command are the shell's."""
+    if text.startswith("pipe:"):
+        if CREDENTIALS.search(text):
+            raise argparse.ArgumentTypeError("a password in a command would stand in the files of the source; give "
+                                             "it by the environment")
+        return text
+    return _path_or_address(text)
+
+
 def _run_file(text: str) -> str:
     """In its place may stand an override, or for some commands an address."""
     return text if is_override(text) else _checked(path_or_address, text)
@@ -205,8 +216,9 @@ def _checked(check: Callable[[str, str], str], text: str) -> str:
 
 
 def _add_tokenize(command: argparse.ArgumentParser) -> None:
-    command.add_argument("inputs", nargs="+", type=_path_or_address,
-                         help="files or folders; folders are read in the order of paths")
+    command.add_argument("inputs", nargs="+", type=_input,
+                         help="files, folders (read in the order of paths), addresses such as s3://bucket/folder, "
+                              "lists such as 'part-{000..099}.jsonl.gz', or 'pipe:COMMAND'")
     command.add_argument("--out", required=True, type=_path, help="a data.root: the source appears in it as a folder")
     command.add_argument("--recipe", type=_path, help="YAML of a corpus, such as data/sources/nemotron-cc.yaml")
     command.add_argument("--tokenizer", type=_path_or_address,
@@ -214,6 +226,8 @@ def _add_tokenize(command: argparse.ArgumentParser) -> None:
     command.add_argument("--source", help="name of the source (or of the recipe)")
     command.add_argument("--domain", help="domain, such as web-en or code (or of the recipe)")
     command.add_argument("--glob", help="which files below the folders, such as '**/*.py' (all that are not hidden)")
+    command.add_argument("--format", choices=("auto", "jsonl", "parquet", "text", "webdataset"),
+                         help="of all inputs; auto: by their names (auto)")
     command.add_argument("--text-field", help="field of a json line, or column, that holds the text (text)")
     command.add_argument("--workers", type=_whole(1, 1024), help="processes (one a core)")
     command.add_argument("--array", type=_part, metavar="i/n",

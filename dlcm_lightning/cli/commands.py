@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +91,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 def tokenize(arguments: argparse.Namespace) -> None:
     given = {"name": arguments.source, "domain": arguments.domain, "glob": arguments.glob,
-             "text_field": arguments.text_field}
+             "text_field": arguments.text_field, "format": arguments.format}
     given = {key: value for key, value in given.items() if value is not None}
     recipe_type = load("data.building.recipe", "Recipe")
     if arguments.recipe:
@@ -99,7 +100,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
         recipe = recipe_type(**given)
     else:
         raise ConfigError("--source and --domain name what is built; give both, or --recipe with a file that does")
-    megabyte = 1024**2
+    megabyte, began = 1024**2, time.monotonic()
     built = load("data.building.build", "tokenize")(
         arguments.inputs, arguments.out, recipe, tokenizer_folder=arguments.tokenizer, workers=arguments.workers,
         array=arguments.array, validation_share=arguments.validation_share,
@@ -107,17 +108,17 @@ def tokenize(arguments: argparse.Namespace) -> None:
         task_bytes=max(1, int(arguments.task_megabytes * megabyte)),
     )
     if built is not None:
-        _say_built(built)
+        _say_built(built, time.monotonic() - began)
 
 
 def merge(arguments: argparse.Namespace) -> None:
     _say_built(load("data.building.merge", "merge")(arguments.out, arguments.source))
 
 
-def _say_built(built: Any) -> None:
-    train, validation = built.train, built.validation
-    print(f"data: {built.folder} holds {train.documents + validation.documents:,d} documents, {train.tokens:,d} "
-          f"training and {validation.tokens:,d} validation tokens; {built.duplicates:,d} copies are left out")
+def _say_built(built: Any, seconds: float | None = None) -> None:
+    first, *others = load("data.building.account", "told")(built.account, seconds)
+    _say(f"data: {built.folder} holds {first}")
+    _say_all(f"data:   {line}" for line in others)
 
 
 def verify(arguments: argparse.Namespace) -> None:

@@ -34,7 +34,9 @@ import numpy as np
 from dlcm_lightning.durable import write_atomically
 from dlcm_lightning.errors import DataError
 
-FORMAT = 2
+FORMAT = 3
+FORMATS = (2, 3)
+"""That can be read. Format 2 had other headers in its tars, and said nothing of lossless and validation_share."""
 MANIFEST = "manifest.json"
 INDEX_COLUMNS = SKIP_COLUMNS = 4
 WIDTHS = {"uint16": ("u16", "<u2"), "uint32": ("u32", "<u4")}
@@ -141,11 +143,20 @@ class Manifest:
     shards: Shards
     about: dict[str, str] = field(default_factory=dict)
     """Where the text comes from, for readers: licence, home page."""
+    lossless: bool = False
+    """Whether the tokens of every document were seen to stand for exactly the bytes of its text."""
+    validation_share: float | None = None
+    """By which documents were parted into splits; sources of one corpus need the same, or copies of a validation
+    document in one would be trained on in another. None: not known."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
         if self.dtype not in WIDTHS:
             raise DataError(f"source {self.source!r}: dtype = {self.dtype!r}; known are {', '.join(WIDTHS)}")
+        share = self.validation_share
+        if not isinstance(self.lossless, bool) or not (share is None or isinstance(share, int | float)):
+            raise DataError(f"source {self.source!r}: lossless = {self.lossless!r}, validation_share = {share!r}: no "
+                            "truth value, no number; rebuild the source")
         for name in ("documents", "tokens", "text_bytes"):
             total = self.shards.total(name)
             if total != getattr(self, name):
@@ -184,8 +195,9 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     """where: for messages. DataError: not JSON, another format, fields missing, sums that disagree."""
     try:
         found: dict[str, Any] = json.loads(content)
-        if found.get("format") != FORMAT:
-            raise DataError(f"format {found.get('format')!r}; this version reads {FORMAT}; build the shards again")
+        if found.get("format") not in FORMATS:
+            raise DataError(f"format {found.get('format')!r}; this version reads {' and '.join(map(str, FORMATS))}; "
+                            "build the shards again")
         return Manifest(**{**found, "shards": Shards(found["shards"])})
     except DataError as error:
         raise DataError(f"{where}: {error}") from error

@@ -10,21 +10,28 @@ how often it was interrupted.
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from dlcm_lightning.data.building.continuing import check_finished, continue_build, save_inputs
 from dlcm_lightning.data.building.crew import Job, Progress, cores, do_tasks, not_written
 from dlcm_lightning.data.building.documents import VALIDATION_SHARE
+from dlcm_lightning.data.building.inputs import CARD, CIRCLES, DANGLING, SUM, Listing, list_inputs
+from dlcm_lightning.data.building.kinds import RECORDS
 from dlcm_lightning.data.building.locks import exclusive
-from dlcm_lightning.data.building.merge import Built, done_tasks, is_merged, merge_build, read_built, unfinished
-from dlcm_lightning.data.building.plan import PLAN, TASK_BYTES, Input, Plan, list_inputs
+from dlcm_lightning.data.building.merge import Built, is_merged, merge_build, read_built, unfinished
+from dlcm_lightning.data.building.plan import PLAN, TASK_BYTES, Input, Plan
 from dlcm_lightning.data.building.recipe import Recipe
+from dlcm_lightning.data.building.records import done_tasks
 from dlcm_lightning.data.building.tasks import Task
 from dlcm_lightning.data.building.writer import BLOCK_TOKENS, SHARD_BYTES
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.durable import sha256_of
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.paths import is_address
 
 BLOCKS_PER_SHARD = 16
 """At the least, where shards are small."""
@@ -35,37 +42,45 @@ def tokenize(inputs: Sequence[str | Path], out: str | Path, recipe: Recipe, *,
              array: tuple[int, int] | None = None, validation_share: float = VALIDATION_SHARE,
              shard_bytes: int = SHARD_BYTES, task_bytes: int = TASK_BYTES,
              report: Callable[[str], None] = print) -> Built | None:
-    """`dlcm tokenize`: files or folders (formats.py) into out/NAME/{train,validation}.
+    """`dlcm tokenize`: files, folders, addresses (inputs.py, formats.py) into out/NAME/{train,validation}.
 
     out becomes a `data.root`: it also receives the tokenizer, and refuses a second one. workers: processes; None: one a
     core. array: (i, n) does the tasks t with t % n = i and does not merge; returns None. A source that is finished and
     was made of the same is returned at once.
 
-    DataError: nothing to read, a file that cannot be read (named with its line or row), another tokenizer than out
-    holds, the source built or begun from other inputs or options, a disk that cannot be written.
+    DataError: nothing to read, a file that cannot be read (named with its line or row), another tokenizer or another
+    validation share than out holds, the source built or begun from other inputs or options, a disk that cannot be
+    written.
     """
+    if is_address(str(out)):
+        raise DataError(f"out = {out}: give a folder of this machine's file systems, and copy it to the store "
+                        "afterwards")
     out = Path(out)
     if workers is not None and workers < 1:
         raise DataError(f"workers = {workers}: must be at least 1")
     if array is not None and not 0 <= array[0] < array[1]:
         raise DataError(f"array = {array[0]}/{array[1]}: i/n needs 0 <= i < n")
     tokenizer = _tokenizer(out, tokenizer_folder)
-    files = list_inputs(inputs, recipe.glob)
+    listing = list_inputs(inputs, recipe.glob, recipe.format, out)
+    files = listing.files
     plan = Plan(source=recipe.name, domain=recipe.domain, tokenizer=tokenizer.fingerprint,
                 vocab_size=tokenizer.vocab_size, text_field=recipe.text_field, validation_share=validation_share,
                 shard_bytes=shard_bytes, block_tokens=min(BLOCK_TOKENS, max(1, shard_bytes // BLOCKS_PER_SHARD)),
-                task_bytes=task_bytes, about=recipe.about, names=tuple(file.name for file in files),
-                sizes=tuple(file.size for file in files))
+                task_bytes=task_bytes, about=recipe.about, reading=recipe.format,
+                names=tuple(file.name for file in files), sizes=tuple(file.size for file in files))
     folder = out / plan.source
     try:
         out.mkdir(parents=True, exist_ok=True)
         with exclusive(out / ".lock"):
             if not (out / "tokenizer.json").is_file():
                 tokenizer.save(out)
-            finished = _begin(plan, folder)
+            _check_share(out, plan)
+            del tokenizer  # its memory is the workers'
+            finished = _begin(plan, listing, folder, report)
         if finished:
             report(f"data: {folder} is finished, nothing to do")
             return read_built(folder)
+        _say(listing, report)
         if not is_merged(unfinished(folder)):
             _work(plan, unfinished(folder), files, out, workers or cores(), array, report)
         if array is not None:
@@ -95,6 +110,7 @@ def tokenize_documents(
     working = unfinished(folder)
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
+    save_inputs(working, Listing())
     plan.save(working)
     progress = Progress(source, total_bytes)
     try:
@@ -116,30 +132,48 @@ def _tokenizer(out: Path, folder: str | Path | None) -> Tokenizer:
     return tokenizer
 
 
-def _begin(plan: Plan, folder: Path) -> bool:
-    """Makes the working folder, or sees that the one there is of the same plan. True: the source is finished.
+def _check_share(out: Path, plan: Plan) -> None:
+    """DataError: another source of the corpus was parted into splits in another way. The caller holds the lock."""
+    for path in sorted([*out.glob(f"*/{PLAN}"), *out.glob(f".*.unfinished/{PLAN}")]):
+        try:
+            other = json.loads(path.read_bytes())
+            name, share = other["source"], other["validation_share"]
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # no source of a build
+        if name != plan.source and share != plan.validation_share:
+            raise DataError(f"validation_share = {plan.validation_share}: source {name!r} of {out} has {share}, and a "
+                            "text that both hold would be trained on in one and validated on in the other; give "
+                            f"--validation-share {share}, or write elsewhere")
+
+
+def _begin(plan: Plan, listing: Listing, folder: Path, report: Callable[[str], None]) -> bool:
+    """Makes the working folder, or goes on with the one there. True: the source is finished.
 
     DataError: built or begun from something else. The caller holds the lock of the corpus.
     """
     working = unfinished(folder)
     if working.is_dir() and (working / PLAN).is_file():
-        begun = Plan.load(working)
-        against = plan.differences(begun, done_tasks(working))
-        if against:
-            raise DataError(f"{working}: begun with something else: {'; '.join(against)}. Give what was given then, or "
-                            "remove that folder to begin anew")
-        if plan != begun:
-            plan.save(working)
+        continue_build(plan, listing, working, report)
         return False
     if folder.exists():
-        against = plan.differences(Plan.load(folder))
-        if against:
-            raise DataError(f"{folder}: exists already and was built from something else: {'; '.join(against)}. Remove "
-                            "it to build the source again, or choose another --source")
+        check_finished(plan, listing, folder)
         return True
     working.mkdir(exist_ok=True)
+    save_inputs(working, listing)
     plan.save(working)
     return False
+
+
+def _say(listing: Listing, report: Callable[[str], None]) -> None:
+    """What is not obvious of the inputs: files left out by their names, whole documents beside records."""
+    for reason, found in sorted(listing.left_out.items()):
+        if reason in (CARD, SUM, DANGLING, CIRCLES):
+            report(f"data: left out are {found.count:,d} files {reason}, such as {found.names[0]}")
+    kinds = Counter(file.kind for file in listing.files)
+    if kinds["text"] and any(kinds[kind] for kind in RECORDS):
+        first = next(file.name for file in listing.files if file.kind == "text")
+        report(f"data: {kinds['text']:,d} files are whole documents, such as {first}, beside "
+               f"{kinds.total() - kinds['text']:,d} files of records; --glob leaves them out")
 
 
 def _work(plan: Plan, working: Path, files: list[Input], out: Path, workers: int, array: tuple[int, int] | None,
@@ -148,8 +182,8 @@ def _work(plan: Plan, working: Path, files: list[Input], out: Path, workers: int
     number, jobs = array or (0, 1)
     mine = [(task, places) for task, places in enumerate(plan.tasks()) if task % jobs == number]
     done = done_tasks(working)
-    sizes = {task: sum(plan.sizes[place] for place in places) for task, places in mine}
-    todo = [(task, [files[place].path for place in places]) for task, places in mine if task not in done]
+    sizes = {task: sum(max(0, plan.sizes[place]) for place in places) for task, places in mine}
+    todo = [(task, files[places.start:places.stop]) for task, places in mine if task not in done]
     if todo:
         progress = Progress(plan.source, sum(sizes.values()), sum(sizes[task] for task, _ in mine if task in done))
         try:

@@ -1,9 +1,10 @@
 """Processes that share out the tasks of a build.
 
 The main process hands a task to whoever is idle and hears of progress; a worker reads, tokenises and writes on its
-own. Workers are spawned, not forked, for the tokenizer has threads; each gets its share of the cores. A worker ends
-with its parent, however that ends, so that nothing is left at work after a kill -9; and because a task is safe at
-every moment, workers are ended in the same way.
+own, and says where it is before every step that takes long: should it be killed, the input in work is known. Workers
+are spawned, not forked, for the tokenizer has threads; each gets its share of the cores. A worker ends with its parent,
+however that ends, so that nothing is left at work after a kill -9; and because a task is safe at every moment, workers
+are ended in the same way.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
-from dlcm_lightning.data.building.plan import Plan
+from dlcm_lightning.data.building.plan import Input, Plan
 from dlcm_lightning.data.building.tasks import Task
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.data.webdataset_library import hide_torch
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.progress import progress_bar
 
@@ -65,7 +67,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def do_tasks(job: Job, tasks: Sequence[tuple[int, list[Path]]], workers: int, progress: Progress,
+def do_tasks(job: Job, tasks: Sequence[tuple[int, list[Input]]], workers: int, progress: Progress,
              report: Callable[[str], None]) -> None:
     """Does the tasks, each a number and its files; what others are at is waited for last.
 
@@ -88,6 +90,7 @@ class _Crew:
         spawning = multiprocessing.get_context("spawn")
         threads = max(1, cores() // max(1, workers))
         self._processes: dict[Connection, Any] = {}
+        self._places: dict[Connection, str] = {}
         for _ in range(workers):
             mine, theirs = spawning.Pipe()
             process = spawning.Process(target=_serve, args=(theirs, job, threads), daemon=True)
@@ -95,12 +98,12 @@ class _Crew:
             theirs.close()
             self._processes[mine] = process
 
-    def do(self, tasks: Sequence[tuple[int, list[Path]]], progress: Progress, *,
-           wait_for_others: bool) -> list[tuple[int, list[Path]]]:
+    def do(self, tasks: Sequence[tuple[int, list[Input]]], progress: Progress, *,
+           wait_for_others: bool) -> list[tuple[int, list[Input]]]:
         """Returns the tasks that other processes hold."""
         waiting, idle = deque(tasks), list(self._processes)
-        busy: dict[Connection, tuple[int, list[Path]]] = {}
-        held: list[tuple[int, list[Path]]] = []
+        busy: dict[Connection, tuple[int, list[Input]]] = {}
+        held: list[tuple[int, list[Input]]] = []
         while waiting or busy:
             while waiting and idle:
                 pipe, task = idle.pop(), waiting.popleft()
@@ -110,6 +113,8 @@ class _Crew:
                 kind, content = self._receive(pipe)
                 if kind == "progress":
                     progress(*content)
+                elif kind == "at":
+                    self._places[pipe] = content
                 elif kind == "refused":
                     raise DataError(content)
                 elif kind == "failed":
@@ -144,14 +149,17 @@ class _Crew:
     def _raise_killed(self, pipe: Connection) -> None:
         process = self._processes[pipe]
         process.join(5)
+        place = self._places.get(pipe)
         raise DataError(f"a worker ended with exit code {process.exitcode} (-9: killed, as when memory runs out; then "
-                        "give fewer --workers); what is finished is kept, the same command continues") from None
+                        f"give fewer --workers){f', at or behind {place}' if place else ''}; what is finished is kept, "
+                        "the same command continues") from None
 
 
 def _serve(pipe: Connection, job: Job, threads: int) -> None:
     """The life of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    hide_torch()
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # of the tokenizers library; before its first use
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
     try:
@@ -159,8 +167,9 @@ def _serve(pipe: Connection, job: Job, threads: int) -> None:
         while True:
             number, files, wait_for_others = pipe.recv()
             meter = _Meter(pipe)
-            mine = Task(job.plan, job.working, number).work(files, tokenizer, meter, threads=threads,
-                                                            wait=wait_for_others)
+            mine = Task(job.plan, job.working, number).work(
+                files, tokenizer, meter, threads=threads, wait=wait_for_others,
+                at=lambda place: pipe.send(("at", place)))
             meter.flush()
             pipe.send(("done" if mine else "held", None))
     except EOFError:

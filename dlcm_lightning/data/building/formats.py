@@ -1,177 +1,272 @@
-"""The texts of one input file, in bounded memory, whatever its format.
+"""The texts of one input, in bounded memory, whatever its format (kinds.py).
 
-    *.parquet                                  one document a row; only the column of the text is read
-    *.jsonl *.ndjson, *.json.gz and such       one document a line, an object whose field holds the text
-    anything else                              the file is the document: text or code, UTF-8
-
-All but parquet may be compressed, by the end of the name: .gz, .zst, .zstd. A plain *.json is a document: it is code.
-Blank lines, and texts that are null, are passed over. Whatever is not as it should be is named by file and line or
-row, truncated compression too; nothing is guessed and nothing is left out in silence.
+Blank lines, and texts that are null, are passed over and counted. Whatever is not as it should be is named by file and
+line, row or sample, truncated compression too; nothing is guessed and nothing is left out in silence. A document is at
+most a gibibyte long, wherever it comes from.
 """
 
 from __future__ import annotations
 
-import gzip
+import codecs
 import importlib
 import io
-import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import zstandard
-
+from dlcm_lightning.data.building.account import Account
+from dlcm_lightning.data.building.compressed import DAMAGED, decompressed
+from dlcm_lightning.data.building.documents import LONG_BYTES, LongText, Text, check_utf8
+from dlcm_lightning.data.building.inputs import PIPE
+from dlcm_lightning.data.building.json_line import text_of
+from dlcm_lightning.data.building.kinds import LOOKED_AT, kind_of, uncompressed_name, why_no_text
+from dlcm_lightning.data.building.opening import Advance, measured, raw_bytes
+from dlcm_lightning.data.building.plan import Input
+from dlcm_lightning.data.building.tars import samples
 from dlcm_lightning.errors import DataError
 
-Advance = Callable[[int], None]
-"""Told how many bytes of the input file were consumed."""
-
+MOST_BYTES = 2**30
+"""Of a document, and of a line that holds one."""
 READ_BYTES = 1024**2
-ZSTD_BYTES = 64 * 1024
-"""Compressed bytes decoded at once; what they become is held in memory."""
-ZSTD_WINDOW = 2**31
-"""Largest window of a frame: `zstd --long=31` writes it."""
-PARQUET_ROWS = 64
-"""Rows held in memory at once."""
-COMPRESSED = (".gz", ".zst", ".zstd")
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+SAMPLE_ENDINGS = (("txt", "text"), ("jsonl", "ndjson"), ("json",))
+"""Of the members that hold the text of a sample, the first that is there."""
+PARQUET_BYTES = 16 * 1024**2
+"""Of text held in memory at once, by the average length of a row."""
+AGAIN = "fetch or write the file again"
 
 
-def read_texts(path: Path, text_field: str, advance: Advance = lambda _: None) -> Iterator[str]:
-    """The texts of a file. advance: told of the bytes of the file as they are read, in all its size.
+@dataclass
+class Reading:
+    """Where a reader is, what it has passed over, and what the files were that it has read to their end."""
 
-    DataError: damaged or truncated (named with line or row), not UTF-8, no such field, pyarrow missing, unreadable.
+    account: Account = field(default_factory=Account)
+    digests: list[str] = field(default_factory=list)
+    """sha256 of each file."""
+    file: str = ""
+    """Its path or address."""
+    name: str = ""
+    """The same below the folder that was named."""
+    kind: str = ""
+    unit: str = ""
+    number: int | str = 0
+    """Of the line or row that was given last; name of the sample."""
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return self.file + self._inside()
+
+    @property
+    def named(self) -> str:
+        """The same wherever the inputs lie."""
+        return self.name + self._inside()
+
+    def _inside(self) -> str:
+        return f", {self.unit} {self.number}" if self.unit else ""
+
+
+def read_texts(file: Input | Path, text_field: str, advance: Advance = lambda _: None, reading: Reading | None = None
+               ) -> Iterator[Text]:
+    """The texts of an input. advance: told of its bytes as they are read, in all its size.
+
+    DataError: damaged or truncated (named with line, row or sample), not UTF-8, no such field, pyarrow missing,
+    unreadable, changed while it was read.
     """
+    if isinstance(file, Path):
+        file = Input(str(file), file.name, -1, "", kind_of(file.name) or "text")
+    reading = reading or Reading()
+    reading.file, reading.name, reading.kind, reading.unit, reading.number = file.place, file.name, file.kind, "", 0
+    reading.account.begin_file(file.kind)
     try:
-        if path.name.lower().endswith(".parquet"):
-            yield from _rows(path, text_field, advance)
-        else:
-            with path.open("rb", buffering=0) as raw:
-                file = _decompressed(path, _Counted(raw, advance))
-                yield from _lines(path, file, text_field) if _holds_lines(path) else _whole(path, file)
+        with measured(file, advance if file.kind != "parquet" else lambda _: None) as (stream, meter):
+            if file.kind == "parquet":
+                yield from _rows(file, text_field, advance, reading)
+            else:
+                piped = file.place.startswith(PIPE)
+                content = decompressed("" if piped else file.name, stream, None if piped else lambda: raw_bytes(file),
+                                       stream.peek(8) if piped else b"")  # type: ignore[attr-defined]
+                yield from _READERS[file.kind](file, content, text_field, reading)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise DataError(f"{reading.place}: cannot be read ({error})") from error
+    except DAMAGED as error:
+        number = reading.number
+        where = f", {reading.unit} {number + 1}" if isinstance(number, int) and reading.unit else (
+            f", after {reading.unit} {number}" if reading.unit else "")
+        raise DataError(f"{file.place}{where}: damaged ({type(error).__name__}: {error}); {AGAIN}") from error
+    reading.account.end_file(file.kind, meter.count)
+    reading.digests.append(meter.hashed.hexdigest())
 
 
-def _holds_lines(path: Path) -> bool:
-    name = path.name.lower()
-    stem = name
-    for ending in COMPRESSED:
-        stem = stem.removesuffix(ending)
-    return stem.endswith((".jsonl", ".ndjson")) or (stem != name and stem.endswith(".json"))
+def _whole(file: Input, stream: BinaryIO, _: str, __: Reading) -> Iterator[Text]:
+    content = bytearray()
+    while piece := stream.read(READ_BYTES):
+        content += piece
+        if len(content) > MOST_BYTES:
+            raise _too_long(file.place)
+    text = whole_text(content, file.place)
+    del content
+    yield text
 
 
-def _decompressed(path: Path, raw: io.RawIOBase) -> BinaryIO:
-    file: BinaryIO = io.BufferedReader(raw, READ_BYTES)
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=file), READ_BYTES)
-    return io.BufferedReader(_Zstandard(file), READ_BYTES) if name.endswith(COMPRESSED) else file
-
-
-def _whole(path: Path, file: BinaryIO) -> Iterator[str]:
+def whole_text(content: bytes | bytearray, place: str) -> Text:
+    """A file or member that is a document. DataError: it is no text in UTF-8."""
+    if reason := why_no_text(content[:LOOKED_AT]):
+        raise DataError(f"{place}: {reason}")
+    if (at := content.find(b"\0")) >= 0:
+        raise DataError(f"{place}: not text, there is a zero byte at {at:,}; leave it out with --glob")
     try:
-        yield file.read().decode("utf-8-sig")
+        if len(content) < LONG_BYTES:
+            return content.decode("utf-8-sig")
+        check_utf8(content)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}); convert it or leave it out") from error
-    except DAMAGED as error:
-        raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); fetch or write the file again") from error
+        raise DataError(f"{place}: not UTF-8 text ({error}); convert it or leave it out with --glob") from error
+    if not content.startswith(codecs.BOM_UTF8):
+        return LongText(content)
+    without = bytearray(content)
+    del without[:len(codecs.BOM_UTF8)]
+    return LongText(without)
 
 
-def _lines(path: Path, file: BinaryIO, field: str) -> Iterator[str]:
-    number = 0
-    try:
-        for line in file:
-            number += 1
-            if line.isspace():
-                continue
-            try:
-                text = json.loads(line)[field]
-                if text is None:
-                    continue
-                if not isinstance(text, str):
-                    raise TypeError(f"field {field!r} is no text")
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: no JSON object with a text field {field!r} "
-                                f"({type(error).__name__}: {error}); correct the file or name the field") from error
+def _lines(file: Input, stream: BinaryIO, text_field: str, reading: Reading) -> Iterator[Text]:
+    reading.unit = "line"
+    while line := _next_line(stream, file.place, reading):
+        if reading.number == 1 and (reason := why_no_text(line[:LOOKED_AT])):
+            raise DataError(f"{file.place}: {reason}")
+        text = line_text(line, text_field, reading)
+        line = b""  # a long one is not needed beside its text
+        if text is not None:
             yield text
-    except DAMAGED as error:
-        raise DataError(f"{path}, line {number + 1}: damaged ({type(error).__name__}: {error}); fetch or write the "
-                        "file again") from error
 
 
-def _rows(path: Path, field: str, advance: Advance) -> Iterator[str]:
+def line_text(line: bytes | bytearray, text_field: str, reading: Reading) -> Text | None:
+    """The text of a line, or none. DataError: no JSON object, or without such a text."""
+    if len(line) < LONG_BYTES and not line.strip():
+        reading.account.blanks += 1
+        return None
+    try:
+        text = text_of(line, text_field)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{reading.place}: no JSON object with a text field {text_field!r} ({type(error).__name__}: "
+                        f"{error}); correct the file, name the field, or leave the file out with --glob") from error
+    if text is None:
+        reading.account.nulls += 1
+    return text
+
+
+def _next_line(stream: BinaryIO, place: str, reading: Reading) -> bytes | bytearray:
+    """A line, its number counted; empty at the end. A long one is gathered in pieces, so that it is in memory once."""
+    line: bytes | bytearray = stream.readline(READ_BYTES)
+    if len(line) == READ_BYTES and not line.endswith(b"\n"):
+        line = bytearray(line)
+        while not line.endswith(b"\n") and (piece := stream.readline(READ_BYTES)):
+            line += piece
+            if len(line) > MOST_BYTES:
+                raise _too_long(f"{place}, line {reading.number + 1}")  # type: ignore[operator]
+    if line:
+        reading.number += 1  # type: ignore[operator]
+    return line
+
+
+def _samples(file: Input, stream: BinaryIO, text_field: str, reading: Reading) -> Iterator[Text]:
+    """Of a tar: a sample is its text member, or the lines of its .jsonl member, or the text in its .json member."""
+    reading.unit, found = "sample", False
+    for sample in samples(stream, file.place, reading.account):
+        reading.unit, reading.number = "sample", sample["__key__"]
+        members = {name: content for name, content in sample.items() if not name.startswith("__")}
+        name = next((name for wanted in SAMPLE_ENDINGS for name in members
+                     if uncompressed_name(name).rpartition(".")[2] in wanted), None)
+        if name is not None:
+            found, content = True, members.pop(name)
+            yield from _member_texts(name, content, text_field, reading)
+        for other, content in members.items():
+            reading.account.other_member("." + other, len(content))
+    if not found:
+        raise DataError(f"{file.place}: no sample holds a text (members .txt, .json or .jsonl); leave it out with "
+                        "--glob, or unpack it and give --format text")
+
+
+def _member_texts(name: str, content: bytes, text_field: str, reading: Reading) -> Iterator[Text]:
+    stream = decompressed(name, io.BytesIO(content), lambda: nullcontext(io.BytesIO(content)))
+    inner = uncompressed_name(name)
+    if inner.endswith(("jsonl", "ndjson")):
+        key = reading.number
+        for number, line in enumerate(stream, start=1):
+            reading.unit, reading.number = f"sample {key}, line", number
+            text = line_text(line, text_field, reading)
+            if text is not None:
+                yield text
+    elif inner.endswith("json"):
+        text = line_text(stream.read(), text_field, reading)
+        if text is not None:
+            yield text
+    else:
+        yield whole_text(stream.read(), reading.place)
+
+
+def _rows(file: Input, text_field: str, advance: Advance, reading: Reading) -> Iterator[Text]:
     try:
         arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise DataError(f"{path}: parquet is read with pyarrow, which is not installed; "
+        raise DataError(f"{file.place}: parquet is read with pyarrow, which is not installed; "
                         "pip install 'dlcm-lightning[parquet]'") from None
-    size, row, group = path.stat().st_size, 0, -1
+    row, group = 0, -1
     try:
-        with parquet.ParquetFile(path, buffer_size=READ_BYTES, page_checksum_verification=True) as file:
-            columns, rows = file.schema_arrow.names, file.metadata.num_rows
-            if field not in columns:
-                raise DataError(f"{path}: has the columns {', '.join(columns)} and no {field!r}; name the one that "
-                                "holds the text")
+        with raw_bytes(file) as raw:
+            size = raw.seek(0, io.SEEK_END)
+            raw.seek(0)
+            opened = parquet.ParquetFile(raw, buffer_size=READ_BYTES, page_checksum_verification=True)
+            columns, rows = opened.schema_arrow.names, opened.metadata.num_rows
+            if text_field not in columns:
+                raise DataError(f"{file.place}: has the columns {', '.join(columns)} and no {text_field!r}; name the "
+                                "one that holds the text")
             advance(0 if rows else size)
-            for group in range(file.num_row_groups):
-                for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[field], use_threads=False):
-                    texts: list[Any] = batch.column(0).to_pylist()
-                    advance(size * (row + len(texts)) // rows - size * row // rows)
-                    for text in texts:
+            reading.unit = "row"
+            for group in range(opened.num_row_groups):
+                about = opened.metadata.row_group(group)
+                held = max(1, min(1024, PARQUET_BYTES * about.num_rows // max(1, about.total_byte_size)))
+                for batch in opened.iter_batches(held, row_groups=[group], columns=[text_field], use_threads=False):
+                    advance(size * (row + len(batch)) // rows - size * row // rows)
+                    for text in _texts_of(batch.column(0), text_field, reading):
                         row += 1
-                        if isinstance(text, str):
-                            yield text
-                        elif text is not None:
-                            raise DataError(f"{path}, row {row}: column {field!r} holds {type(text).__name__}, no "
-                                            "text; name the column that holds the text")
+                        reading.number = row
+                        yield from _row_text(text, reading)
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         place = f", row group {group}, after row {row}" if group >= 0 else ""
-        raise DataError(f"{path}{place}: damaged or no parquet file ({type(error).__name__}: {error}); fetch or write "
-                        "the file again") from error
+        raise DataError(f"{file.place}{place}: damaged or no parquet file ({type(error).__name__}: {error}); {AGAIN}"
+                        ) from error
 
 
-class _Counted(io.RawIOBase):
-    """A file that tells of every byte read."""
-
-    def __init__(self, raw: io.RawIOBase, advance: Advance) -> None:
-        self._raw, self._advance = raw, advance
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int | None:
-        count = self._raw.readinto(target)
-        self._advance(count or 0)
-        return count
+def _texts_of(column: Any, text_field: str, reading: Reading) -> Any:
+    """The column, its dictionary looked up. DataError: it holds no text."""
+    types = importlib.import_module("pyarrow").types
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not (types.is_string(column.type) or types.is_large_string(column.type) or types.is_null(column.type)):
+        reading.number = 1
+        raise DataError(f"{reading.place}: column {text_field!r} holds {column.type}, no text; name the column that "
+                        "holds the text")
+    return column
 
 
-class _Zstandard(io.RawIOBase):
-    """Decoded Zstandard frames. EOFError where the file ends inside one, which the library's own reader lets pass."""
+def _row_text(text: Any, reading: Reading) -> Iterator[Text]:
+    if not text.is_valid:
+        reading.account.nulls += 1
+        return
+    content = text.as_buffer()
+    if content.size > MOST_BYTES:
+        raise _too_long(reading.place)
+    if content.size < LONG_BYTES:
+        yield text.as_py()
+    else:
+        long = LongText(bytearray(content))
+        check_utf8(long.content)
+        yield long
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._library = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._waiting = self._decoded = b""
-        self._taken = 0
 
-    def readable(self) -> bool:
-        return True
+def _too_long(place: str) -> DataError:
+    return DataError(f"{place}: a document longer than {MOST_BYTES:,} bytes; split it, or leave it out with --glob")
 
-    def readinto(self, target: Any) -> int:
-        while self._taken == len(self._decoded):
-            content = self._waiting or self._file.read(ZSTD_BYTES)
-            if not content:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a frame")
-                return 0
-            frame = self._frame = self._frame or self._library.decompressobj()
-            self._decoded, self._taken, self._waiting = frame.decompress(content), 0, b""
-            if frame.eof:
-                self._waiting, self._frame = frame.unused_data, None
-        count = min(len(target), len(self._decoded) - self._taken)
-        target[:count] = self._decoded[self._taken:self._taken + count]
-        self._taken += count
-        return count
+
+_READERS = {"text": _whole, "jsonl": _lines, "webdataset": _samples}

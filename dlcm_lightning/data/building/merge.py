@@ -2,7 +2,7 @@
 
 A build lies in `.SOURCE.unfinished` beside the place it will have:
 
-    recipe.json                     what is built from what (plan.py)
+    recipe.json  inputs.json        what is built from what (plan.py, continuing.py)
     tasks/TTTTTT.done  .lock        which tasks are done; who is at work
     train/  validation/             shards with their sidecars and records (writer.py)
 
@@ -16,26 +16,28 @@ nothing remains but to remove what they do not name and to rename the folder. A 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dlcm_lightning.data.building.account import ACCOUNT, Account, read_account, write_account
+from dlcm_lightning.data.building.continuing import INPUTS, read_inputs, write_inputs
 from dlcm_lightning.data.building.documents import SPLITS
 from dlcm_lightning.data.building.duplicates import CHUNK_DOCUMENTS, Marks, find_duplicates
 from dlcm_lightning.data.building.locks import exclusive
 from dlcm_lightning.data.building.plan import PLAN, Plan
+from dlcm_lightning.data.building.records import Record, done_tasks, read_record, record_path
 from dlcm_lightning.data.building.writer import finish_split, finished_shards
 from dlcm_lightning.data.manifest import MANIFEST, Manifest, ShardEntry, parse_manifest, sidecar
 from dlcm_lightning.durable import flush, write_atomically
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.progress import progress_bar
 
-TASKS = "tasks"
 LISTED = 20
 """Unfinished tasks named in a message."""
 
@@ -47,11 +49,13 @@ class Built:
     folder: Path
     train: Manifest
     validation: Manifest
+    account: dict[str, Any]
+    """account.json: what became of everything that was read."""
 
     @property
     def duplicates(self) -> int:
-        """Documents left out of shards that are not left out whole."""
-        return sum(manifest.shards.total("skipped_documents") for manifest in (self.train, self.validation))
+        """Documents left out because an earlier one has the same text."""
+        return int(self.account["copies"])
 
 
 def unfinished(folder: Path) -> Path:
@@ -59,26 +63,22 @@ def unfinished(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.unfinished")
 
 
-def done_tasks(working: Path) -> set[int]:
-    """The tasks that are done."""
-    return {int(path.stem) for path in (working / TASKS).glob("*.done")}
-
-
 def is_merged(working: Path) -> bool:
     """Whether nothing remains but to clear away and rename."""
-    return all((working / split / MANIFEST).is_file() for split in SPLITS)
+    return (working / ACCOUNT).is_file()
 
 
 def read_built(folder: Path) -> Built:
     """DataError: no finished source."""
-    manifests = []
+    manifests: list[Manifest] = []
     for split in SPLITS:
         path = folder / split / MANIFEST
         try:
             manifests.append(parse_manifest(path.read_bytes(), str(path)))
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error}); remove {folder} and build the source again") from error
-    return Built(folder, *manifests)
+    train, validation = manifests
+    return Built(folder, train, validation, read_account(folder))
 
 
 def merge(out: str | Path, source: str, report: Callable[[str], None] = print) -> Built:
@@ -123,24 +123,46 @@ def _merge(working: Path, plan: Plan, chunk_documents: int) -> None:
         shown = ", ".join(map(str, missing[:LISTED])) + (", ..." if len(missing) > LISTED else "")
         raise DataError(f"{working}: {len(missing)} of {tasks} tasks are unfinished: {shown}; run `dlcm tokenize` "
                         "with the same arguments to the end (task t belongs to --array i/n where t % n = i)")
-    shards = {split: list(_shards(working, split, tasks)) for split in SPLITS}
+    records = [_record(working, plan, number, places) for number, places in enumerate(plan.tasks())]
+    shards = {split: list(_shards(working, split, records)) for split in SPLITS}
     total = sum(shard.documents for entries in shards.values() for shard in entries)
     if not total:
         shutil.rmtree(working)
-        raise DataError(f"source {plan.source!r}: no document with text in it; check the inputs and their text field")
+        read = _account(records)
+        raise DataError(f"source {plan.source!r}: no document with text in it ({read.nulls:,d} texts are null, "
+                        f"{read.blanks:,d} blank); check the inputs and their text field")
     with progress_bar(total=2 * total, desc=f"merge {plan.source}", unit=" documents", unit_scale=True) as bar:
         kept = {split: _without_copies(working, split, entries, chunk_documents, bar.update)
                 for split, entries in shards.items()}
-    for split in SPLITS:
-        finish_split(working / split, kept[split], source=plan.source, domain=plan.domain, split=split,
-                     tokenizer=plan.tokenizer, vocab_size=plan.vocab_size, about=plan.about)
+    seen = read_inputs(working)
+    write_inputs(working, {**seen, "sha256": [digest for record in records for digest in record.digests]})
+    manifests = [finish_split(working / split, kept[split], source=plan.source, domain=plan.domain, split=split,
+                              tokenizer=plan.tokenizer, vocab_size=plan.vocab_size, about=plan.about, lossless=True,
+                              validation_share=plan.validation_share) for split in SPLITS]
+    write_account(working, _account(records), seen["left_out"], *manifests)
 
 
-def _shards(working: Path, split: str, tasks: int) -> Iterator[ShardEntry]:
+def _record(working: Path, plan: Plan, number: int, places: range) -> Record:
+    """DataError: a task was done by a process that was given other inputs."""
+    record = read_record(working, number)
+    if plan.names and record.names != plan.names[places.start:places.stop]:
+        raise DataError(f"{working}: task {number} was done with other inputs than the build has now; remove "
+                        f"{record_path(working, number)} and its shards {number:06d}-*, run `dlcm tokenize` again")
+    return record
+
+
+def _account(records: list[Record]) -> Account:
+    found = Account()
+    for record in records:
+        found.add(record.account)
+    return found
+
+
+def _shards(working: Path, split: str, records: list[Record]) -> Iterator[ShardEntry]:
     """Finished shards in the order of the stream. DataError: fewer than their task has written, or one is damaged."""
-    for task in range(tasks):
-        record = working / TASKS / f"{task:06d}.done"
-        wanted, found = json.loads(record.read_bytes())[split], finished_shards(working / split, task)
+    for task, about in enumerate(records):
+        record = record_path(working, task)
+        wanted, found = about.shards.get(split), finished_shards(working / split, task)
         if len(found) != wanted:
             raise DataError(f"{working / split}: task {task} wrote {wanted} shards and {len(found)} are there; remove "
                             f"{record} and run `dlcm tokenize` again")
@@ -212,7 +234,7 @@ def _clear(working: Path) -> None:
             if found.name not in wanted:
                 found.unlink()
     for found in working.iterdir():
-        if found.name in SPLITS or found.name == PLAN:
+        if found.name in (*SPLITS, PLAN, INPUTS, ACCOUNT):
             continue
         if found.is_dir():
             shutil.rmtree(found)

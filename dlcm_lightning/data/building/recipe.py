@@ -4,6 +4,7 @@
     domain: web-en
     glob: "**/*.jsonl.zstd"        # of the files, below the input folder
     text_field: text
+    format: jsonl                  # where the names of the files do not say it
     licence: Common Crawl terms of use
     home_page: https://...
 
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import yaml
 
+from dlcm_lightning.data.building.kinds import AUTO
 from dlcm_lightning.errors import DataError
 
 
@@ -32,6 +34,7 @@ class Recipe:
     text_field: str = "text"
     licence: str = ""
     home_page: str = ""
+    format: str = AUTO
 
     @property
     def about(self) -> dict[str, str]:

@@ -1,30 +1,65 @@
 """One task of a build: its texts into shards of both splits, continued where an earlier attempt was interrupted.
 
 The texts of an interrupted task are read again, for that is cheap, and only those are tokenised that lie in no
-finished shard. The task is done once `tasks/TTTTTT.done` says how many shards it has; a process holds its lock while
-it works, so that two never write the same shard.
+finished shard. A document whose tokens do not stand for as many bytes as its text has is an error: the tokenizer has
+changed it. The task is done once its record is written (records.py); a process holds its lock while it works, so that
+two never write the same shard.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
-from dlcm_lightning.data.building.documents import SPLITS, Document, documents_of, split_of
-from dlcm_lightning.data.building.formats import read_texts
+import numpy as np
+
+from dlcm_lightning.data.building.documents import SPLITS, Document, LongText, Text, document_of, split_of
+from dlcm_lightning.data.building.formats import Reading, read_texts
 from dlcm_lightning.data.building.locks import locked
-from dlcm_lightning.data.building.merge import TASKS
-from dlcm_lightning.data.building.plan import Plan
+from dlcm_lightning.data.building.plan import Input, Plan
+from dlcm_lightning.data.building.records import TASKS, Record, record_path, write_record
 from dlcm_lightning.data.building.writer import ShardWriter
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.durable import write_atomically
+from dlcm_lightning.errors import DataError
 
+NOTHING = np.empty(0, dtype=np.uint32)
 BATCH_CHARACTERS = 1_000_000
 """Text that each thread of the tokenizer is given at once."""
 
-Meter = Callable[[int, int], None]
-"""Told of input bytes read and of tokens made."""
+
+class Meter(Protocol):
+    """Told of input bytes whose texts are tokenised, and of tokens made."""
+
+    def __call__(self, read: int, tokens: int) -> None: ...
+
+
+class _Told:
+    """Tells a meter of input bytes once their texts are tokenised, not when they are read."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter, self._waiting, self._told = meter, 0, 0
+
+    def read(self, count: int) -> None:
+        self._waiting += count
+
+    def tokenised(self, tokens: int, share: float = 1.0) -> None:
+        """share: of the bytes that wait."""
+        count = int(self._waiting * share)
+        self._waiting -= count
+        self._told += count
+        self._meter(count, tokens)
+
+    def finish(self, total: int) -> None:
+        self._meter(max(0, total - self._told), 0)
+
+
+class _Missing(NamedTuple):
+    """A document that lies in no finished shard."""
+
+    split: str
+    document: Document
+    place: str
 
 
 class Task:
@@ -33,62 +68,112 @@ class Task:
     def __init__(self, plan: Plan, working: Path, number: int) -> None:
         self.plan, self.working, self.number = plan, working, number
         (working / TASKS).mkdir(exist_ok=True)
-        self._record = working / TASKS / f"{number:06d}.done"
+        self._record = record_path(working, number)
 
-    def work(self, files: Sequence[Path], tokenizer: Tokenizer, meter: Meter, *, threads: int, wait: bool) -> bool:
-        """Does the task unless it is done. False: another process is at it, and `wait` is not set."""
-        read = 0
+    def work(self, files: Sequence[Input], tokenizer: Tokenizer, meter: Meter, *, threads: int, wait: bool,
+             at: Callable[[str], object] = lambda _: None) -> bool:
+        """Does the task unless it is done. False: another process is at it, and `wait` is not set.
 
-        def advance(count: int) -> None:
-            nonlocal read
-            read += count
-            meter(count, 0)
-
+        at: told of the place in the inputs before each step that takes long.
+        """
+        reading, told = Reading(), _Told(meter)
         with locked(self._record.with_suffix(".lock"), wait=wait) as mine:
             if not mine:
                 return False
             if not self._record.is_file():
-                texts = (text for file in files for text in read_texts(file, self.plan.text_field, advance))
-                self.write(texts, tokenizer, meter, threads=threads)
-            total = sum(self.plan.sizes[place] for place in self.plan.tasks()[self.number])
-            meter(total - read, 0)
+                texts = (text for file in files for text in read_texts(file, self.plan.text_field, told.read, reading))
+                names = tuple(file.name for file in files)
+                self._write(texts, tokenizer, told, reading, names, at, threads)
+            told.finish(sum(max(0, file.size) for file in files))
             self._record.with_suffix(".lock").unlink(missing_ok=True)  # whoever waits for it looks for the record
             return True
 
-    def write(self, texts: Iterable[str], tokenizer: Tokenizer, meter: Meter, *, threads: int) -> None:
-        """Writes all shards of the task and its record. DataError: finished shards are not of these texts."""
+    def write(self, texts: Iterable[Text], tokenizer: Tokenizer, meter: Meter, *, threads: int) -> None:
+        """Writes all shards of a task of texts in memory, and its record.
+
+        DataError: finished shards are not of these texts, the tokenizer changes a text.
+        """
+        told = _Told(meter)
+
+        def counted() -> Iterator[Text]:
+            for text in texts:
+                told.read(len(text.encode("utf-8", "surrogatepass")) if isinstance(text, str) else len(text.content))
+                yield text
+
+        self._write(counted(), tokenizer, told, Reading(), (), lambda _: None, threads)
+
+    def _write(self, texts: Iterable[Text], tokenizer: Tokenizer, told: _Told, reading: Reading, names: tuple[str, ...],
+               at: Callable[[str], object], threads: int) -> None:
         writers = {split: ShardWriter(
             self.working / split, vocab_size=self.plan.vocab_size, task=self.number,
             shard_bytes=self.plan.shard_bytes, block_tokens=self.plan.block_tokens) for split in SPLITS}
-
-        def missing() -> Iterator[tuple[str, Document]]:
-            for document in documents_of(texts):
-                split = split_of(document.identity, self.plan.validation_share)
-                if not writers[split].has(document.identity):
-                    yield split, document
-
         try:
-            for batch in _batches(missing(), BATCH_CHARACTERS * threads):
-                encoded = tokenizer.encode_documents([document.text for _, document in batch])
-                for (split, document), ids in zip(batch, encoded, strict=True):
-                    writers[split].write(ids, document.identity, document.size)
-                meter(0, sum(map(len, encoded)))
+            for batch in _batches(self._missing(texts, writers, reading), BATCH_CHARACTERS * threads):
+                at(batch[0].place if len(batch) == 1 else f"{batch[0].place} to {batch[-1].place}")
+                _write(batch, tokenizer, writers, told)
             counts = {split: len(writer.close()) for split, writer in writers.items()}
         finally:
             for writer in writers.values():
                 writer.abandon()
-        write_atomically(self._record, (json.dumps(counts) + "\n").encode())
+        write_record(self.working, self.number, Record(counts, names, tuple(reading.digests), reading.account))
+
+    def _missing(self, texts: Iterable[Text], writers: dict[str, ShardWriter], reading: Reading) -> Iterator[_Missing]:
+        account = reading.account
+        for text in texts:
+            document = document_of(text)
+            if document is None:
+                account.blanks += 1
+                continue
+            account.document(reading.kind, document.size, reading.named)
+            account.replaced_characters += document.replaced
+            split = split_of(document.identity, self.plan.validation_share)
+            if not writers[split].has(document.identity):
+                yield _Missing(split, document, reading.place)
 
 
-def _batches(documents: Iterable[tuple[str, Document]], characters: int) -> Iterator[list[tuple[str, Document]]]:
-    """Lists of about so many characters."""
-    batch: list[tuple[str, Document]] = []
+def _batches(documents: Iterator[_Missing], characters: int) -> Iterator[list[_Missing]]:
+    """Lists of about so many characters; a long document by itself."""
+    batch: list[_Missing] = []
     size = 0
     for one in documents:
+        if isinstance(one.document.text, LongText):
+            if batch:
+                yield batch
+            yield [one]
+            batch, size = [], 0
+            continue
         batch.append(one)
-        size += len(one[1].text)
+        size += len(one.document.text)
         if size >= characters:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _write(batch: list[_Missing], tokenizer: Tokenizer, writers: dict[str, ShardWriter], told: _Told) -> None:
+    """Tokenises documents and writes them."""
+    texts = [one.document.text for one in batch]
+    if isinstance(texts[0], LongText):
+        left = len(texts[0].content)
+
+        def advance(size: int, tokens: int) -> None:
+            nonlocal left
+            told.tokenised(tokens, size / max(size, left))
+            left -= size
+
+        try:
+            encoded = [tokenizer.encode_long(texts[0].content, advance)]
+        except DataError as error:
+            raise DataError(f"{batch[0].place}: {error}") from error
+        texts[0].release()
+    else:
+        encoded = tokenizer.encode_documents(texts)  # type: ignore[arg-type]
+        told.tokenised(sum(map(len, encoded)))
+    stated = np.array([one.document.size for one in batch])
+    for place in np.flatnonzero(tokenizer.bytes_of(encoded) != stated)[:1].tolist():
+        raise DataError(f"{batch[place].place}: the tokens of this document do not stand for the bytes of its text; "
+                        "the tokenizer changes it, choose another")
+    for place, one in enumerate(batch):
+        writers[one.split].write(encoded[place], one.document.identity, one.document.size)
+        encoded[place] = NOTHING

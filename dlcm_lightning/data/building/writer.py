@@ -8,8 +8,8 @@ finished shard is never written again; everything else that lies there is an acc
 Beside the sidecars of the format a shard has two more until its source is merged: `NAME.entry`, its line of the
 manifest as JSON, and `NAME.sizes`, int64, the UTF-8 bytes of each document's text.
 
-The tar is written by hand, header by header: its sha256 and its index then fall out on the way, and nothing is read
-twice.
+The library that the format is named after writes the tar; a stream below it counts and hashes, so that sha256 and index
+fall out on the way and nothing is read twice.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from tarfile import BLOCKSIZE
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from dlcm_lightning.data.manifest import (
     sidecar,
     write_manifest,
 )
+from dlcm_lightning.data.webdataset_library import webdataset
 from dlcm_lightning.durable import flush, write_atomically
 from dlcm_lightning.errors import DataError
 
@@ -60,6 +61,18 @@ def finished_shards(folder: Path, task: int) -> list[ShardEntry]:
     return found
 
 
+class _Hashed:
+    """A file to write to, its bytes counted and hashed. Once it is closed, what a tar still holds goes nowhere."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.size, self.hashed = file, 0, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.hashed.update(content)
+        self.size += len(content)
+        return len(content) if self.file.closed else self.file.write(content)
+
+
 class ShardWriter:
     """Writes the shards of one task and split. `close` finishes the last one; without it that one never was."""
 
@@ -75,7 +88,8 @@ class ShardWriter:
         self._written = self._identities_written([shard.name for shard in self.shards])
         self._block: list[np.ndarray] = []
         self._block_tokens = 0
-        self._file: BinaryIO | None = None
+        self._file: _Hashed | None = None
+        self._tar: Any = None
         self._begin_shard()
 
     def has(self, identity: bytes) -> bool:
@@ -95,7 +109,9 @@ class ShardWriter:
         if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
             raise DataError(f"{self.folder}: a document of {len(ids)} tokens is empty or holds ids outside "
                             f"[0, {self.vocab_size})")
-        self._block.append(ids.astype(self._type))
+        if self._block and len(ids) >= self.block_tokens:  # a block of its own, which is not copied
+            self._close_block()
+        self._block.append(ids.astype(self._type, copy=False))
         self._block_tokens += len(ids)
         self._identities += identity
         self._sizes.append(text_bytes)
@@ -115,7 +131,7 @@ class ShardWriter:
     def abandon(self) -> None:
         """Lets go of the file of an unfinished shard."""
         if self._file is not None:
-            self._file.close()
+            self._file.file.close()
             self._file = None
 
     def _identities_written(self, names: list[str]) -> Iterator[bytes]:
@@ -127,53 +143,39 @@ class ShardWriter:
         self._identities = bytearray()
         self._sizes: list[int] = []
         self._index: list[tuple[int, int, int, int]] = []
-        self._sum = hashlib.sha256()
-        self._size = 0
 
     def _close_block(self) -> None:
         if not self._block:
             return
         if self._file is None:
             self._temporary = self.folder / f".{shard_name(self.task, len(self.shards))}"
-            self._file = self._temporary.open("wb")
-        lengths = np.array([len(document) for document in self._block], dtype="<u4")
-        key = f"{len(self._index):08d}"
-        lengths_at = self._member(f"{key}.lengths.u32", lengths.tobytes())
-        tokens_at = self._member(f"{key}.tokens.{self._suffix}", np.concatenate(self._block).tobytes())
-        self._index.append((tokens_at, self._block_tokens, lengths_at, len(lengths)))
+            self._file = _Hashed(self._temporary.open("wb"))
+            self._tar = webdataset("writer").TarWriter(self._file, encoder=False, mtime=0, mode=0o444, user="dlcm",
+                                                       group="dlcm")
+        lengths = np.array([len(document) for document in self._block], dtype="<u4").tobytes()
+        documents, count = len(self._block), self._block_tokens
+        tokens = (self._block[0] if documents == 1 else np.concatenate(self._block)).tobytes()
         self._block, self._block_tokens = [], 0
+        lengths_at = self._tar.tarstream.offset + BLOCKSIZE  # behind its header; members come in order of their names
+        tokens_at = lengths_at + -(-len(lengths) // BLOCKSIZE) * BLOCKSIZE + BLOCKSIZE
+        key = f"{len(self._index):08d}"
+        self._tar.write({"__key__": key, "lengths.u32": lengths, f"tokens.{self._suffix}": tokens})
+        self._index.append((tokens_at, count, lengths_at, documents))
         if sum(row[1] for row in self._index) * self._width >= self.shard_bytes:
             self._close_shard()
-
-    def _member(self, name: str, content: bytes) -> int:
-        """Appends a file to the tar; returns the offset of its content."""
-        header = tarfile.TarInfo(name)
-        header.size, header.mode, header.uname, header.gname = len(content), 0o444, "dlcm", "dlcm"
-        self._append(header.tobuf(tarfile.GNU_FORMAT))
-        at = self._size
-        self._append(content)
-        self._append(bytes(-len(content) % tarfile.BLOCKSIZE))
-        return at
-
-    def _append(self, content: bytes) -> None:
-        assert self._file is not None
-        self._file.write(content)
-        self._sum.update(content)
-        self._size += len(content)
 
     def _close_shard(self) -> None:
         if self._file is None:
             return
-        self._append(bytes(2 * tarfile.BLOCKSIZE))
-        self._append(bytes(-self._size % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
+        self._tar.close()
+        self._file.file.flush()
+        os.fsync(self._file.file.fileno())
+        self._file.file.close()
+        size, digest, self._file = self._file.size, self._file.hashed.hexdigest(), None
         name = shard_name(self.task, len(self.shards))
         index = np.array(self._index, dtype="<i8").reshape(-1, INDEX_COLUMNS)
         entry = ShardEntry(name=name, documents=len(self._sizes), tokens=int(index[:, 1].sum()), blocks=len(index),
-                           text_bytes=sum(self._sizes), size=self._size, sha256=self._sum.hexdigest())
+                           text_bytes=sum(self._sizes), size=size, sha256=digest)
         for kind, content in (("index", index.tobytes()), ("hashes", bytes(self._identities)),
                               ("sizes", np.array(self._sizes, dtype="<i8").tobytes())):
             write_atomically(self.folder / sidecar(name, kind), content)
@@ -185,12 +187,15 @@ class ShardWriter:
 
 
 def finish_split(folder: Path, shards: Iterable[ShardEntry], *, source: str, domain: str, split: str, tokenizer: str,
-                 vocab_size: int, about: dict[str, str] | None = None) -> Manifest:
-    """Writes the manifest of a split, by which its shards become readable. tokenizer: fingerprint."""
+                 vocab_size: int, about: dict[str, str] | None = None, lossless: bool = False,
+                 validation_share: float | None = None) -> Manifest:
+    """Writes the manifest of a split, by which its shards become readable. tokenizer: fingerprint; lossless and
+    validation_share: see Manifest."""
     columns = Shards.from_entries(shards)
     manifest = Manifest(
         source=source, domain=domain, split=split, tokenizer=tokenizer, vocab_size=vocab_size,
         dtype=dtype_of(vocab_size), documents=columns.total("documents"), tokens=columns.total("tokens"),
-        text_bytes=columns.total("text_bytes"), shards=columns, about=about or {})
+        text_bytes=columns.total("text_bytes"), shards=columns, about=about or {}, lossless=lossless,
+        validation_share=validation_share)
     write_manifest(folder, manifest)
     return manifest

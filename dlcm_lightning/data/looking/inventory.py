@@ -1,9 +1,9 @@
 """Every file of a corpus against its manifests: what is damaged, what is missing, what nobody lists.
 
 `verify.py` knows what a sound shard is; this goes through all shards of both splits of every source, in several
-threads (sums and reading do without Python's lock), and does not stop at the first that is not. Besides, `NAME.hashes`
-must have the size that its shard needs; their content is in no manifest and is not compared. Files that no manifest
-lists do no harm and are said.
+threads (sums and reading do without Python's lock), and does not stop at the first that is not. Besides, every
+document is decoded, and the md5 of what comes out must be the one that `NAME.hashes` has for the text that went in: a
+tokenizer that changed texts is found by what it did. Files that no manifest lists do no harm and are said.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import fsspec
 
 from dlcm_lightning.config import Config
+from dlcm_lightning.data.building.account import ACCOUNT
+from dlcm_lightning.data.building.continuing import INPUTS
 from dlcm_lightning.data.building.documents import SPLITS
 from dlcm_lightning.data.building.plan import PLAN
-from dlcm_lightning.data.looking.lookup import hashes
 from dlcm_lightning.data.looking.table import harmless
+from dlcm_lightning.data.looking.texts import Texts
 from dlcm_lightning.data.manifest import MANIFEST, Shards, sidecar
 from dlcm_lightning.data.reader import corpus_folder
 from dlcm_lightning.data.source import Source
@@ -83,7 +85,11 @@ def _verify(store: Store, names: list[str], workers: int, report: Callable[[str]
     """report: told of every damage and every note, one line each. DataError: no tokenizer."""
     if workers < 1:
         raise DataError(f"--workers {workers}: must be at least 1")
-    tokenizer = Tokenizer.load(store)
+    try:
+        tokenizer = Tokenizer.load(store)
+    except DataError as error:
+        raise DataError(f"{error}; whatever was built with it is to be built again") from error
+    texts = Texts(tokenizer)
     found, streams = Found(sources=len(names)), []
     for name in names:
         for split in SPLITS:
@@ -96,12 +102,12 @@ def _verify(store: Store, names: list[str], workers: int, report: Callable[[str]
                 found.damaged += 1
                 report(f"damaged: {harmless(str(error))}")
         if store.exists(name):
-            for note in _unlisted(store.below(name), {*SPLITS, PLAN}):
+            for note in _unlisted(store.below(name), {*SPLITS, PLAN, INPUTS, ACCOUNT}):
                 report(f"note: {harmless(note)}")
     shards = [(stream, number) for stream in streams for number in range(len(stream.manifest.shards))]
     found.shards, found.bytes = len(shards), sum(stream.manifest.shards.total("size") for stream in streams)
     with progress_bar(total=found.bytes, desc="verify", unit="B", unit_scale=True) as bar:
-        for size, damages in _checked(shards, workers):
+        for size, damages in _checked(shards, texts, workers):
             found.damaged += bool(damages)
             for damage in damages:
                 if bar.last_print_n:  # it is shown
@@ -111,13 +117,13 @@ def _verify(store: Store, names: list[str], workers: int, report: Callable[[str]
     return found
 
 
-def _checked(shards: Iterable[tuple[Source, int]], workers: int) -> Iterator[tuple[int, list[str]]]:
+def _checked(shards: Iterable[tuple[Source, int]], texts: Texts, workers: int) -> Iterator[tuple[int, list[str]]]:
     """After every shard, in order: its bytes, and what is wrong with it."""
     waiting: list[Future[tuple[int, list[str]]]] = []
     threads = ThreadPoolExecutor(workers)
     try:
         for source, number in shards:
-            waiting.append(threads.submit(_damages, source, number))
+            waiting.append(threads.submit(_damages, source, number, texts))
             if len(waiting) > AHEAD * workers:
                 yield waiting.pop(0).result()
         while waiting:
@@ -126,9 +132,12 @@ def _checked(shards: Iterable[tuple[Source, int]], workers: int) -> Iterator[tup
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _damages(source: Source, number: int) -> tuple[int, list[str]]:
-    found = []
-    for check in (verify_shard, hashes):
+def _damages(source: Source, number: int, texts: Texts) -> tuple[int, list[str]]:
+    """Documents of a shard that is damaged are not decoded."""
+    found: list[str] = []
+    for check in (verify_shard, texts.check):
+        if found:
+            break
         try:
             check(source, number)
         except DataError as error:

@@ -19,7 +19,9 @@ def say_nothing(_: str) -> None:
 
 
 def sums(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Of all files but inputs.json, which holds the inodes and times of the inputs."""
+    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != "inputs.json"}
 
 
 def run(inputs: Path, out: Path, home: str | None, **options: object) -> Built | None:

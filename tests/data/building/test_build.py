@@ -14,8 +14,9 @@ import pytest
 from dlcm_lightning.cli import main
 from dlcm_lightning.data.building.build import tokenize, tokenize_documents
 from dlcm_lightning.data.building.documents import SPLITS
+from dlcm_lightning.data.building.inputs import list_inputs
 from dlcm_lightning.data.building.merge import Built, merge
-from dlcm_lightning.data.building.plan import Plan, list_inputs
+from dlcm_lightning.data.building.plan import Plan
 from dlcm_lightning.data.building.recipe import Recipe
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import DataError
@@ -56,7 +57,8 @@ def test_every_document_comes_once_whatever_its_format(inputs: Path, tmp_path: P
     assert built.train.documents + built.validation.documents == len(wanted)
     assert built.train.text_bytes + built.validation.text_bytes == sum(len(text.encode()) for text in wanted)
     assert built.train.tokens + built.validation.tokens == sum(map(len, tokenizer.encode_documents(wanted)))
-    assert [path.name for path in (tmp_path / "out" / "s").iterdir() if path.is_file()] == ["recipe.json"]
+    files = sorted(path.name for path in (tmp_path / "out" / "s").iterdir() if path.is_file())
+    assert files == ["account.json", "inputs.json", "recipe.json"]
     assert not [path for path in (tmp_path / "out").rglob(".*") if path.name != ".lock"]
 
 
@@ -130,7 +132,8 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path, home: str) -> No
 def test_hostile_names_of_inputs_lead_nowhere(tmp_path: Path, home: str) -> None:
     inputs = tmp_path / "inputs"
     inputs.mkdir()
-    names = ("$(touch pwned)", "a\nb", "\\..\\x", "-rf", "天 地", "x;y", os.fsdecode(b"\xff\xfe"))
+    names = [f"{name}.txt" for name in ("$(touch pwned)", "a\nb", "\\..\\x", "-rf", "天 地", "x;y",
+                                        os.fsdecode(b"\xff"))]
     for number, name in enumerate(names):
         (inputs / name).write_text(f"text {number}")
     before = sorted(str(path) for path in tmp_path.rglob("*"))
@@ -139,8 +142,8 @@ def test_hostile_names_of_inputs_lead_nowhere(tmp_path: Path, home: str) -> None
     after = sorted(str(path) for path in tmp_path.rglob("*") if tmp_path / "out" not in [path, *path.parents])
     assert after == before
     names = {path.name for path in (tmp_path / "out" / "s").rglob("*")}
-    assert names == {"recipe.json", "train", "validation", "manifest.json", "000000-00000.tar", "000000-00000.index",
-                     "000000-00000.hashes"}
+    assert names == {"recipe.json", "inputs.json", "account.json", "train", "validation", "manifest.json",
+                     "000000-00000.tar", "000000-00000.index", "000000-00000.hashes"}
     run(inputs, tmp_path / "out", home, validation_share=0.0)
 
 
@@ -152,7 +155,7 @@ def test_the_command_takes_a_recipe_and_its_flags_stand_over_it(inputs: Path, tm
     assert "holds 500 documents" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "r" / "train" / "manifest.json").read_text())
     assert found["about"] == {"licence": "mine", "home_page": "https://x"} and found["domain"] == "d"
-    changed = ["--source", "t", "--glob", "code/*.py", "--domain", "code", "--validation-share", "0"]
+    changed = ["--source", "t", "--glob", "code/*.py", "--domain", "code"]
     for part in ("1/2", "0/2"):
         assert main(["tokenize", str(inputs), *out, *changed, "--array", part]) == 0
     assert "dlcm data merge" in capsys.readouterr().out
@@ -179,10 +182,10 @@ def test_inputs_are_listed_in_the_order_of_their_paths(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     (tmp_path / "link.py").symlink_to(tmp_path / "a.py")
-    assert [file.name for file in list_inputs([tmp_path])] == ["a/z.py", "a.py", "b/a.txt", "b/x.py", "link.py"]
-    assert [file.name for file in list_inputs([tmp_path], "**/*.py")] == ["a/z.py", "a.py", "b/x.py", "link.py"]
-    assert [file.name for file in list_inputs([tmp_path / "b" / "x.py", tmp_path / "a"], "*.txt")] == ["x.py"]
-    with pytest.raises(DataError, match="no files to read"):
+    assert [file.name for file in list_inputs([tmp_path]).files] == ["a/z.py", "a.py", "b/a.txt", "b/x.py", "link.py"]
+    assert [file.name for file in list_inputs([tmp_path], "**/*.py").files] == ["a/z.py", "a.py", "b/x.py", "link.py"]
+    assert [file.name for file in list_inputs([tmp_path / "b" / "x.py", tmp_path / "a"], "*.txt").files] == ["x.py"]
+    with pytest.raises(DataError, match="not a pattern below"):
         list_inputs([tmp_path / "b"], "../a/*")
 
 

@@ -6,7 +6,7 @@ import gzip
 import importlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,12 +15,23 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from dlcm_lightning.data.building.formats import ZSTD_BYTES, read_texts
+from dlcm_lightning.data.building.compressed import CHUNK_BYTES
+from dlcm_lightning.data.building.documents import LongText
+from dlcm_lightning.data.building.formats import Reading
+from dlcm_lightning.data.building.formats import read_texts as read_some
+from dlcm_lightning.data.building.plan import Input
 from dlcm_lightning.errors import DataError
 from tests.synthetic import make_texts
 
 TEXTS = [*make_texts("english", 300), "naïve\r\n天地玄黄 🙂", "x" * 3_000_000]
 LINES = "\n".join([*(json.dumps({"text": text, "other": 1}) for text in TEXTS), "", "  "]).encode()
+
+
+def read_texts(file: Input | Path, field: str, advance: Callable[[int], object] = lambda _: None,
+               reading: Reading | None = None) -> Iterator[str]:
+    """Long texts as any other."""
+    for text in read_some(file, field, advance, reading):
+        yield bytes(text.content).decode("utf-8", "surrogatepass") if isinstance(text, LongText) else text
 
 
 def frames(content: bytes) -> bytes:
@@ -72,18 +83,25 @@ def test_a_byte_order_mark_is_no_text_and_null_is_passed_over(tmp_path: Path) ->
     assert list(read_texts(tmp_path / "a.jsonl", "text")) == list(read_texts(tmp_path / "a.parquet", "text")) == ["one"]
 
 
-def test_an_empty_file_holds_nothing(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "a.jsonl.zst", "a.jsonl.gz"):
-        (tmp_path / name).write_bytes(b"")
+def test_an_empty_file_holds_nothing_and_is_no_compressed_one(tmp_path: Path) -> None:
+    empty = (("a.jsonl", b""), ("a.jsonl.zst", zstandard.compress(b"")), ("b.jsonl.gz", gzip.compress(b"")))
+    for name, content in empty:
+        (tmp_path / name).write_bytes(content)
         assert list(read_texts(tmp_path / name, "text")) == []
+    for name in ("c.jsonl.zst", "c.jsonl.gz", "c.txt.gz"):  # as after a failed download; gzip -t refuses it
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(DataError, match=rf"{name}.*damaged .*the file is empty"):
+            list(read_texts(tmp_path / name, "text"))
     parquet(tmp_path / "a.parquet", [])
     assert list(read_texts(tmp_path / "a.parquet", "text")) == []
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ('{"text": 5}', "field 'text' is no text"), ('{"txt": "a"}', "KeyError: 'text'"), ('"a"', "TypeError"),
-    ('{"text": "a"', "JSONDecodeError"), ("[1]", "TypeError"), ("7", "TypeError"), ("[" * 100_000, "RecursionError"),
-    ('{"text": "\xff"}', "UnicodeDecodeError")])
+    ('{"text": 5}', "field 'text' holds a int and no text"), ('{"txt": "a"}', "KeyError: 'text'"),
+    ('"a"', "holds a str and no object"), ('{"text": "a"', "JSONDecodeError"), ("[1]", "holds a list"),
+    ("7", "holds a int"), ("[" * 100_000, "holds no object"), ('{"text": "\xff"}', "UnicodeDecodeError"),
+    ('{"a": ' + "[" * 100_000, "ValueError"), ('{"text": "' + "x" * 2**20 + '", "b": "\\x"}', "unknown escape"),
+    ('{"a": "' + "\xff" * 2**20 + '"}', "UnicodeDecodeError")])
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "x.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "good"}\n\n' + line.encode("latin-1")))
     texts = read_texts(tmp_path / "x.jsonl.zst", "text")
@@ -93,7 +111,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "cut", "error"), [
-    ("x.jsonl.gz", -5, "EOFError"), ("x.jsonl.zst", -5, "EOFError"), ("x.jsonl.zst", ZSTD_BYTES, "EOFError"),
+    ("x.jsonl.gz", -5, "EOFError"), ("x.jsonl.zst", -5, "EOFError"), ("x.jsonl.zst", CHUNK_BYTES, "EOFError"),
     ("x.txt.gz", -5, "EOFError"), ("x.txt.zst", -5, "EOFError")])
 def test_truncated_compression_is_named(tmp_path: Path, name: str, cut: int, error: str) -> None:
     noise = random.Random(0).randbytes(400_000).hex()

@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 
 from dlcm_lightning.data.building import merge as merging
+from dlcm_lightning.data.building.account import Account
+from dlcm_lightning.data.building.continuing import save_inputs
 from dlcm_lightning.data.building.documents import SPLITS, split_of
 from dlcm_lightning.data.building.duplicates import Marks, find_duplicates
+from dlcm_lightning.data.building.inputs import Listing
 from dlcm_lightning.data.building.merge import merge, merge_build, unfinished
 from dlcm_lightning.data.building.plan import Plan
+from dlcm_lightning.data.building.records import Record, write_record
 from dlcm_lightning.data.building.writer import ShardWriter
 from dlcm_lightning.data.manifest import SKIP_COLUMNS, build_index
 from dlcm_lightning.durable import sha256_of
@@ -39,6 +43,7 @@ def build(folder: Path, tasks: list[list[int]] = TASKS, done: int | None = None)
     """An unfinished build of those documents, with shards of a few of them; returns its working folder."""
     working = unfinished(folder)
     (working / "tasks").mkdir(parents=True)
+    save_inputs(working, Listing())
     Plan("s", "d", "f", 300, "text", SHARE, 40, 12, task_bytes=1, about={"licence": "mine"},
          names=tuple(f"{number}.txt" for number in range(len(tasks))), sizes=(1,) * len(tasks)).save(working)
     for task, documents in enumerate(tasks[:done]):
@@ -47,7 +52,8 @@ def build(folder: Path, tasks: list[list[int]] = TASKS, done: int | None = None)
         for number in documents:
             writers[split_of(identity(number), SHARE)].write(ids(number), identity(number), 100 + number)
         counts = {split: len(writer.close()) for split, writer in writers.items()}
-        (working / "tasks" / f"{task:06d}.done").write_text(json.dumps(counts))
+        account = Account(texts={"text": len(documents)}, text_bytes=sum(100 + number for number in documents))
+        write_record(working, task, Record(counts, (f"{task}.txt",), ("0" * 64,), account))
     return working
 
 
@@ -99,6 +105,10 @@ def test_the_first_of_equal_documents_stays_across_tasks_and_shards(tmp_path: Pa
             else:
                 assert not shard.skip_sha256 and not path.with_suffix(".skip").exists()
     assert merged.train.shards.total("skipped_documents")
+    copies = sum(map(len, TASKS)) - len(stream)
+    assert merged.duplicates == merged.account["copies"] == copies, "those in shards that are gone are counted too"
+    assert merged.account["copied_bytes"] == sum(100 + number for task in TASKS for number in task) - sum(
+        100 + number for number in stream)
     names = {path.name for path in (tmp_path / "s" / "train").iterdir()}
     assert not any(name.startswith("000001") for name in names), "shards of nothing but copies are removed"
     assert {name.split(".")[-1] for name in names} == {"tar", "index", "hashes", "skip", "json"}

@@ -71,7 +71,7 @@ def test_tar_members_say_nothing_of_who_wrote_them_and_when(tmp_path: Path) -> N
 def test_the_tar_is_the_one_the_standard_library_writes(tmp_path: Path) -> None:
     write(tmp_path)
     path, ours = tmp_path / "000007-00001.tar", io.BytesIO()
-    with tarfile.open(path) as tar, tarfile.open(fileobj=ours, mode="w", format=tarfile.GNU_FORMAT) as copy:
+    with tarfile.open(path) as tar, tarfile.open(fileobj=ours, mode="w", format=tarfile.PAX_FORMAT) as copy:
         for member in tar:
             copy.addfile(member, tar.extractfile(member))
     assert ours.getvalue() == path.read_bytes()
