@@ -65,7 +65,7 @@ def _documents(store: Store, manifest: Manifest, blocks: Iterable[dict[str, Any]
         ends, skipped = np.cumsum(lengths), skips.get(int(block["__key__"]), frozenset())
         for place, (length, end) in enumerate(zip(lengths.tolist(), ends.tolist(), strict=True)):
             if place not in skipped:
-                yield tokens[end - length:end]
+                yield tokens[end - length:end].copy()  # writable, and it does not hold the whole block
         seen += 1
     _check_whole(store, entries, name, seen)
 

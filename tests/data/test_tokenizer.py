@@ -73,10 +73,18 @@ def test_unusable_tokenizer_folders_are_named(tokenizer: Tokenizer, tmp_path: Pa
     with pytest.raises(DataError, match="not a tokenizer"):
         Tokenizer.load(tmp_path)
     path.write_text('{"model": {"vocab": {"<s>": 0, "</s>": 1}}}')
-    with pytest.raises(DataError, match="library refuses it"):
+    with pytest.raises(DataError, match="its model is an unnamed model"):
         Tokenizer.load(tmp_path)
     tokenizer.save(tmp_path)
     found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, "model": {**found["model"], "merges": [["<s>", "nothing"]]}}))
+    with pytest.raises(DataError, match="library refuses it"):
+        Tokenizer.load(tmp_path)
+    path.write_text(json.dumps(found))
+    for settings in ("[]", "5", "{", '"bos_token"'):
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+        with pytest.raises(DataError, match=r"tokenizer_config\.json: not the JSON of a tokenizer_config"):
+            Tokenizer.load(tmp_path)
     for token in found["added_tokens"]:
         token["content"] = token["content"].upper()
     found["model"]["vocab"] = {token.upper() if token in ("<s>", "</s>") else token: index

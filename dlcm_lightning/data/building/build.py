@@ -168,12 +168,12 @@ def _say(listing: Listing, report: Callable[[str], None]) -> None:
     """What is not obvious of the inputs: files left out by their names, whole documents beside records."""
     for reason, found in sorted(listing.left_out.items()):
         if reason in (CARD, SUM, DANGLING, CIRCLES):
-            report(f"data: left out are {found.count:,d} files {reason}, such as {found.names[0]}")
+            report(f"data: left out: {found.count:,d} {reason}, such as {found.names[0]}")
     kinds = Counter(file.kind for file in listing.files)
     if kinds["text"] and any(kinds[kind] for kind in RECORDS):
         first = next(file.name for file in listing.files if file.kind == "text")
-        report(f"data: {kinds['text']:,d} files are whole documents, such as {first}, beside "
-               f"{kinds.total() - kinds['text']:,d} files of records; --glob leaves them out")
+        report(f"data: of {kinds.total():,d} files {kinds['text']:,d} are one document each, such as {first}, and the "
+               "others hold records; --glob leaves files out")
 
 
 def _work(plan: Plan, working: Path, files: list[Input], out: Path, workers: int, array: tuple[int, int] | None,

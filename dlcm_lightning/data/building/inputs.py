@@ -38,7 +38,7 @@ NAMES_KEPT = 10_000
 SHOWN = 5
 HIDDEN, UNFIT, OURS = "hidden", "not fitting the glob", "of this corpus itself"
 CIRCLES, DANGLING = "links to a folder they lie in", "dangling links that the glob does not fit"
-CARD, SUM = "describing the records beside them", "of sums and the like"
+CARD, SUM = "descriptions of the records beside them", "sums and marks"
 
 
 @dataclass
