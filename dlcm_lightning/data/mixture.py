@@ -6,9 +6,10 @@ where its rows stand. Numbering the rows of a source through the run gives each 
 source epoch after epoch, each in an order of its own (order.py).
 
 Shares hold for a *stretch* of blocks. A new stretch begins where the configuration changes the weights at a token
-count, rounded up to a block, and where a source has been read as many times as it may: from the block that it could
-not fill, its weight goes to the others in proportion. All of that is known before the first step and follows from the
-configuration, so resuming needs one integer.
+count, rounded up to a block, and where a source comes to the end of the times that it may be read. It is read to that
+row: in the block that it cannot fill it gives what it has left, and the others share out the rest, and from there on
+all of it, in proportion. Where every source ends, the last block is as short as it must be. All of that is known before
+the first step and follows from the configuration, so resuming needs one integer.
 
 Weights are fractions of whole numbers, as they are written (0.1 is 1/10), so that no rounding of a sum decides a share.
 """
@@ -47,6 +48,8 @@ class Stretch:
     """Rows of each source in a block."""
     begins: tuple[int, ...]
     """Rows each source has given before."""
+    weights: tuple[Fraction, ...]
+    """The shares before they were rounded to rows, as parts of one."""
 
 
 def shares(weights: Sequence[Fraction], block_rows: int) -> tuple[int, ...]:
@@ -65,7 +68,7 @@ class Part:
     weight: float
     order: Order
     max_epochs: float = 0
-    """Times its rows may be read; 0 for no limit."""
+    """Times its rows may be read, in whole rows and at least one; 0 for no limit."""
 
 
 class Mixture:
@@ -84,8 +87,8 @@ class Mixture:
             if part.order.rows < 1:
                 raise DataError(f"source {part.name!r}: no full row; lower data.row_tokens or leave the source out")
         self.stretches: list[Stretch] = []
-        self.blocks: int | None = None
-        """Blocks until every source is used up; None where that never happens."""
+        self.samples: int | None = None
+        """Until every source is used up; None where that never happens."""
         planned = [(0, {part.name: part.weight for part in parts}), *changes]
         for number, (sample, weights) in enumerate(planned):
             until = -(-planned[number + 1][0] // block_rows) if number + 1 < len(planned) else None
@@ -101,39 +104,68 @@ class Mixture:
         return exact
 
     def _plan(self, block: int, until: int | None, weights: list[Fraction]) -> None:
-        """Appends the stretches of [block, until), a new one wherever a source has been used up."""
-        while self.blocks is None and (until is None or block < until):
+        """Appends the stretches of [block, until), a new one wherever a source comes to its end."""
+        while self.samples is None and (until is None or block < until):
+            begins = tuple(self._given_before(block))
+            left = [self._left(source, begin) for source, begin in enumerate(begins)]
+            weights = [Fraction(0) if rows == 0 else weight for weight, rows in zip(weights, left, strict=True)]
             if not any(weights):
-                self.blocks = block
+                self.samples = block * self.block_rows
                 return
-            stretch = Stretch(block, shares(weights, self.block_rows), tuple(self._given_before(block)))
-            lasting = [self._blocks_left(stretch, source) for source in range(len(self.parts))]
-            left = min((blocks for blocks in lasting if blocks is not None), default=None)
-            weights = [Fraction(0) if blocks is not None and blocks == left else weight
-                       for weight, blocks in zip(weights, lasting, strict=True)]
-            if left != 0:
-                self.stretches.append(stretch)
-            if left is None:
+            whole = shares(weights, self.block_rows)
+            lasting = min((rows // share for rows, share in zip(left, whole, strict=True)
+                           if rows is not None and share), default=None)
+            if lasting == 0:
+                last = self._ending(block, begins, weights, left)
+                self.stretches.append(last)
+                if sum(last.shares) < self.block_rows:
+                    self.samples = block * self.block_rows + sum(last.shares)
+            else:
+                self.stretches.append(Stretch(block, whole, begins, tuple(weight / sum(weights) for weight in weights)))
+            if lasting is None:
                 return
-            block += left
+            block += max(1, lasting)
 
-    def _blocks_left(self, stretch: Stretch, source: int) -> int | None:
-        """Whole blocks the stretch could last before a source would be read more often than it may."""
+    def _left(self, source: int, given: int) -> int | None:
+        """Rows that a source may still give; None: any number."""
         part = self.parts[source]
-        if not part.max_epochs or not stretch.shares[source]:
+        if not part.max_epochs:
             return None
-        rows = int(Fraction(repr(float(part.max_epochs))) * part.order.rows) - stretch.begins[source]
-        return rows // stretch.shares[source]
+        return max(1, int(Fraction(repr(float(part.max_epochs))) * part.order.rows)) - given
+
+    def _ending(self, block: int, begins: tuple[int, ...], weights: list[Fraction], left: list[int | None]) -> Stretch:
+        """The one block in which sources end that cannot fill their share of it."""
+        rows = [0] * len(weights)
+        exact = [Fraction(0)] * len(weights)
+        free, ending = {source for source, weight in enumerate(weights) if weight}, set[int]()
+        while free:
+            rest = self.block_rows - sum(rows[source] for source in ending)
+            total = sum(weights[source] for source in free)
+            parts = shares([weights[source] if source in free else Fraction(0) for source in range(len(weights))], rest)
+            over = {source for source in free if left[source] is not None and parts[source] > left[source]}  # type: ignore
+            if not over:
+                for source in free:
+                    rows[source], exact[source] = parts[source], weights[source] / total * rest
+                break
+            for source in over:
+                rows[source] = left[source] or 0
+                exact[source] = Fraction(rows[source])
+            free, ending = free - over, ending | over
+        return Stretch(block, tuple(rows), begins, tuple(one / sum(exact) for one in exact))
 
     def stretch(self, block: int) -> Stretch:
         """The stretch a block lies in. DataError: every source has been used up before."""
-        if self.blocks is not None and block >= self.blocks:
-            raise DataError(f"every source has been read max_epochs times after {self.blocks * self.block_rows} rows; "
-                            "raise data.sources[].max_epochs or lower optim.total_tokens")
+        self.check_lasts(block * self.block_rows + 1)
         return self.stretches[bisect_right(self._starts, block) - 1]
 
+    def check_lasts(self, samples: int) -> None:
+        """DataError: every source has been used up before so many samples."""
+        if self.samples is not None and samples > self.samples:
+            raise DataError(f"every source has been read max_epochs times after {self.samples} rows; raise "
+                            "data.sources[].max_epochs or lower optim.total_tokens")
+
     def shares(self, block: int) -> tuple[int, ...]:
-        """Rows of each source in a block; they sum to block_rows."""
+        """Rows of each source in a block; they sum to block_rows, but in a last block where every source ends."""
         return self.stretch(block).shares
 
     def given(self, samples: int) -> list[int]:
@@ -160,6 +192,7 @@ class Mixture:
     def draw(self, samples: np.ndarray) -> Drawn:
         """samples: (n,) int64 global indices >= 0, in any order. The same cost at any index."""
         samples = np.asarray(samples, dtype=np.int64)
+        self.check_lasts(int(samples.max(initial=-1)) + 1)
         blocks, positions = np.divmod(samples, self.block_rows)
         numbers = np.unique(blocks).tolist()
         if len(numbers) == 1:
@@ -182,12 +215,13 @@ class Mixture:
     def _draw_block(self, number: int) -> Drawn:
         stretch = self.stretch(number)
         ends = np.cumsum(stretch.shares)
-        slots = permute(np.arange(self.block_rows), self.block_rows, key(self.seed, BLOCK, number))
+        rows = int(ends[-1])
+        slots = permute(np.arange(rows), rows, key(self.seed, BLOCK, number))
         sources = np.searchsorted(ends, slots, side="right")
         ordinals = slots + (np.array(self._given_before(number)) - ends + stretch.shares)[sources]
         epochs, places = np.divmod(ordinals, np.array([part.order.rows for part in self.parts])[sources])
-        rows = np.empty_like(places)
+        drawn = np.empty_like(places)
         for source, epoch in sorted(set(zip(sources.tolist(), epochs.tolist(), strict=True))):
             chosen = (sources == source) & (epochs == epoch)
-            rows[chosen] = self.parts[source].order.draw(epoch, places[chosen])
-        return Drawn(sources, rows, epochs)
+            drawn[chosen] = self.parts[source].order.draw(epoch, places[chosen])
+        return Drawn(sources, drawn, epochs)

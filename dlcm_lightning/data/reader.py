@@ -99,6 +99,8 @@ class Reader:
         configured weights. Another value on resuming means that sample i is not what it was."""
         digest = hashlib.sha256(repr([self.seed, self.config.row_tokens, self.config.block_rows,
                                       self.config.shuffle_shards]).encode())
+        if any(part.max_epochs for part in self.mixture.parts):
+            digest.update(b"sources end at a row")  # and not at a block, as once
         for source, stream in zip(self.sources, self._train, strict=True):
             shards = stream.manifest.shards
             digest.update(repr([source.name, source.domain, *shards.texts("sha256"), *shards.texts("skip_sha256")]
@@ -122,8 +124,7 @@ class Reader:
 
     def check_lasts(self, rows: int) -> None:
         """DataError: the sources' max_epochs end before so many rows."""
-        if rows:
-            self.mixture.stretch((rows - 1) // self.config.block_rows)
+        self.mixture.check_lasts(rows)
 
     def training_stream(self, domain: str) -> list[Source]:
         """The training splits of a domain's sources."""

@@ -129,13 +129,22 @@ def test_two_changes_in_one_block_leave_the_last() -> None:
 # Sources that end
 
 
-def test_a_source_stops_at_its_epochs_and_the_others_share_its_weight() -> None:
+def test_a_source_stops_at_its_epochs_to_a_row_and_the_others_share_its_weight() -> None:
     mix = mixture({"a": 0.5, "b": 0.25, "c": 0.25}, caps={"a": 2})
-    # 74 rows of a, 20 a block: three blocks.
-    assert [list(mix.shares(block)) for block in (0, 2, 3, 4)] == [[20, 10, 10], [20, 10, 10], [0, 20, 20], [0, 20, 20]]
+    # 74 rows of a, 20 a block: three blocks, and 14 in the fourth, whose other 26 go to b and c.
+    assert [list(mix.shares(block)) for block in (0, 2, 3, 4, 5)] == [
+        [20, 10, 10], [20, 10, 10], [14, 13, 13], [0, 20, 20], [0, 20, 20]]
     drawn = mix.draw(np.arange(4000))
-    assert int(drawn.epochs[drawn.sources == 0].max()) == 1
+    mine = drawn.sources == 0
+    assert sorted(zip(drawn.epochs[mine].tolist(), drawn.rows[mine].tolist(), strict=True)) == [
+        (epoch, row) for epoch in range(2) for row in range(37)]
     check_rows_once_per_epoch(mix, 4000)
+
+
+def test_a_source_with_fewer_rows_than_its_share_of_a_block_is_read() -> None:
+    mix = mixture({"a": 0.5, "b": 0.5}, block_rows=4096, caps={"a": 1})
+    assert mix.shares(0) == (37, 4059) and mix.shares(1) == (0, 4096) and mix.given(10**6)[0] == 37
+    assert mixture(caps={"a": 0.02}).given(10**6)[0] == 1, "a part of a row is a row"
 
 
 def test_a_cap_may_be_a_fraction_and_holds_through_changes() -> None:
@@ -144,14 +153,58 @@ def test_a_cap_may_be_a_fraction_and_holds_through_changes() -> None:
     assert [mix.shares(block)[0] for block in range(4)] == [10, 8, 0, 0]
     assert mix.shares(25)[0] == 0
     assert mix.given(100_000)[0] == 18
+    mix = mixture({"a": 0.25, "b": 0.75}, caps={"a": 0.5}, changes=[(400, {"a": 0.2, "b": 0.8})])
+    assert [mix.shares(block) for block in (0, 1, 2, 10)] == [(10, 30), (8, 32), (0, 40), (0, 40)]
 
 
 def test_when_all_sources_have_ended_the_error_says_so() -> None:
     mix = mixture({"a": 0.5, "c": 0.5}, caps={"a": 2, "c": 10})
-    # c: 50 rows, 20 a block: two blocks. Then a alone, 40 a block: 74 - 40 = 34 rows fill none.
-    assert mix.blocks == 2 and mix.shares(1) == (20, 20)
-    with pytest.raises(DataError, match=r"read max_epochs times after 80 rows; raise data\.sources\[\]\.max_epochs"):
-        mix.draw(np.array([80]))
+    # c: 50 rows, 20 a block: two blocks and 10. Then a has 4 of its 74 left, a last block by themselves.
+    assert mix.samples == 124 and [mix.shares(block) for block in (1, 2, 3)] == [(20, 20), (30, 10), (4, 0)]
+    assert mix.given(124) == counts(mix, 0, 124) == [74, 50] and mix.given(122)[1] == 50
+    check_rows_once_per_epoch(mix, 124)
+    for sample in (124, 130, 160, 10**9):
+        with pytest.raises(DataError, match=r"max_epochs times after 124 rows; raise data\.sources\[\]\.max_epochs"):
+            mix.draw(np.array([3, sample]))
+        with pytest.raises(DataError, match="after 124 rows"):
+            mix.check_lasts(sample + 1)
+    mix.check_lasts(124)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_source_is_read_exactly_its_epochs_whatever_the_weights(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    names = "abcde"[:random.integers(1, 6)]
+    rows = {name: int(random.integers(1, 90)) for name in names}
+    caps = {name: float(round(random.uniform(1.01, 4 * rows[name]) / rows[name], 4)) for name in names}
+    if seed % 3 == 0 and len(names) > 1:
+        caps[names[0]] = 0.0
+    weights = {name: float(random.integers(1, 20)) for name in names}
+    changes = [(int(random.integers(1, 300)), {name: float(random.integers(1, 20)) for name in names})
+               for _ in range(random.integers(0, 3))]
+    mix = mixture(weights, int(random.choice([120, 200, 333])), seed, int(random.integers(1, 4)), caps,
+                  sorted(changes, key=lambda change: change[0]), rows)
+    limits = [int(Fraction(repr(caps[name])) * rows[name]) if caps[name] else None for name in names]
+    endless = None in limits
+    assert (mix.samples is None) == endless
+    samples = 4000 if endless else sum(limit for limit in limits if limit is not None)
+    if not endless:
+        assert mix.samples == samples
+    drawn = mix.draw(np.arange(samples))
+    for source, (name, limit) in enumerate(zip(names, limits, strict=True)):
+        mine = drawn.sources == source
+        read = list(zip(drawn.epochs[mine].tolist(), drawn.rows[mine].tolist(), strict=True))
+        assert len(set(read)) == len(read) == mix.given(samples)[source]
+        if limit is not None:
+            whole, rest = divmod(limit, rows[name])
+            assert len(read) == limit
+            assert {row for epoch, row in read if epoch < whole} == (set(range(rows[name])) if whole else set())
+            assert sum(epoch == whole for epoch, _ in read) == rest
+    for stretch in mix.stretches:
+        size = sum(stretch.shares)
+        assert sum(stretch.weights) == 1 and size <= mix.block_rows
+        assert all(abs(share - weight * size) < 1
+                   for share, weight in zip(stretch.shares, stretch.weights, strict=True))
 
 
 def test_sources_that_cannot_be_drawn_from_are_refused() -> None:

@@ -163,8 +163,8 @@ def test_stops_and_resizes_never_change_the_sequence(data: st.DataObject, config
     step = 0
     for world, steps in data.draw(st.composite(lives)()):
         reader = Reader(run, seed, VOCABULARY, verify_all=False, report=lambda _: None)
-        if reader.mixture.blocks is not None:
-            steps = min(steps, reader.mixture.blocks * run.block_rows // run.rows_per_step - step)
+        if reader.mixture.samples is not None:
+            steps = min(steps, reader.mixture.samples // run.rows_per_step - step)
         check_life(reader, world, 0, step, step + steps, seen, masked)
         step += steps
     check_all(reader, step * run.rows_per_step, seen, masked, truth)

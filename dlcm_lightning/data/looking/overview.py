@@ -51,8 +51,8 @@ def plan(config: Config, reader: Reader) -> list[Planned]:
     """In the order of `reader.sources`; of a budget that outlasts the data, what there is."""
     mixture = reader.mixture
     given = mixture.given(planned(mixture, config.total_steps * config.data.rows_per_step))
-    weights = next(held(mixture, config.data)).weights
-    return [Planned(source.name, source.domain, weights[number], given[number],
+    weights = [Fraction(repr(float(part.weight))) for part in mixture.parts]
+    return [Planned(source.name, source.domain, weights[number] / sum(weights), given[number],
                     Fraction(given[number], mixture.parts[number].order.rows), source.max_epochs)
             for number, source in enumerate(reader.sources)]
 
@@ -107,7 +107,7 @@ def _changes(config: Config, reader: Reader) -> Iterator[str]:
     total = planned(mixture, config.total_steps * data.rows_per_step)
     for one in held(mixture, data):
         first = one.first_block * mixture.block_rows
-        if not 0 < first < total:
+        if not 0 < first < total or not (one.changed or one.used_up):
             continue
         reasons = ["data.weight_changes"] * one.changed
         reasons += [f"{harmless(name)} has been read max_epochs times" for name in one.used_up]

@@ -46,7 +46,7 @@ def place_of(order: Order, epoch: int, row: int) -> int:
 
 def planned(mixture: Mixture, samples: int) -> int:
     """Of so many samples those that there are: fewer where every source is used up before."""
-    return samples if mixture.blocks is None else min(samples, mixture.blocks * mixture.block_rows)
+    return samples if mixture.samples is None else min(samples, mixture.samples)
 
 
 def samples_of(mixture: Mixture, source: int, row: int, samples: int) -> Iterator[tuple[int, int]]:
@@ -71,4 +71,4 @@ def _sample(mixture: Mixture, source: int, ordinal: int, blocks: int) -> int:
         low, high = (middle, high) if mixture.given(middle * size)[source] <= ordinal else (low, middle - 1)
     shares = mixture.shares(low)
     slot = sum(shares[:source]) + ordinal - mixture.given(low * size)[source]
-    return low * size + unpermute(slot, size, key(mixture.seed, BLOCK, low))
+    return low * size + unpermute(slot, sum(shares), key(mixture.seed, BLOCK, low))

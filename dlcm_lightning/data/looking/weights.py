@@ -33,19 +33,14 @@ def held(mixture: Mixture, config: DataConfig) -> Iterator[Held]:
     changes = [-(-sample // mixture.block_rows) for sample in samples]
     configured = [{part.name: part.weight for part in mixture.parts},
                   *(change.weights for change in config.weight_changes)]
-    before: tuple[int, ...] = (1,) * len(mixture.parts)
+    before = tuple(Fraction(1) for _ in mixture.parts)
     for stretch in mixture.stretches:
         wanted = configured[sum(block <= stretch.first_block for block in changes)]
         changed = stretch.first_block in changes
-        weights, used_up = [], []
-        for part, share, had in zip(mixture.parts, stretch.shares, before, strict=True):
-            weight = Fraction(repr(float(wanted.get(part.name, 0))))
-            ended = bool(weight and part.max_epochs and not share)
-            weights.append(Fraction(0) if ended else weight)
-            if ended and (had or changed):
-                used_up.append(part.name)
-        yield Held(stretch.first_block, tuple(weight / sum(weights) for weight in weights), changed, tuple(used_up))
-        before = stretch.shares
+        used_up = tuple(part.name for part, weight, had in zip(mixture.parts, stretch.weights, before, strict=True)
+                        if wanted.get(part.name, 0) and not weight and (had or changed))
+        yield Held(stretch.first_block, stretch.weights, changed, used_up)
+        before = stretch.weights
 
 
 def promised(mixture: Mixture, config: DataConfig, samples: int) -> list[Fraction]:

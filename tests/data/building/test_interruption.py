@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -259,6 +260,7 @@ def test_a_worker_that_is_killed_is_an_error_with_a_remedy(inputs: Path, tmp_pat
     os.kill(worker, signal.SIGKILL)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 2 and "a worker ended with exit code -9" in error and "fewer --workers" in error
+    assert re.search(r"at or behind \S+/inputs/b\.jsonl, line 1 to \S+/inputs/b\.jsonl, line 500", error), error
 
 
 def test_a_worker_ends_with_its_parent_in_the_middle_of_a_task(inputs: Path, tmp_path: Path, home: str) -> None:

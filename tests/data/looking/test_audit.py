@@ -134,14 +134,19 @@ def test_what_the_weights_promise_is_their_sum_over_samples(config: Config) -> N
 
 def test_stretches_hold_the_configured_weights_without_what_is_used_up(root: Path, tmp_path: Path) -> None:
     config = config_of(root, tmp_path, **CASES["both"])  # type: ignore[arg-type]
-    first, second, ended, back, last = held(reader_of(config).mixture, config.data)
+    mixture = reader_of(config).mixture
+    first, second, ending, ended, back = held(mixture, config.data)
     assert sum(first.weights) == 1 and [round(60 * weight, 9) for weight in first.weights] == [30, 20, 10]
     assert not first.changed and (second.first_block, second.changed) == (3, True)
     assert second.weights == (Fraction(3, 10), Fraction(6, 10), Fraction(1, 10)) and not second.used_up
+    left = mixture.stretches[2].shares[1]  # in the block where law ends, the others have the rest by their weights
+    assert 0 < left < 0.6 * BLOCK and ending.weights[1] == Fraction(left, BLOCK) and not ending.used_up
+    assert ending.weights[0] == 3 * ending.weights[2] and sum(ending.weights) == 1
     assert ended.weights == (Fraction(3, 4), 0, Fraction(1, 4)) and ended.used_up == ("law",) and not ended.changed
-    assert (back.first_block, back.changed) == (36, True)  # of rows too few for a share of before, a smaller one
-    assert back.weights == (Fraction(11, 20), Fraction(9, 20), 0) and not back.used_up
-    assert last.weights == (1, 0, 0) and last.used_up == ("law",) and not last.changed
+    assert (ended.first_block, back.first_block, back.changed) == (ending.first_block + 1, 36, True)
+    assert back.weights == (1, 0, 0) and back.used_up == ("law",), "what ended stays so where it has a weight again"
+    law = mixture.parts[1]
+    assert mixture.given(10**6)[1] == int(law.max_epochs * law.order.rows)
 
 
 def documents_by_sample(config: Config, split: str = "train") -> dict[tuple[str, int], list[tuple[int, int, int]]]:
