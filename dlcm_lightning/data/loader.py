@@ -8,6 +8,7 @@ with the iteration they serve, at the latest at the end of the program, whoever 
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import signal
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from dlcm_lightning.data.packing import Rows, batches
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DataError
 
+LEAVE_SECONDS = 5.0
 READ_TOKENS = 2**18
 """Small steps are read, and handed over by loader processes, so many tokens at once."""
 
@@ -94,9 +96,11 @@ class TrainingBatches:
 
     def _batches(self) -> Generator[Batch, None, None]:
         items: Iterator[_Item] = (self.items[index] for index in range(len(self.items)))
-        if self.workers:
-            items = iter(DataLoader(self.items, batch_size=None, num_workers=self.workers, collate_fn=_as_it_is,
+        workers, before = min(self.workers, len(self.items)), set(multiprocessing.active_children())
+        if workers:
+            items = iter(DataLoader(self.items, batch_size=None, num_workers=workers, collate_fn=_as_it_is,
                                     worker_init_fn=_ignore_signals))
+        loaders = set(multiprocessing.active_children()) - before
         try:
             for item in items:
                 if item.rows is not None:
@@ -105,6 +109,10 @@ class TrainingBatches:
                     raise item.error
         finally:
             del items  # ends the loader processes, which a signal would not
+            for loader in loaders:  # nor does every Python hear of it that waits for its first item
+                loader.join(LEAVE_SECONDS)
+                if loader.is_alive():
+                    loader.kill()
 
 
 def _as_it_is(item: Any) -> Any:

@@ -82,6 +82,7 @@ class Reader:
         self._train, self._validation = (
             [Source(self.store.below(source.name).below(split), tokenizer) for source in self.sources]
             for split in ("train", VALIDATION))
+        self._check_manifests()
         self._check_shards(verify_all, report)
         self._check_sizes()
         self._domains = np.array([config.domains.index(source.domain) for source in self.sources])
@@ -257,6 +258,22 @@ class Reader:
             report(f"data: the sample corpus lacks {', '.join(missing)}; their weight goes to the other sources "
                    f"in proportion. Remove {self.store.where()} and run again to fetch them.")
         return present
+
+    def _check_manifests(self) -> None:
+        """DataError: a source was built for another domain, or sources were parted into splits in different ways."""
+        known: dict[float, str] = {}
+        for source, *streams in zip(self.sources, self._train, self._validation, strict=True):
+            for manifest in (stream.manifest for stream in streams):
+                if manifest.domain != source.domain:
+                    raise DataError(f"data.sources[{source.name}].domain = {source.domain!r}: the source was built for "
+                                    f"domain {manifest.domain!r}; write that, or build it again")
+                if manifest.validation_share is not None:
+                    known.setdefault(manifest.validation_share, source.name)
+        if len(known) > 1:
+            shown = ", ".join(f"{name!r} has {share:g}" for share, name in known.items())
+            raise DataError(f"{self.store.where()}: sources were built with different validation shares ({shown}), so "
+                            "a text that two of them hold may be trained on in one and validated on in the other; "
+                            "build them again with one --validation-share")
 
     def _check_shards(self, verify_all: bool | None, report: Callable[[str], None]) -> None:
         """DataError, or a report where rows may be masked: a shard is not as its manifest states."""

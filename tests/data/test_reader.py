@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from dlcm_lightning.data.order import NOISE, key
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import DataError
 from dlcm_lightning.ops.noise import uniform
 from tests.synthetic import VOCABULARY
 
@@ -144,21 +146,27 @@ def test_loader_workers_change_nothing(reader: Reader, monkeypatch: pytest.Monke
 
 
 LEFT_OPEN = """
-import pickle, sys
+import multiprocessing, pickle, sys
 from dlcm_lightning.data.loader import TrainingBatches
-kept = iter(TrainingBatches(pickle.loads(sys.stdin.buffer.read()), 0, 1, 0, 50, workers=2))
+steps, workers = map(int, sys.argv[2:])
+kept = iter(TrainingBatches(pickle.loads(sys.stdin.buffer.read()), 0, 1, 0, steps, workers=workers))
 next(kept)
+assert 0 < len(multiprocessing.active_children()) <= min(steps, workers)
 if sys.argv[1] == "error":
     raise ValueError("of somebody else")
 """
 
 
 @pytest.mark.parametrize(("end", "code"), [("quiet", 0), ("error", 1)])
-def test_a_process_ends_though_somebody_still_holds_its_batches(reader: Reader, end: str, code: int) -> None:
-    """Loader processes ignore signals, that of a parent at its end too: they must have been told before."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LEFT_OPEN, end], input=pickle.dumps(reader),
-                          capture_output=True, timeout=60, check=False)
+@pytest.mark.parametrize(("steps", "workers"), [(50, 2), (1, 4)])
+def test_a_process_ends_though_somebody_still_holds_its_batches(reader: Reader, end: str, code: int, steps: int,
+                                                                workers: int) -> None:
+    """Loader processes ignore signals, that of a parent at its end too: they must have been told before. Those that
+    would get no item are not even begun."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LEFT_OPEN, end, str(steps), str(workers)],
+                          input=pickle.dumps(reader), capture_output=True, timeout=60, check=False)
     assert done.returncode == code, done.stderr.decode()
+    assert b"at interpreter shutdown" not in done.stderr
 
 
 def test_a_batch_travels_as_it_is_stored(reader: Reader) -> None:
@@ -187,6 +195,22 @@ def test_noise_belongs_to_the_sample_alone(reader: Reader) -> None:
     batch = reader.step_batches(2)[1]
     for place, sample in enumerate(batch.samples.tolist()):
         assert batch.noise[place * 64:(place + 1) * 64].tolist() == noise(7, sample)
+
+
+def test_sources_for_another_domain_or_parted_in_another_way_are_refused(config: DataConfig, tmp_path: Path) -> None:
+    first, second = config.sources
+    with pytest.raises(DataError, match=r"data\.sources\[b\]\.domain = 'cn': the source was built for domain 'zh'"):
+        Reader(replace(config, sources=[first, replace(second, domain="cn")]), 1, VOCABULARY)
+    shutil.copytree(config.root, tmp_path / "root")
+    for split in ("train", "validation"):
+        path = tmp_path / "root" / "b" / split / "manifest.json"
+        path.write_text(path.read_text().replace('"validation_share": 0.2', '"validation_share": 0.1'))
+    with pytest.raises(DataError, match=r"different validation shares \('a' has 0\.2, 'b' has 0\.1\), so a text"):
+        Reader(replace(config, root=str(tmp_path / "root")), 1, VOCABULARY)
+    for split in ("train", "validation"):  # of a version that did not say
+        path = tmp_path / "root" / "b" / split / "manifest.json"
+        path.write_text(path.read_text().replace('"validation_share": 0.1', '"validation_share": null'))
+    Reader(replace(config, root=str(tmp_path / "root")), 1, VOCABULARY)
 
 
 def test_domains_are_numbered_as_in_the_config(config: DataConfig) -> None:

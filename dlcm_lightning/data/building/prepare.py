@@ -38,7 +38,7 @@ from dlcm_lightning.data.reader import corpus_folder
 from dlcm_lightning.data.tokenizer import DEEPSEEK_IDS, Tokenizer, train_bpe
 from dlcm_lightning.errors import DataError
 
-RECIPE = 2
+RECIPE = 3
 """Raised whenever the same sources would give other shards."""
 RECIPE_FILE = "recipe.json"
 PYTHON_BYTES = 12_000_000
