@@ -78,7 +78,7 @@ def save_config(config: Config, path: str | Path) -> None:
     """Writes every field of `config` as plain YAML without bases; `load_config` gives back an equal Config."""
     path = Path(path)
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    unfinished.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
     os.replace(unfinished, path)
 
 

@@ -106,7 +106,7 @@ def keep_large_buffers() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def matrix_product_rate(dtype: torch.dtype, where: torch.device, seconds: float = 0.5) -> float:
+def matrix_product_rate(dtype: torch.dtype, where: torch.device, seconds: float = 0.2) -> float:
     """FLOP/s of large matrix products, measured now: the ceiling of a training step on this machine."""
     size = 8192 if where.type == "cuda" else 1024
     generator = torch.Generator().manual_seed(0)
