@@ -53,7 +53,7 @@ pretrain: $(STAMP)
 	else exec $(BIN)/dlcm pretrain $(CONFIG) $(ARGS); fi
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-distributed: $(STAMP)
 	@$(BIN)/python -m pytest -q -m '' tests/distributed $(ARGS)

@@ -92,7 +92,7 @@ ENVIRONMENTS = st.fixed_dictionaries({}, optional={
     "SLURM_STEP_TASKS_PER_NODE": st.sampled_from(["1", "2(x2)", "1,2"]), "SLURM_STEP_NODELIST": st.just("n[1-2]")})
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600, deadline=None, derandomize=True)
 @given(ENVIRONMENTS, st.integers(0, 3), st.integers(0, 3))
 def test_any_environment_gives_one_consistent_place_or_is_refused(environment: dict[str, str], devices: int, nodes: int
                                                                   ) -> None:
@@ -107,7 +107,8 @@ def test_any_environment_gives_one_consistent_place_or_is_refused(environment: d
         started = resolve_world(environment)
         assert started.launcher in ("torchrun", "srun", "mpirun", "variables")
         # The only task of a step may start others, as it may without the variable that says that it is the only one.
-        assert world.rank == started.rank and (world.size == started.size or (started.launcher, started.size) == ("srun", 1))
+        assert world.rank == started.rank
+        assert world.size == started.size or (started.launcher, started.size) == ("srun", 1)
     if world.launcher in ("variables", "torchrun"):
         assert (world.rank, world.size) == (int(environment["RANK"]), int(environment["WORLD_SIZE"]))
     if world.launcher == "nobody":

@@ -135,7 +135,7 @@ def start(config: Config, tmp_path: Path) -> subprocess.Popen[bytes]:
     file = tmp_path / f"{config.name}.yaml"
     save_config(config, file)
     root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {"PYTHONPATH": str(root)}
     return subprocess.Popen([sys.executable, "-m", "dlcm_lightning", "pretrain", str(file)], env=environment,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
