@@ -46,7 +46,6 @@ FILE_BYTES = 2_500_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=60, help="of text")
-    parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--tokenizer", help="folder with tokenizer.json")
     parser.add_argument("--encode", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -65,7 +64,7 @@ def main() -> None:
         for number in tqdm(range(ROUNDS), desc="rounds", unit="round"):
             for what, inputs in (("library", "all.jsonl"), ("command", "inputs")):
                 call = _library if what == "library" else _command
-                taken, used = call(place / inputs, place / f"{what}-{number}", home, arguments.workers)
+                taken, used = call(place / inputs, place / f"{what}-{number}", home)
                 seconds[what].append(taken)
                 processor[what].append(used)
         manifests = [json.loads(path.read_text()) for path in (place / "command-0").rglob("manifest.json")]
@@ -75,33 +74,33 @@ def main() -> None:
     rates = {"library": size / least["library"] / 1e6, "command": size / least["command"] / 1e6}
     ratio = rates["command"] / rates["library"]
     processor_ratio = used["library"] / used["command"]
-    command = f"python -m benchmarks.tokenize --megabytes {arguments.megabytes} --workers {arguments.workers}"
+    command = f"python -m benchmarks.tokenize --megabytes {arguments.megabytes}"
     about = {"command": command, "tokenizers": tokenizers.__version__, "python": platform.python_version(),
-             "tokenizer": fingerprint}
+             "tokenizer": fingerprint, "cores": cores()}
     RESULTS.write_text(json.dumps({
         "about": about, "text_bytes": size, "documents": len(texts), "tokens": tokens, "seconds": seconds,
         "processor_seconds": processor, "megabytes_per_second": rates, "ratio": ratio,
         "processor_ratio": processor_ratio}, indent=1) + "\n")
     print(f"dlcm tokenize reaches {100 * ratio:.0f} % of the tokenizers library, {100 * processor_ratio:.0f} % by "
           f"processor time, its start counted: {rates['command']:.2f} of {rates['library']:.2f} MB/s, "
-          f"{tokens / size * rates['command'] * 1e6:,.0f} tokens/s on {arguments.workers} cores")
+          f"{tokens / size * rates['command'] * 1e6:,.0f} tokens/s on {cores()} cores")
 
 
-def _library(inputs: Path, _: Path, home: Path, workers: int) -> tuple[float, float]:
+def _library(inputs: Path, _: Path, home: Path) -> tuple[float, float]:
     """Seconds on the clock and of all threads, as _encode prints them."""
-    environment = {**os.environ, "RAYON_NUM_THREADS": str(workers), "TOKENIZERS_PARALLELISM": "true"}
+    environment = {**os.environ, "RAYON_NUM_THREADS": str(cores()), "TOKENIZERS_PARALLELISM": "true"}
     done = subprocess.run([sys.executable, "-m", "benchmarks.tokenize", "--encode", str(inputs), "--tokenizer",
                            str(home)], env=environment, capture_output=True, text=True, check=True)
     taken, used = map(float, done.stdout.split())
     return taken, used
 
 
-def _command(inputs: Path, out: Path, home: Path, workers: int) -> tuple[float, float]:
+def _command(inputs: Path, out: Path, home: Path) -> tuple[float, float]:
     """Seconds on the clock and of all processes of `dlcm tokenize`."""
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "dlcm_lightning", "tokenize", str(inputs), "--out", str(out), "--source", "x",
-                    "--domain", "code", "--tokenizer", str(home), "--workers", str(workers),
-                    "--task-megabytes", "0.00001"], check=True, capture_output=True)
+                    "--domain", "code", "--tokenizer", str(home), "--task-megabytes", "0.00001"], check=True,
+                   capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.perf_counter() - began, (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
 

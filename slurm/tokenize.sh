@@ -21,5 +21,5 @@ if [ "$1" = merge ]; then
     shift
     exec "$DLCM_PYTHON" -m dlcm_lightning data merge "$@"
 fi
-exec "$DLCM_PYTHON" -m dlcm_lightning tokenize "$@" --workers "${SLURM_CPUS_PER_TASK:-1}" \
+exec "$DLCM_PYTHON" -m dlcm_lightning tokenize "$@" \
     --array "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"

@@ -17,6 +17,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 KEEPS_TEXT = ("ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts", "FixedLength")
 """Pre-tokenizers that only cut, as long as they do not remove what they cut at."""
 
@@ -28,6 +30,17 @@ def byte_alphabet() -> dict[str, int]:
     hidden = [byte for byte in range(256) if byte not in printable]
     alphabet.update({chr(256 + index): byte for index, byte in enumerate(hidden)})
     return alphabet
+
+
+def bytes_of_signs(text: str) -> bytes:
+    """The bytes that signs of the alphabet stand for. ValueError: other signs are among them."""
+    table = np.full(2**9, -1, dtype=np.int16)
+    for sign, byte in byte_alphabet().items():
+        table[ord(sign)] = byte
+    found = table[np.minimum(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4"), 2**9 - 1)]
+    if (found < 0).any():
+        raise ValueError(f"{text[int(np.argmax(found < 0))]!r} is no sign of the byte-level alphabet")
+    return found.astype(np.uint8).tobytes()
 
 
 def why_lossy(definition: dict[str, Any]) -> str:

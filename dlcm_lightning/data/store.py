@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import fsspec
 import numpy as np
 
 CHUNK_BYTES = 4 * 1024**2
@@ -164,6 +163,8 @@ class RemoteStore:
         return RemoteContent(self.where(name), size, self.chunks)
 
     def _patiently(self, ask: Callable[[Any, str], Any], name: str) -> Any:
+        import fsspec
+
         return patiently(lambda: ask(*fsspec.url_to_fs(self.where(name))))
 
 
@@ -257,6 +258,8 @@ def _fetch(wanted: queue.SimpleQueue[Any]) -> None:
 
 
 def _range(address: str, start: int, stop: int) -> bytes:
+    import fsspec
+
     system, path = fsspec.url_to_fs(address)
     content: bytes = system.cat_file(path, start=start, end=stop)
     if len(content) != stop - start:

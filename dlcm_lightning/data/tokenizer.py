@@ -8,12 +8,7 @@ tokenizers. A tokenizer that changes texts is refused (byte_level.py): what it d
 page of all scripts.
 
 Control tokens are never recognised inside text: a web page that spells "</s>" is spelled out, it cannot end a
-document. Only `encode_documents` and `encode_long` put BOS and EOS.
-
-A text of any length is encoded in bounded memory, in windows that overlap. BPE never merges across the end of a token,
-so what comes after a token's end does not depend on what came before it, as long as words are cut in the same places:
-a window begins at the end of a token of the one before, and is taken once the two agree over a stretch. A text for
-which they do not is refused.
+document. Only the encoder (encoder.py) puts BOS and EOS.
 
 A tokenizer on disk is `tokenizer.json` (the library's format, its sha256 is the fingerprint that shards carry) and
 `tokenizer_config.json`, which names BOS and EOS the way Hugging Face does.
@@ -23,8 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -32,7 +26,15 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from dlcm_lightning.data.byte_level import byte_alphabet, is_control, proof_page, why_lossy, without_control_tokens
+from dlcm_lightning.data.byte_level import (
+    byte_alphabet,
+    bytes_of_signs,
+    is_control,
+    proof_page,
+    why_lossy,
+    without_control_tokens,
+)
+from dlcm_lightning.data.encoder import Encoder
 from dlcm_lightning.data.store import Store, store_at
 from dlcm_lightning.durable import write_atomically
 from dlcm_lightning.errors import DataError
@@ -46,14 +48,6 @@ WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
          r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 """Where merges stop: GPT-4's pattern with single digits, so that a number is always cut the same way."""
 
-
-WINDOW_BYTES, OVERLAP_BYTES, AGREE_BYTES = 2**19, 2**16, 2**11
-"""Of a text that is encoded in pieces: a window, by how much it overlaps the one before, and the stretch over which
-both have to agree."""
-COUNTED_AT_ONCE = 2**22
-"""Ids whose bytes are looked up at once."""
-CUTS = 8
-"""Places at which a window is tried to begin."""
 
 
 class Tokenizer:
@@ -72,12 +66,6 @@ class Tokenizer:
             raise DataError(f"tokenizer.json: not one of the tokenizers library ({error!r})") from error
         if reason:
             raise DataError(f"tokenizer.json: {reason}")
-        try:
-            self._library = tokenizers.Tokenizer.from_str(without_control_tokens(found))
-        except Exception as error:  # the library raises nothing more specific
-            raise DataError(f"tokenizer.json: the tokenizers library refuses it ({error})") from error
-        self._library.no_truncation()
-        self._library.no_padding()
         ids = {token["content"]: index for index, token in self._added.items()}
         bos_id, eos_id = (ids.get(name, self._vocabulary.get(name)) for name in (begin, end))
         if bos_id is None or eos_id is None or bos_id == eos_id:
@@ -85,13 +73,19 @@ class Tokenizer:
                             "name its own tokens as bos_token and eos_token in tokenizer_config.json")
         self.begin, self.end = begin, end
         self.bos_id, self.eos_id = bos_id, eos_id
-        self._prove()
+        self.encoder = Encoder(without_control_tokens(found), bos_id, eos_id, self.token_bytes())
+        try:
+            self._prove(self.encoder.library)
+        except DataError:
+            raise
+        except Exception as error:  # the library raises nothing more specific
+            raise DataError(f"tokenizer.json: the tokenizers library refuses it ({error})") from error
 
-    def _prove(self) -> None:
+    def _prove(self, library: tokenizers.Tokenizer) -> None:
         """DataError: it does not spell a text with its own bytes, or takes a name in a text for a control token."""
         names = [token["content"] for token in self._added.values() if is_control(token)] + [self.begin, self.end]
         for text in (proof_page(), "".join(names), " ".join(names), *names[:64]):
-            ids = self._library.encode(text, add_special_tokens=False).ids
+            ids = library.encode(text, add_special_tokens=False).ids
             if self.controls.intersection(ids) or b"".join(self.pieces(ids)) != text.encode():
                 raise DataError("tokenizer.json: it does not spell every text with the bytes of that text (found on a "
                                 f"text that begins with {text[:20]!r}); choose a byte-level BPE that does")
@@ -149,61 +143,8 @@ class Tokenizer:
         return hashlib.sha256(self._definition.encode()).hexdigest()
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One uint32 array per text: BOS, the text's ids, EOS. Uses the library's threads, and some hundred bytes of
-        memory a character; `encode_long` bounds that."""
-        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        framed = (array("I", [self.bos_id, *item.ids, self.eos_id]) for item in encoded)  # sooner than np.array
-        return [np.frombuffer(ids, dtype=np.uintc) for ids in framed]
-
-    def bytes_of(self, encoded: Sequence[np.ndarray]) -> np.ndarray:
-        """(n,) int64: UTF-8 bytes that each document's ids stand for; ids that are not empty."""
-        if sum(map(len, encoded)) > COUNTED_AT_ONCE:
-            return np.array([sum(int(self._sizes[ids[begin:begin + COUNTED_AT_ONCE]].sum())
-                                 for begin in range(0, len(ids), COUNTED_AT_ONCE)) for ids in encoded])
-        starts = np.cumsum([0, *map(len, encoded[:-1])])
-        found: np.ndarray = np.add.reduceat(self._sizes[np.concatenate(encoded)], starts)
-        return found
-
-    def encode_long(self, content: bytes | bytearray, advance: Callable[[int, int], object] = lambda *_: None
-                    ) -> np.ndarray:
-        """The same ids for one text in UTF-8, of any length, in bounded memory beyond the ids; uint16 or uint32.
-        advance: told of the bytes and the ids of each piece. DataError: pieces of the text do not fit together."""
-        ids = array("H" if self.vocab_size <= 2**16 else "I", [self.bos_id])
-        for piece in self._pieces_of_ids(content):
-            ids.extend(piece.tolist())
-            advance(int(self._sizes[piece].sum()), len(piece))
-        ids.append(self.eos_id)
-        return np.frombuffer(ids, dtype=np.dtype(ids.typecode))
-
-    def _pieces_of_ids(self, content: bytes | bytearray) -> Iterator[np.ndarray]:
-        begin, (ids, ends) = 0, self._window(content, 0)
-        while begin + WINDOW_BYTES < len(content):
-            for cut in self._cuts(content, begin, ends):
-                after, after_ends = self._window(content, begin + int(ends[cut]))
-                if _agree(ids[cut + 1:], after, after_ends):
-                    yield ids[:cut + 1]
-                    begin, ids, ends = begin + int(ends[cut]), after, after_ends
-                    break
-            else:
-                raise DataError(f"a text of {len(content):,} bytes cannot be encoded in pieces by this tokenizer (at "
-                                f"byte {begin:,}); split it into shorter documents")
-        yield ids
-
-    def _window(self, content: bytes | bytearray, begin: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of a window, and where in it each ends, in bytes."""
-        end = begin + WINDOW_BYTES
-        while end < len(content) and content[end] & 0xC0 == 0x80:  # inside a character
-            end -= 1
-        text = content[begin:end].decode()
-        ids = np.array(self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int64)
-        return ids, np.cumsum(self._sizes[ids])
-
-    def _cuts(self, content: bytes | bytearray, begin: int, ends: np.ndarray) -> Iterator[int]:
-        """Tokens of a window behind which the next one may begin: a character ends there too."""
-        first = int(np.searchsorted(ends, WINDOW_BYTES - OVERLAP_BYTES))
-        places = [cut for cut in range(first, max(0, first - 4096), -1)
-                  if cut < len(ends) and content[begin + int(ends[cut])] & 0xC0 != 0x80]
-        yield from places[::max(1, len(places) // CUTS)][:CUTS]
+        """One uint32 array per text: BOS, the text's ids, EOS."""
+        return self.encoder.encode_documents(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens vanish, a character cut in the middle becomes U+FFFD."""
@@ -215,36 +156,24 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """(V,) int64: UTF-8 bytes each id stands for, 0 for special tokens."""
-        return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
-
-    @cached_property
-    def _sizes(self) -> np.ndarray:
-        return self.token_bytes()
+        return np.fromiter(map(len, self._pieces), np.int64, len(self._pieces))
 
     @cached_property
     def _pieces(self) -> list[bytes]:
-        alphabet = byte_alphabet()
-        latin = {byte: "\u0100" for byte in range(256)} | {ord(sign): chr(byte) for sign, byte in alphabet.items()}
         pieces = [b""] * (max([*self._vocabulary.values(), *self._added]) + 1)
-        for token, index in self._vocabulary.items():
-            try:
-                pieces[index] = token.translate(latin).encode("latin-1")
-            except UnicodeEncodeError:
-                if index not in self._added:
-                    raise DataError(f"tokenizer: token {token!r} is not written in the byte-level alphabet; "
-                                    "only byte-level BPE tokenizers can be used") from None
+        plain = [token for token, index in self._vocabulary.items() if index not in self._added]
+        try:
+            content, begin = bytes_of_signs("".join(plain)), 0
+        except ValueError as error:
+            raise DataError(f"tokenizer: its vocabulary is not written in the byte-level alphabet ({error}); only "
+                            "byte-level BPE tokenizers can be used") from error
+        for token in plain:
+            pieces[self._vocabulary[token]] = content[begin:begin + len(token)]
+            begin += len(token)
         for index, token in self._added.items():
             pieces[index] = b"" if token.get("special") else token["content"].encode()
         pieces[self.bos_id] = pieces[self.eos_id] = b""
         return pieces
-
-
-def _agree(before: np.ndarray, after: np.ndarray, after_ends: np.ndarray) -> bool:
-    """Whether two windows cut the text in the same way behind the place where the second one begins."""
-    count = min(len(before), len(after))
-    differing = np.flatnonzero(before[:count] != after[:count])
-    same = int(differing[0]) if len(differing) else count
-    return same > 0 and int(after_ends[same - 1]) >= AGREE_BYTES
 
 
 def _frame(content: bytes | bytearray, where: str) -> tuple[str, str] | None:

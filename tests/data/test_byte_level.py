@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlcm_lightning.data import tokenizer as module
+from dlcm_lightning.data import encoder as module
 from dlcm_lightning.data.building.build import tokenize_documents
 from dlcm_lightning.data.byte_level import byte_alphabet, proof_page
 from dlcm_lightning.data.tokenizer import Tokenizer
@@ -183,10 +183,10 @@ def test_a_text_encoded_in_pieces_gives_the_same_ids(tokenizer: Tokenizer, numbe
             sizes.append(size)
             counts.append(count)
 
-        ids = tokenizer.encode_long(bytearray(text.encode()), advance)
+        ids = tokenizer.encoder.encode_long(bytearray(text.encode()), advance)
         assert np.array_equal(ids, whole) and ids.dtype == np.uint16
         assert (sum(sizes), sum(counts)) == (len(text.encode()), len(ids) - 2)
-        assert tokenizer.bytes_of([ids]).tolist() == [len(text.encode())]
+        assert tokenizer.encoder.bytes_of([ids]).tolist() == [len(text.encode())]
     monkeypatch.setattr(module, "COUNTED_AT_ONCE", 100)
-    assert tokenizer.bytes_of([ids, whole[:3]]).tolist() == [len(text.encode()),
-                                                             sum(map(len, tokenizer.pieces(whole[:3])))]
+    assert tokenizer.encoder.bytes_of([ids, whole[:3]]).tolist() == [
+        len(text.encode()), sum(map(len, tokenizer.pieces(whole[:3])))]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
+from copy import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dlcm_lightning.data.tokenizer import Tokenizer, train_bpe
@@ -13,6 +16,14 @@ from tests.synthetic import VOCABULARY, make_texts
 
 TEXTS = ["", "plain", "naïve café 12345", "天地玄黄，宇宙洪荒。", "tab\tand\r\nnewline\n\n  ", "🙂 emoji 👩‍👩‍👧",
          "\x00\x7f control", "def f(x):\n    return x ** 2\n"]
+
+
+def test_an_encoder_travels_without_what_it_can_make_again(tokenizer: Tokenizer) -> None:
+    sent = pickle.loads(pickle.dumps(tokenizer.encoder))
+    assert "library" not in vars(sent) and vars(copy(tokenizer.encoder)).keys() == vars(sent).keys()
+    assert [ids.tolist() for ids in sent.encode_documents(TEXTS)] == [
+        ids.tolist() for ids in tokenizer.encode_documents(TEXTS)]
+    assert np.array_equal(sent.sizes, tokenizer.token_bytes())
 
 
 def test_token_bytes_of_a_document_sum_to_its_utf8_length(tokenizer: Tokenizer) -> None:

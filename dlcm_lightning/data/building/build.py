@@ -14,10 +14,11 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from pathlib import Path
 
 from dlcm_lightning.data.building.continuing import check_finished, continue_build, save_inputs
-from dlcm_lightning.data.building.crew import Job, Progress, cores, do_tasks, not_written
+from dlcm_lightning.data.building.crew import Job, Progress, cores, default_workers, do_tasks, not_written
 from dlcm_lightning.data.building.documents import VALIDATION_SHARE
 from dlcm_lightning.data.building.inputs import CARD, CIRCLES, DANGLING, SUM, Listing, list_inputs
 from dlcm_lightning.data.building.kinds import RECORDS
@@ -44,9 +45,9 @@ def tokenize(inputs: Sequence[str | Path], out: str | Path, recipe: Recipe, *,
              report: Callable[[str], None] = print) -> Built | None:
     """`dlcm tokenize`: files, folders, addresses (inputs.py, formats.py) into out/NAME/{train,validation}.
 
-    out becomes a `data.root`: it also receives the tokenizer, and refuses a second one. workers: processes; None: one a
-    core. array: (i, n) does the tasks t with t % n = i and does not merge; returns None. A source that is finished and
-    was made of the same is returned at once.
+    out becomes a `data.root`: it also receives the tokenizer, and refuses a second one. workers: processes;
+    None: one for every four cores. array: (i, n) does the tasks t with t % n = i and does not merge; returns None. A
+    source that is finished and was made of the same is returned at once.
 
     DataError: nothing to read, a file that cannot be read (named with its line or row), another tokenizer or another
     validation share than out holds, the source built or begun from other inputs or options, a disk that cannot be
@@ -75,6 +76,7 @@ def tokenize(inputs: Sequence[str | Path], out: str | Path, recipe: Recipe, *,
             if not (out / "tokenizer.json").is_file():
                 tokenizer.save(out)
             _check_share(out, plan)
+            encoder = copy(tokenizer.encoder)
             del tokenizer  # its memory is the workers'
             finished = _begin(plan, listing, folder, report)
         if finished:
@@ -82,7 +84,7 @@ def tokenize(inputs: Sequence[str | Path], out: str | Path, recipe: Recipe, *,
             return read_built(folder)
         _say(listing, report)
         if not is_merged(unfinished(folder)):
-            _work(plan, unfinished(folder), files, out, workers or cores(), array, report)
+            _work(Job(plan, unfinished(folder), encoder), files, workers or default_workers(), array, report)
         if array is not None:
             report(f"data: the tasks of {array[0]}/{array[1]} are done; once all are, dlcm data merge {out} --source "
                    f"{plan.source}")
@@ -114,7 +116,7 @@ def tokenize_documents(
     plan.save(working)
     progress = Progress(source, total_bytes)
     try:
-        Task(plan, working, 0).write(texts, tokenizer, progress, threads=cores())
+        Task(plan, working, 0).write(texts, tokenizer.encoder, progress, threads=cores())
     finally:
         progress.close()
     return merge_build(folder)
@@ -176,17 +178,17 @@ def _say(listing: Listing, report: Callable[[str], None]) -> None:
                "others hold records; --glob leaves files out")
 
 
-def _work(plan: Plan, working: Path, files: list[Input], out: Path, workers: int, array: tuple[int, int] | None,
+def _work(job: Job, files: list[Input], workers: int, array: tuple[int, int] | None,
           report: Callable[[str], None]) -> None:
     """Does the unfinished tasks, or those of them that are this job's."""
-    number, jobs = array or (0, 1)
+    plan, (number, jobs) = job.plan, array or (0, 1)
     mine = [(task, places) for task, places in enumerate(plan.tasks()) if task % jobs == number]
-    done = done_tasks(working)
+    done = done_tasks(job.working)
     sizes = {task: sum(max(0, plan.sizes[place]) for place in places) for task, places in mine}
     todo = [(task, files[places.start:places.stop]) for task, places in mine if task not in done]
     if todo:
         progress = Progress(plan.source, sum(sizes.values()), sum(sizes[task] for task, _ in mine if task in done))
         try:
-            do_tasks(Job(plan, working, out), todo, workers, progress, report)
+            do_tasks(job, todo, workers, progress, report)
         finally:
             progress.close()

@@ -25,13 +25,15 @@ from typing import Any, cast
 
 from dlcm_lightning.data.building.plan import Input, Plan
 from dlcm_lightning.data.building.tasks import Task
-from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.data.encoder import Encoder
 from dlcm_lightning.data.webdataset_library import hide_torch
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.progress import progress_bar
 
 REPORT_SECONDS = 0.25
 """A worker tells of its progress no more often."""
+
+CORES_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Job:
 
     plan: Plan
     working: Path
-    tokenizer_folder: Path
+    encoder: Encoder
 
 
 class Progress:
@@ -65,6 +67,11 @@ class Progress:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """One for every few cores: threads of one process share the vocabulary in the processor's cache."""
+    return -(-cores() // CORES_PER_WORKER)
 
 
 def do_tasks(job: Job, tasks: Sequence[tuple[int, list[Input]]], workers: int, progress: Progress,
@@ -163,12 +170,11 @@ def _serve(pipe: Connection, job: Job, threads: int) -> None:
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # of the tokenizers library; before its first use
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
     try:
-        tokenizer = Tokenizer.load(job.tokenizer_folder)
         while True:
             number, files, wait_for_others = pipe.recv()
             meter = _Meter(pipe)
             mine = Task(job.plan, job.working, number).work(
-                files, tokenizer, meter, threads=threads, wait=wait_for_others,
+                files, job.encoder, meter, threads=threads, wait=wait_for_others,
                 at=lambda place: pipe.send(("at", place)))
             meter.flush()
             pipe.send(("done" if mine else "held", None))

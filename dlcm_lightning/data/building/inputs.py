@@ -20,7 +20,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 from braceexpand import braceexpand
 
 from dlcm_lightning.data.building.kinds import AUTO, RECORDS, TEXT_ENDINGS, is_card, is_sum, kind_of
@@ -276,6 +275,8 @@ def _remote(address: str, fits: Glob, listing: Listing) -> None:
     """Files below an address. DataError: not there, its size is unknown, the library for it is missing."""
     if address.startswith("memory:"):
         raise DataError(f"{address}: the memory of this process, which its workers do not see; give files")
+    import fsspec
+
     try:
         system, root = fsspec.url_to_fs(address)
         single = patiently(lambda: system.isfile(root))

@@ -8,7 +8,9 @@ two never write the same shard.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -20,7 +22,7 @@ from dlcm_lightning.data.building.locks import locked
 from dlcm_lightning.data.building.plan import Input, Plan
 from dlcm_lightning.data.building.records import TASKS, Record, record_path, write_record
 from dlcm_lightning.data.building.writer import ShardWriter
-from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.data.encoder import Encoder
 from dlcm_lightning.errors import DataError
 
 NOTHING = np.empty(0, dtype=np.uint32)
@@ -43,10 +45,12 @@ class _Told:
     def read(self, count: int) -> None:
         self._waiting += count
 
-    def tokenised(self, tokens: int, share: float = 1.0) -> None:
-        """share: of the bytes that wait."""
-        count = int(self._waiting * share)
-        self._waiting -= count
+    def batch(self) -> int:
+        """Bytes read since the last call."""
+        count, self._waiting = self._waiting, 0
+        return count
+
+    def tokenised(self, count: int, tokens: int) -> None:
         self._told += count
         self._meter(count, tokens)
 
@@ -70,7 +74,7 @@ class Task:
         (working / TASKS).mkdir(exist_ok=True)
         self._record = record_path(working, number)
 
-    def work(self, files: Sequence[Input], tokenizer: Tokenizer, meter: Meter, *, threads: int, wait: bool,
+    def work(self, files: Sequence[Input], encoder: Encoder, meter: Meter, *, threads: int, wait: bool,
              at: Callable[[str], object] = lambda _: None) -> bool:
         """Does the task unless it is done. False: another process is at it, and `wait` is not set.
 
@@ -83,12 +87,12 @@ class Task:
             if not self._record.is_file():
                 texts = (text for file in files for text in read_texts(file, self.plan.text_field, told.read, reading))
                 names = tuple(file.name for file in files)
-                self._write(texts, tokenizer, told, reading, names, at, threads)
+                self._write(texts, encoder, told, reading, names, at, threads)
             told.finish(sum(max(0, file.size) for file in files))
             self._record.with_suffix(".lock").unlink(missing_ok=True)  # whoever waits for it looks for the record
             return True
 
-    def write(self, texts: Iterable[Text], tokenizer: Tokenizer, meter: Meter, *, threads: int) -> None:
+    def write(self, texts: Iterable[Text], encoder: Encoder, meter: Meter, *, threads: int) -> None:
         """Writes all shards of a task of texts in memory, and its record.
 
         DataError: finished shards are not of these texts, the tokenizer changes a text.
@@ -100,17 +104,17 @@ class Task:
                 told.read(len(text.encode("utf-8", "surrogatepass")) if isinstance(text, str) else len(text.content))
                 yield text
 
-        self._write(counted(), tokenizer, told, Reading(), (), lambda _: None, threads)
+        self._write(counted(), encoder, told, Reading(), (), lambda _: None, threads)
 
-    def _write(self, texts: Iterable[Text], tokenizer: Tokenizer, told: _Told, reading: Reading, names: tuple[str, ...],
+    def _write(self, texts: Iterable[Text], encoder: Encoder, told: _Told, reading: Reading, names: tuple[str, ...],
                at: Callable[[str], object], threads: int) -> None:
         writers = {split: ShardWriter(
             self.working / split, vocab_size=self.plan.vocab_size, task=self.number,
             shard_bytes=self.plan.shard_bytes, block_tokens=self.plan.block_tokens) for split in SPLITS}
         try:
-            for batch in _batches(self._missing(texts, writers, reading), BATCH_CHARACTERS * threads):
-                at(batch[0].place if len(batch) == 1 else f"{batch[0].place} to {batch[-1].place}")
-                _write(batch, tokenizer, writers, told)
+            batches = _batches(self._missing(texts, writers, reading), BATCH_CHARACTERS * threads)
+            for batch, encoded in _encoded(batches, encoder, told, at):
+                _write(batch, encoded, encoder, writers)
             counts = {split: len(writer.close()) for split, writer in writers.items()}
         finally:
             for writer in writers.values():
@@ -151,27 +155,57 @@ def _batches(documents: Iterator[_Missing], characters: int) -> Iterator[list[_M
         yield batch
 
 
-def _write(batch: list[_Missing], tokenizer: Tokenizer, writers: dict[str, ShardWriter], told: _Told) -> None:
-    """Tokenises documents and writes them."""
-    texts = [one.document.text for one in batch]
-    if isinstance(texts[0], LongText):
-        left = len(texts[0].content)
+def _encoded(batches: Iterator[list[_Missing]], encoder: Encoder, told: _Told, at: Callable[[str], object]
+             ) -> Iterator[tuple[list[_Missing], list[np.ndarray]]]:
+    """Batches with their ids, in order. While one is encoded, the one before it is written and the next one is read: a
+    thread does it, for the library lets Python go on meanwhile."""
+    work: deque[tuple[list[_Missing], int, Future[list[np.ndarray]]]] = deque()
 
-        def advance(size: int, tokens: int) -> None:
-            nonlocal left
-            told.tokenised(tokens, size / max(size, left))
-            left -= size
+    def oldest() -> tuple[list[_Missing], list[np.ndarray]]:
+        batch, count, future = work.popleft()
+        encoded = future.result()
+        told.tokenised(count, sum(map(len, encoded)))
+        return batch, encoded
 
-        try:
-            encoded = [tokenizer.encode_long(texts[0].content, advance)]
-        except DataError as error:
-            raise DataError(f"{batch[0].place}: {error}") from error
-        texts[0].release()
-    else:
-        encoded = tokenizer.encode_documents(texts)  # type: ignore[arg-type]
-        told.tokenised(sum(map(len, encoded)))
+    with ThreadPoolExecutor(1) as thread:
+        for batch in batches:
+            at(batch[0].place if len(batch) == 1 else f"{batch[0].place} to {batch[-1].place}")
+            text = batch[0].document.text
+            if isinstance(text, LongText):  # alone, for it fills the memory that there is
+                while work:
+                    yield oldest()
+                yield batch, [_encode_long(text, batch[0].place, encoder, told)]
+                continue
+            texts = [one.document.text for one in batch]
+            work.append((batch, told.batch(), thread.submit(encoder.encode_documents, texts)))  # type: ignore[arg-type]
+            if len(work) > 1:
+                yield oldest()
+        while work:
+            yield oldest()
+
+
+def _encode_long(text: LongText, place: str, encoder: Encoder, told: _Told) -> np.ndarray:
+    """The ids of a long text, which is given up for them."""
+    left, waiting = len(text.content), told.batch()
+
+    def advance(size: int, tokens: int) -> None:
+        nonlocal left, waiting
+        count = int(waiting * size / max(size, left))
+        left, waiting = left - size, waiting - count
+        told.tokenised(count, tokens)
+
+    try:
+        encoded = encoder.encode_long(text.content, advance)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+    text.release()
+    return encoded
+
+
+def _write(batch: list[_Missing], encoded: list[np.ndarray], encoder: Encoder, writers: dict[str, ShardWriter]) -> None:
+    """Writes documents. DataError: their ids do not stand for their bytes."""
     stated = np.array([one.document.size for one in batch])
-    for place in np.flatnonzero(tokenizer.bytes_of(encoded) != stated)[:1].tolist():
+    for place in np.flatnonzero(encoder.bytes_of(encoded) != stated)[:1].tolist():
         raise DataError(f"{batch[place].place}: the tokens of this document do not stand for the bytes of its text; "
                         "the tokenizer changes it, choose another")
     for place, one in enumerate(batch):

@@ -21,6 +21,7 @@ from dlcm_lightning.data.building.locks import locked
 from dlcm_lightning.data.building.merge import merge, unfinished
 from dlcm_lightning.data.building.plan import Input, Plan
 from dlcm_lightning.data.building.recipe import Recipe
+from dlcm_lightning.data.encoder import Encoder
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import DataError
 from tests.data.building.sources import RECIPE, SMALL, run, sums
@@ -124,9 +125,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def do_tasks(job: crew.Job, tasks: list[tuple[int, list[Input]]], workers: int, progress: crew.Progress,
                  report: object) -> None:
-        tokenizer = Tokenizer.load(job.tokenizer_folder)
         for number, files in tasks:
-            assert crew.Task(job.plan, job.working, number).work(files, tokenizer, progress, threads=1, wait=False)
+            assert crew.Task(job.plan, job.working, number).work(files, job.encoder, progress, threads=1, wait=False)
 
     monkeypatch.setattr(build, "do_tasks", do_tasks)
 
@@ -134,14 +134,14 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_finished_shards_are_never_redone_nor_their_texts_tokenised_again(
         inputs: Path, tmp_path: Path, home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     in_process(monkeypatch)
-    encode = Tokenizer.encode_documents
+    encode = Encoder.encode_documents
     encoded: list[str] = []
 
-    def counting(self: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    def counting(self: Encoder, texts: list[str]) -> list[np.ndarray]:
         encoded.extend(texts)
         return encode(self, texts)
 
-    monkeypatch.setattr(Tokenizer, "encode_documents", counting)
+    monkeypatch.setattr(Encoder, "encode_documents", counting)
     monkeypatch.setattr("dlcm_lightning.data.building.tasks.BATCH_CHARACTERS", 500)
     run(inputs, tmp_path / "whole", home)
     everything, whole = len(encoded), sums(tmp_path / "whole")
@@ -210,7 +210,7 @@ def test_a_task_that_another_process_holds_is_waited_for(inputs: Path, tmp_path:
     task = crew.Task(Plan.load(unfinished(out / "s")), unfinished(out / "s"), 1)
     with locked(unfinished(out / "s") / "tasks" / "000001.lock", wait=False) as mine:
         assert mine
-        assert not task.work([], tokenizer, lambda *_: None, threads=1, wait=False)
+        assert not task.work([], tokenizer.encoder, lambda *_: None, threads=1, wait=False)
         process = subprocess.Popen(command(inputs, out, home), stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert any("waiting for other processes that are at 1 tasks" in line for line in process.stdout)
