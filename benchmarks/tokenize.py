@@ -3,8 +3,8 @@
 The text is the running Python's library, numbered so that no document comes twice, as zstd-compressed JSON lines. Two
 things are timed in turn, three times each, with the same tokenizer and the same number of cores:
 
-    library    a process that loads tokenizer.json and calls encode_batch_fast on texts lying in memory, with that many
-               threads; from the loading on
+    library    a process that loads tokenizer.json and calls encode_batch_fast on texts lying in memory, with a thread a
+               core, and asks for the ids; from the loading on
     command    the whole of `dlcm tokenize`: starting all its processes, proving the tokenizer, reading, hashing inputs
                and texts, tokenising, checking the bytes, writing, flushing, merging
 
@@ -40,7 +40,7 @@ from dlcm_lightning.data.tokenizer import Tokenizer
 RESULTS = Path("benchmarks/results/tokenize.json")
 ROUNDS = 3
 FILE_BYTES = 2_500_000
-"""Of text in an input file; each is a task."""
+"""Of text in an input file."""
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def _command(inputs: Path, out: Path, home: Path) -> tuple[float, float]:
     """Seconds on the clock and of all processes of `dlcm tokenize`."""
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "dlcm_lightning", "tokenize", str(inputs), "--out", str(out), "--source", "x",
-                    "--domain", "code", "--tokenizer", str(home), "--task-megabytes", "0.00001"], check=True,
+                    "--domain", "code", "--tokenizer", str(home), "--task-megabytes", "4"], check=True,
                    capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.perf_counter() - began, (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
@@ -154,7 +154,8 @@ def _encode(file: Path) -> None:
         batch.append(text)
         size += len(text)
         if size >= BATCH_CHARACTERS * threads or number == len(texts) - 1:
-            library.encode_batch_fast(batch, add_special_tokens=False)
+            for encoded in library.encode_batch_fast(batch, add_special_tokens=False):
+                _ = encoded.ids
             batch, size = [], 0
     print(time.perf_counter() - began, time.process_time() - used)
 

@@ -15,8 +15,7 @@ from typing import Any
 from dlcm_lightning.cluster.lives import recorded
 from dlcm_lightning.cluster.signals import print_stacks_when_asked
 from dlcm_lightning.cluster.world import place
-from dlcm_lightning.compose import load_config
-from dlcm_lightning.config import ConfigError
+from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.errors import DataError
 
 SMOKE = "configs/run/smoke.yaml"
@@ -25,6 +24,11 @@ SMOKE = "configs/run/smoke.yaml"
 def load(module: str, name: str) -> Any:
     """A function of a module that is loaded only when its sub-command runs."""
     return getattr(importlib.import_module(f"dlcm_lightning.{module}"), name)
+
+
+def load_config(run_file: str, overrides: list[str]) -> Config:
+    config: Config = load("compose", "load_config")(run_file, overrides)
+    return config
 
 
 def pretrain(arguments: argparse.Namespace) -> None:

@@ -51,8 +51,13 @@ class Encoder:
         """One uint32 array per text: BOS, the text's ids, EOS. Uses the library's threads, and some hundred bytes of
         memory a character; `encode_long` bounds that."""
         encoded = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
-        framed = (array("I", [self.bos_id, *item.ids, self.eos_id]) for item in encoded)  # sooner than np.array
-        return [np.frombuffer(ids, dtype=np.uintc) for ids in framed]
+        documents = []
+        for item in encoded:
+            ids = array("I", (self.bos_id,))
+            ids.fromlist(item.ids)  # sooner than np.array
+            ids.append(self.eos_id)
+            documents.append(np.frombuffer(ids, dtype=np.uintc))
+        return documents
 
     def bytes_of(self, encoded: Sequence[np.ndarray]) -> np.ndarray:
         """(n,) int64: UTF-8 bytes that each document's ids stand for; ids that are not empty."""
