@@ -229,7 +229,7 @@ def _add_tokenize(command: argparse.ArgumentParser) -> None:
     command.add_argument("--format", choices=("auto", "jsonl", "parquet", "text", "webdataset"),
                          help="of all inputs; auto: by their names (auto)")
     command.add_argument("--text-field", help="field of a json line, or column, that holds the text (text)")
-    command.add_argument("--workers", type=_whole(1, 1024), help="processes that share the cores (one for every four)")
+    command.add_argument("--workers", type=_whole(1, 1024), help="processes of up to four threads (for all cores)")
     command.add_argument("--array", type=_part, metavar="i/n",
                          help="do every n-th task from i, as one of n jobs; then `dlcm data merge`")
     command.add_argument("--validation-share", type=_real(0, 0.999), default=0.02,

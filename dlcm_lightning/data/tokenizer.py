@@ -165,8 +165,8 @@ class Tokenizer:
         try:
             content, begin = bytes_of_signs("".join(plain)), 0
         except ValueError as error:
-            raise DataError(f"tokenizer: its vocabulary is not written in the byte-level alphabet ({error}); only "
-                            "byte-level BPE tokenizers can be used") from error
+            raise DataError(f"tokenizer: its vocabulary is not written in the byte-level alphabet ({error}); "
+                            "choose a byte-level BPE") from error
         for token in plain:
             pieces[self._vocabulary[token]] = content[begin:begin + len(token)]
             begin += len(token)

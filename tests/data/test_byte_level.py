@@ -71,6 +71,7 @@ def put(**settings: object) -> Change:
         {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}, BYTE_LEVEL]}),
      "Split removes"),
     (put(pre_tokenizer={**BYTE_LEVEL, "add_prefix_space": True}), "add_prefix_space puts a space"),
+    (lambda found: found["model"]["vocab"].update({"ab漢": 9999}), "byte-level alphabet ('漢' is no sign"),
     (model(dropout=0.1), "model.dropout = 0.1"),
     (model(end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
     (model(continuing_subword_prefix="##"), "model.continuing_subword_prefix"),

@@ -18,7 +18,7 @@ from copy import copy
 from pathlib import Path
 
 from dlcm_lightning.data.building.continuing import check_finished, continue_build, save_inputs
-from dlcm_lightning.data.building.crew import Job, Progress, cores, default_workers, do_tasks, not_written
+from dlcm_lightning.data.building.crew import Job, Progress, default_workers, do_tasks, not_written, threads_of
 from dlcm_lightning.data.building.documents import VALIDATION_SHARE
 from dlcm_lightning.data.building.inputs import CARD, CIRCLES, DANGLING, SUM, Listing, list_inputs
 from dlcm_lightning.data.building.kinds import RECORDS
@@ -45,9 +45,9 @@ def tokenize(inputs: Sequence[str | Path], out: str | Path, recipe: Recipe, *,
              report: Callable[[str], None] = print) -> Built | None:
     """`dlcm tokenize`: files, folders, addresses (inputs.py, formats.py) into out/NAME/{train,validation}.
 
-    out becomes a `data.root`: it also receives the tokenizer, and refuses a second one. workers: processes;
-    None: one for every four cores. array: (i, n) does the tasks t with t % n = i and does not merge; returns None. A
-    source that is finished and was made of the same is returned at once.
+    out becomes a `data.root`: it also receives the tokenizer, and refuses a second one. workers: processes
+    of up to four threads; None: for all cores. array: (i, n) does the tasks t with t % n = i and does not merge;
+    returns None. A source that is finished and was made of the same is returned at once.
 
     DataError: nothing to read, a file that cannot be read (named with its line or row), another tokenizer or another
     validation share than out holds, the source built or begun from other inputs or options, a disk that cannot be
@@ -116,7 +116,7 @@ def tokenize_documents(
     plan.save(working)
     progress = Progress(source, total_bytes)
     try:
-        Task(plan, working, 0).write(texts, tokenizer.encoder, progress, threads=cores())
+        Task(plan, working, 0).write(texts, tokenizer.encoder, progress, threads=threads_of(1))
     finally:
         progress.close()
     return merge_build(folder)
@@ -185,10 +185,10 @@ def _work(job: Job, files: list[Input], workers: int, array: tuple[int, int] | N
     mine = [(task, places) for task, places in enumerate(plan.tasks()) if task % jobs == number]
     done = done_tasks(job.working)
     sizes = {task: sum(max(0, plan.sizes[place]) for place in places) for task, places in mine}
-    todo = [(task, files[places.start:places.stop]) for task, places in mine if task not in done]
-    if todo:
+    unfinished_tasks = [(task, files[places.start:places.stop]) for task, places in mine if task not in done]
+    if unfinished_tasks:
         progress = Progress(plan.source, sum(sizes.values()), sum(sizes[task] for task, _ in mine if task in done))
         try:
-            do_tasks(job, todo, workers, progress, report)
+            do_tasks(job, unfinished_tasks, workers, progress, report)
         finally:
             progress.close()

@@ -2,7 +2,9 @@
 
 The main process hands a task to whoever is idle and hears of progress; a worker reads, tokenises and writes on its
 own, and says where it is before every step that takes long: should it be killed, the input in work is known. Workers
-are spawned, not forked, for the tokenizer has threads; each gets its share of the cores. A worker ends with its parent,
+are spawned, not forked, for the tokenizer has threads; each gets its share of the cores, a few at most: threads of one
+process share the vocabulary in the processor's cache, but each holds texts of its own, so that fewer workers need less
+memory. A worker ends with its parent,
 however that ends, so that nothing is left at work after a kill -9; and because a task is safe at every moment, workers
 are ended in the same way.
 """
@@ -32,8 +34,8 @@ from dlcm_lightning.progress import progress_bar
 
 REPORT_SECONDS = 0.25
 """A worker tells of its progress no more often."""
-
-CORES_PER_WORKER = 4
+THREADS = 4
+"""Of a worker, at most."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,20 @@ class Progress:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    """Cores that this process may use; of a SLURM task that is not bound to its own, as many as it asked for."""
+    mine = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    asked = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(mine, int(asked)) if asked.isdecimal() and int(asked) else mine
 
 
 def default_workers() -> int:
-    """One for every few cores: threads of one process share the vocabulary in the processor's cache."""
-    return -(-cores() // CORES_PER_WORKER)
+    """As many as give every core a thread."""
+    return -(-cores() // THREADS)
+
+
+def threads_of(workers: int) -> int:
+    """Threads of each of so many workers."""
+    return max(1, min(THREADS, cores() // workers))
 
 
 def do_tasks(job: Job, tasks: Sequence[tuple[int, list[Input]]], workers: int, progress: Progress,
@@ -95,7 +104,7 @@ class _Crew:
 
     def __init__(self, job: Job, workers: int) -> None:
         spawning = multiprocessing.get_context("spawn")
-        threads = max(1, cores() // max(1, workers))
+        threads = threads_of(workers)
         self._processes: dict[Connection, Any] = {}
         self._places: dict[Connection, str] = {}
         for _ in range(workers):

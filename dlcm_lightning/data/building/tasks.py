@@ -135,28 +135,31 @@ class Task:
                 yield _Missing(split, document, reading.place)
 
 
-def _batches(documents: Iterator[_Missing], characters: int) -> Iterator[list[_Missing]]:
-    """Lists of about so many characters; a long document by itself."""
+def _batches(documents: Iterator[_Missing], characters: int) -> Iterator[tuple[list[_Missing], list[str] | LongText]]:
+    """Documents of about so many characters, and their texts; a long one by itself."""
     batch: list[_Missing] = []
+    texts: list[str] = []
     size = 0
     for one in documents:
-        if isinstance(one.document.text, LongText):
+        text = one.document.text
+        if isinstance(text, LongText):
             if batch:
-                yield batch
-            yield [one]
-            batch, size = [], 0
+                yield batch, texts
+            yield [one], text
+            batch, texts, size = [], [], 0
             continue
         batch.append(one)
-        size += len(one.document.text)
+        texts.append(text)
+        size += len(text)
         if size >= characters:
-            yield batch
-            batch, size = [], 0
+            yield batch, texts
+            batch, texts, size = [], [], 0
     if batch:
-        yield batch
+        yield batch, texts
 
 
-def _encoded(batches: Iterator[list[_Missing]], encoder: Encoder, told: _Told, at: Callable[[str], object]
-             ) -> Iterator[tuple[list[_Missing], list[np.ndarray]]]:
+def _encoded(batches: Iterator[tuple[list[_Missing], list[str] | LongText]], encoder: Encoder, told: _Told,
+             at: Callable[[str], object]) -> Iterator[tuple[list[_Missing], list[np.ndarray]]]:
     """Batches with their ids, in order. While one is encoded, the one before it is written and the next one is read: a
     thread does it, for the library lets Python go on meanwhile."""
     work: deque[tuple[list[_Missing], int, Future[list[np.ndarray]]]] = deque()
@@ -168,16 +171,14 @@ def _encoded(batches: Iterator[list[_Missing]], encoder: Encoder, told: _Told, a
         return batch, encoded
 
     with ThreadPoolExecutor(1) as thread:
-        for batch in batches:
+        for batch, texts in batches:
             at(batch[0].place if len(batch) == 1 else f"{batch[0].place} to {batch[-1].place}")
-            text = batch[0].document.text
-            if isinstance(text, LongText):  # alone, for it fills the memory that there is
+            if isinstance(texts, LongText):  # alone, for it fills the memory that there is
                 while work:
                     yield oldest()
-                yield batch, [_encode_long(text, batch[0].place, encoder, told)]
+                yield batch, [_encode_long(texts, batch[0].place, encoder, told)]
                 continue
-            texts = [one.document.text for one in batch]
-            work.append((batch, told.batch(), thread.submit(encoder.encode_documents, texts)))  # type: ignore[arg-type]
+            work.append((batch, told.batch(), thread.submit(encoder.encode_documents, texts)))
             if len(work) > 1:
                 yield oldest()
         while work:
