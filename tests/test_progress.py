@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from tqdm import TMonitor, tqdm
 
 from dlcm_lightning.progress import progress_bar
 
@@ -45,6 +48,25 @@ def test_without_a_terminal_a_bar_is_lines(monkeypatch: pytest.MonkeyPatch) -> N
         ["0", "%"], ["38", "%"], ["75", "%"], ["100", "%"]], "one every 15 s, the first and the last"
     assert "100 %, 40 of 40" in lines[-1] and "loss=1.5" in lines[-1]
     assert "100 %" not in drawn(monkeypatch, io.StringIO(), leave=False)
+
+
+def test_a_step_that_takes_long_is_not_told_of_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, file = Clock(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", file)
+    monkeypatch.setattr("tqdm.std.time", clock)
+    with progress_bar(total=100, desc="train", unit="step", delay=0) as bar:
+        for seconds in [1] * 29 + [17, 1, 1, 1]:
+            clock.now += seconds
+            watch_once(bar, clock)
+            bar.update()
+    assert [line.split(", ")[1] for line in file.getvalue().splitlines()] == ["0 of 100", "15 of 100", "30 of 100"]
+
+
+def watch_once(bar: tqdm[Any], clock: Clock) -> None:
+    """What tqdm's thread does every ten seconds, once."""
+    killed = SimpleNamespace(wait=lambda _: None, is_set=iter([False, False, True]).__next__)
+    TMonitor.run(SimpleNamespace(  # type: ignore[arg-type]
+        _time=clock, was_killed=killed, sleep_interval=0, tqdm_cls=type(bar), get_instances=lambda: [bar]))
 
 
 def test_on_a_terminal_it_is_drawn_over_itself(monkeypatch: pytest.MonkeyPatch) -> None:
