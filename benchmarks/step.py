@@ -56,8 +56,10 @@ def main() -> None:
         prepare_sample_corpus(config.data, config.model.vocab_size)
     reader = Reader(config.data, config.seed, config.model.vocab_size)
     backend = choose_backend(config.model.attention, device, dtype)
-    module = PretrainModule(config, dtype, backend, torch.from_numpy(reader.token_bytes)).to(device)
-    optimizer = module.configure_optimizers()
+    module = PretrainModule(config, dtype, backend, torch.from_numpy(reader.token_bytes))
+    module.configure_model()
+    module.to(device)
+    optimizer = module.configure_optimizers()["optimizer"]
     rate_before = matrix_product_rate(dtype, device)
 
     def step(number: int) -> float:

@@ -65,10 +65,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _assign_section(tree, Config, written, "", origin)
     for override in overrides:
         _assign_section(tree, Config, _parse_override(override), "", COMMAND_LINE)
+    return _frozen(tree, str(path))
+
+
+def config_from(plain: Mapping[str, Any], origin: str = "a checkpoint") -> Config:
+    """A Config from its plain form, as `dataclasses.asdict` gives it; what is left out keeps its default."""
+    tree = _blank_config()
+    _assign_section(tree, Config, Written(plain, plain), "", origin)
+    return _frozen(tree, origin)
+
+
+def _frozen(tree: DictConfig, origin: str) -> Config:
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere, or a value left at ???
-        raise ConfigError(f"{error.full_key} (in {path}): {_first_line(error)}; "
+        raise ConfigError(f"{error.full_key} (in {origin}): {_first_line(error)}; "
                           "give the field a value, or refer to a field that has one") from error
     assert isinstance(config, Config)
     return config

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from dlcm_lightning.config.checks import (
     LARGEST_COUNT,
@@ -68,6 +68,21 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ClassConfig:
+    """An object of a class of the user's: what it is called, and what it is made with."""
+
+    class_path: str = ""
+    """Module and class, such as lightning.pytorch.callbacks.EarlyStopping."""
+    init_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments by name: plain values."""
+
+    def __post_init__(self) -> None:
+        module, _, name = self.class_path.rpartition(".")
+        require(all(part.isidentifier() for part in (*module.split("."), name)), "class_path", self.class_path,
+                "name a class with its module, such as lightning.pytorch.callbacks.EarlyStopping")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Where and how the run executes: precision, devices, what is written how often."""
 
@@ -98,6 +113,10 @@ class TrainConfig:
     """Newest complete checkpoints that are kept. At least two: the newest may turn out damaged."""
     keep_every_tokens: int = 0
     """Beside them, for good, the first checkpoint in every so many consumed tokens; 0 keeps none."""
+    callbacks: list[ClassConfig] = field(default_factory=list)
+    """Callbacks of Lightning's, or one's own, beside those of the run."""
+    loggers: list[ClassConfig] = field(default_factory=list)
+    """Loggers beside metrics.jsonl and TensorBoard."""
 
     def __post_init__(self) -> None:
         require_member("train.precision", self.precision, Literal["auto", "bf16", "fp32", "fp64"])

@@ -138,6 +138,9 @@ class ValidationBatches(torch.utils.data.Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.samples) // self.reader.config.micro_batch_rows
 
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"validation batch {index} of {len(self)}")

@@ -1,60 +1,67 @@
 """The LightningDataModule: a reader's rows as loaders whose position is one integer.
 
 Lightning is given a loader whose length is that of the whole run, so that it prefetches nothing, and whose iteration
-begins at the optimizer step where the run stands: a number that follows from the checkpoint, is the same on every rank,
-and means the same on any number of them.
+begins at the optimizer step where the run stands: a number that is the same on every rank and means the same on any
+number of them. It is the state that Lightning saves with a checkpoint, together with a digest of the text.
+
+The loaders are no `DataLoader`s, since Lightning would put its distributed sampler into one: they know their rank.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
 from dlcm_lightning.batch import Batch, StepCounts
-from dlcm_lightning.config import Config
+from dlcm_lightning.compose import config_from
+from dlcm_lightning.config import Config, ConfigError
+from dlcm_lightning.data.building.prepare import prepare_sample_corpus
 from dlcm_lightning.data.loader import TrainingBatches, ValidationBatches
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.ops.collectives import rank, world_size
+from dlcm_lightning.training.contract import with_ranks
 from dlcm_lightning.training.stopwatch import Stopwatch
 
 
 class TrainLoader:
-    """This rank's micro-batches of the whole run; iterating begins at optimizer step `first_step`."""
+    """This rank's micro-batches of the whole run. Iterating begins at optimizer step `step`, which moves along."""
 
-    def __init__(self, reader: Reader, config: Config, first_step: int, pin_memory: bool, stopwatch: Stopwatch
-                 ) -> None:
-        self.reader, self.config, self.first_step = reader, config, first_step
+    def __init__(self, reader: Reader, config: Config, step: int, pin_memory: bool, stopwatch: Stopwatch) -> None:
+        self.reader, self.config = reader, config
+        self.step = step
+        """Optimizer steps whose last micro-batch has been handed out."""
         self.pin_memory, self.stopwatch = pin_memory, stopwatch
 
     def __len__(self) -> int:
         return self.config.total_steps * self.config.micro_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        coming = iter(TrainingBatches(self.reader, rank(), world_size(), self.first_step, self.config.total_steps,
+        coming = iter(TrainingBatches(self.reader, rank(), world_size(), self.step, self.config.total_steps,
                                       self.config.data.workers))
-        step, error = self._step(coming)
+        step, error = self._read(coming)
         while step:
-            following, error = ([], error) if error else self._step(coming)
-            for batch in step:
+            following, error = ([], error) if error else self._read(coming)
+            for number, batch in enumerate(step):
+                self.step += number + 1 == len(step)
                 yield replace(batch, following=following[0].step if following else StepCounts())
             step = following
         if error:
             raise error
 
     def state_dict(self) -> dict[str, int]:
-        """Lightning asks of a loader whether it can be continued; this one begins where it is told."""
-        return {"first_step": self.first_step}
+        """Where it stands, for Lightning's checkpoints."""
+        return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.first_step = state["first_step"]
+        self.step = state["step"]
 
-    def _step(self, coming: Iterator[Batch]) -> tuple[list[Batch], DataError | None]:
+    def _read(self, coming: Iterator[Batch]) -> tuple[list[Batch], DataError | None]:
         """The micro-batches of one optimizer step, or none and why. Each names the counts of the step behind it, hence
         a step is read before the one in front of it is trained; what cannot be read is raised in its turn."""
         with self.stopwatch.waiting():
@@ -66,20 +73,74 @@ class TrainLoader:
 
 
 class PretrainData(LightningDataModule):
-    """Training and validation rows of a run."""
+    """Training and validation rows of a run.
 
-    def __init__(self, config: Config, reader: Reader, pin_memory: bool, stopwatch: Stopwatch) -> None:
+    `prepare_data` builds the sample corpus where that is asked for; `setup` opens the shards of `data.root`.
+    """
+
+    def __init__(self, config: Config | Mapping[str, Any], stopwatch: Stopwatch | None = None,
+                 report: Callable[[str], None] = print) -> None:
+        """config: a Config, or its plain form, as checkpoints hold it. stopwatch: told of waits for data.
+        report: told in words of what takes long or is left out."""
         super().__init__()
-        self.config, self.reader, self.pin_memory, self.stopwatch = config, reader, pin_memory, stopwatch
+        self.config = config if isinstance(config, Config) else config_from(config)
+        self.save_hyperparameters({"config": asdict(self.config)}, logger=False)
+        self.stopwatch, self.report = stopwatch or Stopwatch(), report
         self.first_step = 0
         """Where training begins, set before the loader is asked for."""
+        self._reader: Reader | None = None
+
+    @property
+    def reader(self) -> Reader:
+        """The opened shards, from `setup` on."""
+        assert self._reader is not None, "PretrainData.setup opens the shards"
+        return self._reader
+
+    def open(self) -> None:
+        """Both, in any process; what Lightning asks for later is done. Errors are those of the two."""
+        self.prepare_data()
+        self.setup("fit")
+
+    def prepare_data(self) -> None:
+        """DataError, RunError: the sample corpus cannot be built."""
+        if self.config.data.corpus == "sample" and self._reader is None:
+            prepare_sample_corpus(self.config.data, self.config.model.vocab_size, self.report)
+
+    def setup(self, stage: str) -> None:
+        """DataError: the shards are missing, damaged, of another tokenizer, or too few for the run. ConfigError: the
+        Trainer has other ranks than the configuration says."""
+        if self.trainer is not None:
+            self.config = with_ranks(self.trainer, self.config)
+        if self._reader is None:
+            config = self.config
+            reader = Reader(config.data, config.seed, config.model.vocab_size, report=self.report)
+            reader.check_lasts(config.total_steps * config.data.rows_per_step)
+            self._reader = reader
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device, non_blocking=True)
 
     def train_dataloader(self) -> TrainLoader:
-        return TrainLoader(self.reader, self.config, self.first_step, self.pin_memory, self.stopwatch)
+        pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return TrainLoader(self.reader, self.config, self.first_step, pin_memory, self.stopwatch)
 
-    def validation_loader(self) -> DataLoader[Batch]:
-        """This rank's validation batches. Not Lightning's `val_dataloader`: see callbacks/validate.py."""
-        return DataLoader(ValidationBatches(self.reader, rank(), world_size()), batch_size=None)
+    def val_dataloader(self) -> ValidationBatches:
+        """This rank's batches of the validation rows of every source."""
+        return ValidationBatches(self.reader, rank(), world_size())
+
+    def test_dataloader(self) -> ValidationBatches:
+        """The validation rows: none are kept apart for a test."""
+        return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands: whole optimizer steps, the samples they consumed, and a digest of text and order."""
+        assert self.trainer is not None
+        step = self.trainer.global_step
+        return {"step": step, "samples": step * self.config.data.rows_per_step, "data": self.reader.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """ConfigError: the shards are not those that the checkpoint was trained on."""
+        if self._reader is not None and state_dict["data"] != self.reader.fingerprint:
+            raise ConfigError(f"data.root = {self.config.data.root!r}: its shards or their order are not those of the "
+                              "checkpoint, so sample i would be another text; restore them, or begin a new run")
+        self.first_step = state_dict["step"]

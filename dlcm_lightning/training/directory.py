@@ -88,14 +88,13 @@ def _decided(config: Config, consumed: int) -> Config:
     return replace(config, data=replace(config.data, weight_changes=changes))
 
 
-def check_same_run(checkpoint: Checkpoint, config: Config, precision: str) -> None:
-    """Raises ConfigError where the checkpoint belongs to a run of another configuration or arithmetic."""
-    before = checkpoint.config
-    consumed = checkpoint.step * before.data.tokens_per_step
+def check_same_configuration(before: Config, config: Config, step: int, checkpoint: str) -> None:
+    """Raises ConfigError where a checkpoint of `step` steps was written by a run that computes something else."""
+    consumed = step * before.data.tokens_per_step
     fields = [name for name in differences(_decided(before, consumed), _decided(config, consumed))
               if not _may_differ(name)]
     if fields:
-        raise ConfigError(f"name = {config.name!r}: {checkpoint.folder} belongs to a run that differs in "
+        raise ConfigError(f"name = {config.name!r}: {checkpoint} belongs to a run that differs in "
                           f"{', '.join(fields)}; choose another name=..., restore these fields, or move it away")
     boundary = config.model.boundary
     rate_matters = config.model.kind == "dlcm" and boundary.learned and boundary.rate_scope == "global"
@@ -103,8 +102,13 @@ def check_same_run(checkpoint: Checkpoint, config: Config, precision: str) -> No
         was, remedy = (("previous", "model.boundary.previous_rate=true keeps it so") if before.uses_previous_rate else
                        ("current", "that needs one micro-batch a step: more ranks, or larger data.micro_batch_rows"))
         raise ConfigError(f"model.boundary.previous_rate = {config.model.boundary.previous_rate}: the rate loss of "
-                          f"{checkpoint.folder} takes F of the {was} step, and {config.micro_batches} micro-batches a "
+                          f"{checkpoint} takes F of the {was} step, and {config.micro_batches} micro-batches a "
                           f"step mean the other one here; {remedy}")
+
+
+def check_same_run(checkpoint: Checkpoint, config: Config, precision: str) -> None:
+    """Raises ConfigError where the checkpoint belongs to a run of another configuration or arithmetic."""
+    check_same_configuration(checkpoint.config, config, checkpoint.step, str(checkpoint.folder))
     if checkpoint.manifest.identity.precision != precision:
         raise ConfigError(f"train.precision = {config.train.precision!r}: {checkpoint.folder} was trained in "
                           f"{checkpoint.manifest.identity.precision}, here it means {precision}; continue on a "

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, open_checkpoint
 from dlcm_lightning.checkpoint.probe import Probe
@@ -61,8 +60,8 @@ def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Call
     load_weights(checkpoint, module)
     module.to(where)
     check_fingerprint(checkpoint, Probe(Tokenizer.load(reader.store)), module)
-    loader = DataLoader(ValidationBatches(reader), batch_size=None)
-    metrics = metrics_of(validate(module, loader, progress=True), config.data.domains, module.boundary)
+    tally = validate(module, ValidationBatches(reader), progress=True)
+    metrics = metrics_of(tally, config.data.domains, module.boundary)
     counted = _floors(reader, report)
     report(validation_table(metrics, counted))
     question = {"overrides": asked, "precision": str(dtype).removeprefix("torch."), "attention": backend,

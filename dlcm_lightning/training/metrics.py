@@ -1,21 +1,29 @@
-"""From a tally to the numbers people look at."""
+"""From a tally to the numbers people look at.
+
+They are computed where the tally is, so that logging them waits for no device: `metric_tensors` for Lightning's
+`self.log`, `metrics_of` for files and tables, which reads them.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dlcm_lightning.config import BoundaryConfig
 from dlcm_lightning.training.objective import COLUMNS, Tally, rate_loss
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator > 0 else math.nan
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """nan where there is nothing to divide by."""
+    return torch.where(denominator > 0, numerator / denominator, math.nan)
 
 
-def _describe(sums: list[float], segmented: bool) -> dict[str, float]:
-    """Metrics of one row of a tally (one domain, or all together)."""
-    of = dict(zip(COLUMNS, sums, strict=True))
+def _describe(sums: Tensor, segmented: bool) -> dict[str, Tensor]:
+    """sums (..., len(COLUMNS)) -> metrics (...), of a domain or of all together."""
+    of = dict(zip(COLUMNS, sums.unbind(-1), strict=True))
     metrics = {
         "loss": _ratio(of["nll"], of["targets"]),
         "bits_per_byte": _ratio(of["nll"], of["bytes"] * math.log(2)),
@@ -27,10 +35,33 @@ def _describe(sums: list[float], segmented: bool) -> dict[str, float]:
             "G": mean,
             "R_sampled": _ratio(of["tokens"], of["sampled"]),
             "R_thresholded": _ratio(of["tokens"], of["thresholded"]),
-            "p_sd": math.sqrt(max(0.0, _ratio(of["p_squared"], of["tokens"]) - mean * mean)),
+            "p_sd": (_ratio(of["p_squared"], of["tokens"]) - mean * mean).clamp(min=0).sqrt(),
             "p_near_half": _ratio(of["near_half"], of["tokens"]),
         }
     return metrics
+
+
+def _of_the_batch(tally: Tally, boundary: BoundaryConfig) -> dict[str, Tensor]:
+    """What only the whole batch has."""
+    metrics = {}
+    if boundary.learned and boundary.rate_scope == "global":
+        metrics["rate_loss"] = rate_loss(tally.rate, tally.mean_probability, boundary.target_ratio)
+    elif boundary.learned:
+        metrics["rate_loss"] = _ratio(tally.scalar("document_rate_loss"), tally.scalar("documents"))
+    metrics["concept_imbalance"] = _ratio(tally.scalar("imbalance"), tally.scalar("steps"))
+    return metrics
+
+
+def metric_tensors(tally: Tally, domains: list[str], boundary: BoundaryConfig | None) -> dict[str, Tensor]:
+    """() float64 each, on the tally's device: the numbers of `metrics_of` as NAME and NAME/DOMAIN. nan where a domain
+    has no tokens. No collective, no host sync."""
+    sums = torch.cat([tally.domains.sum(0, keepdim=True), tally.domains])  # (1 + domains, C)
+    by_name = {name: values.unbind() for name, values in _describe(sums, boundary is not None).items()}
+    metrics = {name: values[0] for name, values in by_name.items()}
+    if boundary is not None:
+        metrics |= _of_the_batch(tally, boundary)
+    return metrics | {f"{name}/{domain}": value for name, values in by_name.items()
+                      for domain, value in zip(domains, values[1:], strict=True)}
 
 
 def metrics_of(tally: Tally, domains: list[str], boundary: BoundaryConfig | None) -> dict[str, Any]:
@@ -41,17 +72,14 @@ def metrics_of(tally: Tally, domains: list[str], boundary: BoundaryConfig | None
     mean of all, averaged over steps, and rate_loss by the formula that is optimised: of the whole batch, or the mean of
     the documents'. Forms without one (rule, fixed) have none. boundary: None for a dense model, which has none of this.
     """
-    sums = tally.domains.cpu()
-    segmented = boundary is not None
-    metrics: dict[str, Any] = _describe(sums.sum(0).tolist(), segmented)
-    if boundary is not None:
-        if boundary.learned and boundary.rate_scope == "global":
-            metrics["rate_loss"] = rate_loss(tally.rate, tally.mean_probability, boundary.target_ratio).item()
-        elif boundary.learned:
-            metrics["rate_loss"] = _ratio(tally.scalar("document_rate_loss").item(), tally.scalar("documents").item())
-        metrics["concept_imbalance"] = _ratio(tally.scalar("imbalance").item(), tally.scalar("steps").item())
-    metrics["domains"] = {
-        domain: _describe(row, segmented)
-        for domain, row in zip(domains, sums.tolist(), strict=True) if row[COLUMNS.index("tokens")] > 0
-    }
+    tally = tally.to(torch.device("cpu"))
+    metrics: dict[str, Any] = {"domains": {}}
+    present = [domain for domain, row in zip(domains, tally.domains, strict=True) if row[COLUMNS.index("tokens")] > 0]
+    for name, value in metric_tensors(tally, domains, boundary).items():
+        name, _, domain = name.partition("/")
+        if not domain:
+            metrics[name] = value.item()
+        elif domain in present:
+            metrics["domains"].setdefault(domain, {})[name] = value.item()
+    metrics["domains"] = metrics.pop("domains")  # behind the others
     return metrics

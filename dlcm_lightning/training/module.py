@@ -1,4 +1,11 @@
-"""The LightningModule: the four-stage model, its objective, and what happens at an optimizer step.
+"""The LightningModule: the four-stage model, its objective, what happens at an optimizer step, and what is logged.
+
+    module, data = PretrainModule(config), PretrainData(config)
+    Trainer(**trainer_arguments(config)).fit(module, datamodule=data)
+
+It is made of a configuration alone. What only the Trainer knows is asked when it has one: in `setup` whether it trains
+what the configuration says (contract.py), in `configure_model` the device, and how a strategy of ours spreads a model.
+The model is made there, so that its weights never lie where they are not wanted.
 
 Nothing here draws random numbers, reads clocks or depends on how the batch was split: a step is a function of
 (weights, optimizer state, buffers, batch). Beside the model's own state are kept: the boundaries and tokens of the
@@ -8,22 +15,30 @@ running tally; and the last whole one for whoever logs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlcm_lightning.batch import Batch
-from dlcm_lightning.config import BoundaryConfig, Config
+from dlcm_lightning.batch import Batch, StepCounts
+from dlcm_lightning.compose import config_from
+from dlcm_lightning.config import BoundaryConfig, Config, ConfigError
 from dlcm_lightning.model import mup
 from dlcm_lightning.model.dlcm import DLCM, LanguageModel, Output, assemble
+from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.ops.collectives import all_reduce_sum, world_size
-from dlcm_lightning.ops.segments import Concepts
+from dlcm_lightning.ops.segments import Concepts, Segments
+from dlcm_lightning.training.contract import check_trainer
+from dlcm_lightning.training.datamodule import PretrainData
+from dlcm_lightning.training.device import BY_NAME, DTYPES, resolve_precision
+from dlcm_lightning.training.directory import check_same_configuration
+from dlcm_lightning.training.metrics import metric_tensors
 from dlcm_lightning.training.objective import (
     COLUMNS,
     COUNTS,
@@ -35,10 +50,10 @@ from dlcm_lightning.training.objective import (
     probability_sum,
 )
 from dlcm_lightning.training.optim import build_optimizer
-from dlcm_lightning.training.schedule import learning_rate_factor
+from dlcm_lightning.training.position import at_optimizer_step
+from dlcm_lightning.training.schedule import TokenSchedule
+from dlcm_lightning.training.strategies.engine import Engine, whole, whole_model
 
-Construct = Callable[[Callable[[], LanguageModel], Callable[..., None]], LanguageModel]
-"""(assemble, fill) -> a filled model, as `Engine.construct` does it."""
 LENGTHS = 32
 """Concept lengths that are told apart; longer ones count as the last."""
 
@@ -50,31 +65,37 @@ def count_lengths(concepts: Concepts, batch: Batch) -> Tensor:
     return ((lengths[:, None] == bins) & batch.counted()[concepts.closing, None]).sum(0)
 
 
-def whole_model(assemble: Callable[[], LanguageModel], fill: Callable[..., None]) -> LanguageModel:
-    """In one piece, on the device that is current."""
-    model = assemble()
-    fill(model)
-    return model
-
-
 class PretrainModule(LightningModule):
-    """Four stages, two losses, one optimizer."""
+    """Four stages, two losses, one optimizer.
+
+    Logged under `train/`, of every optimizer step over all ranks: loss, bits_per_byte, F, G, R_sampled, R_thresholded,
+    p_sd, p_near_half, rate_loss, concept_imbalance (see metrics.py), each but the last two also as NAME/DOMAIN;
+    gradient_norm; lr_ROLE. Under `val/` and `test/` the same of all validation rows, with thresholded boundaries.
+    """
 
     model: LanguageModel
     previous_counts: Tensor
     token_bytes: Tensor
 
-    def __init__(self, config: Config, compute_dtype: torch.dtype, backend: str, token_bytes: Tensor,
-                 construct: Construct = whole_model) -> None:
-        """token_bytes: (V,) int64, UTF-8 bytes of every id of the tokenizer: the denominator of bits per byte.
-        construct: an engine's, for a model that is spread over processes."""
+    def __init__(self, config: Config | Mapping[str, Any], compute_dtype: torch.dtype | None = None,
+                 backend: str | None = None, token_bytes: Tensor | None = None) -> None:
+        """config: a Config, or its plain form, as checkpoints hold it.
+        compute_dtype: of the matrix products; None: what `train.precision` means on the Trainer's device.
+        backend: of attention; None: what `model.attention` means there.
+        token_bytes: (V,) int64, UTF-8 bytes of every id of the tokenizer, the denominator of bits per byte; None: those
+        of the PretrainData that it is trained with, and without one bits per byte are nan."""
         super().__init__()
-        self.config = config
-        self._assemble = partial(assemble, config.model, compute_dtype, backend, config.train.recompute)
-        self._fill = partial(mup.initialise, model=config.model, seed=config.seed)
-        self._construct: Construct | None = construct
+        self.config = config if isinstance(config, Config) else config_from(config)
+        self.save_hyperparameters({"config": asdict(self.config)})
+        self._compute_dtype, self._backend = compute_dtype, backend
+        self._wants_token_bytes = token_bytes is None
+        if token_bytes is None:
+            token_bytes = torch.zeros(self.config.model.vocab_size, dtype=torch.int64)
         self.register_buffer("previous_counts", torch.zeros(2, dtype=torch.int64))  # no engine casts whole numbers
         self.register_buffer("token_bytes", token_bytes, persistent=False)
+        self.steps_go_to_loggers = True
+        """Whether every `log_every_n_steps`-th step is sent to loggers. `dlcm pretrain` sends means over all steps
+        instead (callbacks/metrics.py), under the same names; callbacks can monitor them either way."""
         self.counts: Tensor | None = None
         """(len(COUNTS),) what the optimizer step under way has, over all ranks; None before the first of this life."""
         self.step_tally: Tally | None = None
@@ -85,12 +106,44 @@ class PretrainModule(LightningModule):
         """The tally of the last whole optimizer step, over all ranks."""
         self.concept_lengths: Tensor | None = None
         """(LENGTHS,) int64: concepts of this rank's last micro-batch by the number of tokens they pool."""
+        self.gradient_norm: Tensor = torch.zeros(())
+        """() Global norm before clipping, of the last optimizer step."""
+        self.learning_rates: dict[str, float] = {}
+        """By role, of the last optimizer step."""
+        self.evaluated: Tally | None = None
+        """Of the validation or test that is under way, this rank's; when it has ended, over all ranks."""
+
+    def setup(self, stage: str) -> None:
+        """ConfigError: the Trainer would compute something else than the configuration says."""
+        self.config = check_trainer(self.trainer, self.config, fitting=stage == "fit")
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self._wants_token_bytes and isinstance(data, PretrainData):
+            self.token_bytes = torch.from_numpy(data.reader.token_bytes)
 
     def configure_model(self) -> None:
-        """Makes `model`. Lightning calls it where the engine wants the model to be made; a second call does nothing."""
-        if self._construct is not None:
-            self.model = self._construct(self._assemble, self._fill)
-            self._construct = None
+        """Makes `model`, where the strategy wants it to be made. A second call does nothing."""
+        if "model" in self._modules:
+            return
+        trainer = self._trainer
+        device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
+        dtype = self._compute_dtype
+        if dtype is None and trainer is not None:
+            asked = self.config.train.precision
+            dtype = BY_NAME[trainer.strategy.broadcast(str(resolve_precision(asked, device)[0]).split(".")[1])]
+        elif dtype is None:  # a checkpoint that is loaded says it better
+            dtype = DTYPES.get(self.config.train.precision, torch.float32)
+        backend = self._backend or choose_backend(self.config.model.attention, device, dtype)
+        make = partial(assemble, self.config.model, dtype, backend, self.config.train.recompute)
+        fill = partial(mup.initialise, model=self.config.model, seed=self.config.seed)
+        strategy = trainer.strategy if trainer is not None else None
+        self.model = strategy.construct(make, fill) if isinstance(strategy, Engine) else whole_model(make, fill)
+
+    def forward(self, tokens: Tensor, documents: Segments | None = None) -> Tensor:
+        """tokens (T,) int64; documents: where each begins and ends, None for one of all tokens -> logits (T, V) of the
+        token that comes next. Boundaries are thresholded, as at inference."""
+        if documents is None:
+            documents = Segments.from_lengths([len(tokens)], tokens.device)
+        return self.model.logits(self.model(tokens, documents).hidden)
 
     def finishes_step(self, batch_idx: int) -> bool:
         """Whether micro-batch `batch_idx` of the run is the last of its optimizer step."""
@@ -139,7 +192,17 @@ class PretrainModule(LightningModule):
             loss = loss + boundary.rate_weight * probability_sum(output, batch, self.counts, boundary, rate)
         if output.concepts is not None:
             self.concept_lengths = count_lengths(output.concepts, batch)
+        if self._trainer is not None and self.finishes_step(batch_idx):
+            self._log_step(self.step_tally)
         return loss * (world_size() * self.config.micro_batches)
+
+    def _log_step(self, tally: Tally) -> None:
+        """Of the whole step, known in its last forward; the gradient's norm follows when it is clipped."""
+        self.learning_rates = {group["name"]: group["lr"] for group in self.trainer.optimizers[0].param_groups}
+        metrics: dict[str, Any] = {f"train/{name}": value for name, value in metric_tensors(
+            tally, self.config.data.domains, self.boundary).items()}
+        metrics |= {f"train/lr_{role}": rate for role, rate in self.learning_rates.items()}
+        self.log_dict(metrics, logger=self._to_loggers)
 
     def sum_of_nothing(self) -> Tensor:
         """Zero, whose backward gives every parameter a gradient of zeros, the last stage of the model first: as the
@@ -152,20 +215,93 @@ class PretrainModule(LightningModule):
                 total = total + (parameter * 0).sum()
         return total
 
-    def configure_optimizers(self) -> Optimizer:
-        return build_optimizer(self.model, self.config.model, self.config.optim)
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with a group per muP role, and the schedule over consumed tokens."""
+        optimizer = build_optimizer(self.model, self.config.model, self.config.optim)
+        schedule = TokenSchedule(optimizer, self.config.optim, self.config.data.tokens_per_step)
+        stepped: LRSchedulerConfigType = {"scheduler": schedule, "interval": "step", "name": "lr"}
+        return {"optimizer": optimizer, "lr_scheduler": stepped}
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        reached = self.consumed_tokens + self.config.data.tokens_per_step
-        factor = learning_rate_factor(reached, self.config.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+    def configure_gradient_clipping(self, optimizer: Optimizer, gradient_clip_val: int | float | None = None,
+                                    gradient_clip_algorithm: str | None = None) -> None:
+        """By the global norm, to `optim.clip_norm`, whatever the Trainer was told or not told of it."""
+        if self._own_gradient_norm is None:
+            parameters = [one for group in optimizer.param_groups for one in group["params"]]
+            norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or float("inf"))
+            self.gradient_norm = whole(norm).detach()
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any,
+                       optimizer_closure: Callable[[], Any] | None = None) -> None:
         optimizer.step(closure=optimizer_closure)
-        if self.finishes_step(batch_idx):  # DeepSpeed is asked after every micro-batch
-            self.after_step()
+        if not self.finishes_step(batch_idx):  # DeepSpeed is asked after every micro-batch
+            return
+        if (norm := self._own_gradient_norm) is not None:
+            self.gradient_norm = norm
+        self.log("train/gradient_norm", self.gradient_norm, logger=self._to_loggers)
+        self.after_step()
+
+    @property
+    def _to_loggers(self) -> bool | None:
+        """None: to whatever loggers there are."""
+        return None if self.steps_go_to_loggers else False
+
+    @property
+    def _own_gradient_norm(self) -> Tensor | None:
+        strategy = self.trainer.strategy
+        return strategy.own_gradient_norm if isinstance(strategy, Engine) else None
+
+    def on_train_epoch_end(self) -> None:
+        """An epoch is what is left of the run; there is no other behind it."""
+        if self.trainer.global_step >= self.config.total_steps:
+            self.trainer.should_stop = True
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluated = None
+
+    def on_test_epoch_start(self) -> None:
+        self.evaluated = None
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Boundaries thresholded, as at inference. The count of sampled ones uses the rows' noise and the same p."""
+        tally = self.tally(batch, None)[0]
+        self.evaluated = tally if self.evaluated is None else self.evaluated + tally
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As validation: no rows are kept apart from both."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, kind: str) -> None:
+        whole_tally = over_ranks(self.evaluated or self.empty_tally(), StepCounts())[0]
+        self.evaluated = whole_tally
+        metrics = metric_tensors(whole_tally, self.config.data.domains, self.boundary)
+        # The same on every rank already: a sum over ranks, which Lightning would advise, would be another number.
+        self.log_dict({f"{kind}/{name}": value for name, value in metrics.items()}, logger=self._to_loggers,
+                      batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's own checkpoint: as it stands at the last whole optimizer step, in which precision."""
+        checkpoint["compute_dtype"] = str(self.model.compute_dtype).removeprefix("torch.")
+        if "loops" in checkpoint:
+            at_optimizer_step(checkpoint["loops"]["fit_loop"], self.trainer.global_step, self.config.micro_batches)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """ConfigError: the checkpoint belongs to another run. The precision that it was trained in is kept, where
+        `train.precision` leaves it open."""
+        before = config_from(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["config"])
+        step = checkpoint["global_step"]
+        check_same_configuration(before, self.config, step, f"the checkpoint of step {step}")
+        trained_in = BY_NAME[checkpoint["compute_dtype"]]
+        if self.config.train.precision == "auto" and self._compute_dtype is None:
+            self.model.compute_dtype = trained_in
+        elif self.model.compute_dtype != trained_in:
+            raise ConfigError(f"train.precision = {self.config.train.precision!r}: the checkpoint of step {step} was "
+                              f"trained in {checkpoint['compute_dtype']}; set the field alike, or to auto")
 
     @torch.no_grad()
     def after_step(self) -> None:

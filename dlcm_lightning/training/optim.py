@@ -10,7 +10,8 @@ from dlcm_lightning.model.mup import Role, rule, tagged_parameters
 
 
 def build_optimizer(module: nn.Module, model: ModelConfig, optim: OptimConfig) -> torch.optim.AdamW:
-    """Groups carry `role` and `peak_lr`; the fused kernel is used where the parameters' device has one."""
+    """Groups carry the role as `name`, which Lightning's LearningRateMonitor shows, and the peak rate as `lr`. The
+    fused kernel is used where the parameters' device has one."""
     by_role: dict[Role, list[nn.Parameter]] = {}
     for _, owner in tagged_parameters(module):
         by_role.setdefault(owner.role, []).append(owner.weight)
@@ -18,8 +19,8 @@ def build_optimizer(module: nn.Module, model: ModelConfig, optim: OptimConfig) -
     for role, parameters in by_role.items():
         line = rule(role, model, optim)
         groups.append({
-            "params": parameters, "role": role.value, "lr": line.learning_rate, "peak_lr": line.learning_rate,
-            "weight_decay": line.weight_decay, "eps": line.epsilon,
+            "params": parameters, "name": role.value, "lr": line.learning_rate, "weight_decay": line.weight_decay,
+            "eps": line.epsilon,
         })
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in module.parameters())
     return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=fused)

@@ -42,6 +42,7 @@ from dlcm_lightning.model.mup import tagged_parameters
 from dlcm_lightning.ops.collectives import ControlGroup, broadcast
 from dlcm_lightning.training.device import BY_NAME
 from dlcm_lightning.training.module import PretrainModule
+from dlcm_lightning.training.position import at_optimizer_step
 from dlcm_lightning.training.strategies.engine import MOMENTS, Engine, Moment
 from dlcm_lightning.training.watchers import load_watchers, watchers_state
 
@@ -185,7 +186,11 @@ class Persistence:
                 buffer.copy_(self._sent(stored, f"buffer/{name}", 0, module.device))
             load_watchers(trainer, checkpoint.callbacks,
                           {name: stored.get(f"callback/{name}") for name in stored.names("callback/")})
-        set_position(trainer, checkpoint.step, module.config.micro_batches)
+        for schedule in trainer.lr_scheduler_configs:
+            schedule.scheduler.load_state_dict({"last_epoch": checkpoint.step})
+        state = trainer.fit_loop.state_dict()
+        at_optimizer_step(state, checkpoint.step, module.config.micro_batches)
+        trainer.fit_loop.load_state_dict(state)
         check_fingerprint(checkpoint, self.probe, module)
 
     def _sent(self, stored: tensors.Tensors, name: str, reader: int, device: torch.device) -> Tensor:
@@ -234,20 +239,3 @@ def saved_buffers(module: PretrainModule) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in owner.named_buffers(recurse=False):
             if name not in owner._non_persistent_buffers_set:
                 yield f"{prefix}.{name}".lstrip("."), buffer
-
-
-def set_position(trainer: Trainer, step: int, micro_batches: int) -> None:
-    """Lightning's counters as they stand at the end of an optimizer step's last micro-batch."""
-    state = trainer.fit_loop.state_dict()
-    done = step * micro_batches
-    for when in ("total", "current"):
-        state["epoch_progress"][when] |= {"ready": 1, "started": 1}
-        state["epoch_loop.batch_progress"][when] = {
-            "ready": done, "started": done, "processed": done, "completed": done - 1}
-        taken = state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
-        taken["step"][when] = {"ready": step, "completed": step}
-        taken["zero_grad"][when] = {"ready": step, "started": step, "completed": step}
-    state["epoch_loop.state_dict"]["_batches_that_stepped"] = step
-    state["state_dict"] = {}  # of the loader, which is told where to begin
-    trainer.fit_loop.load_state_dict(state)
-

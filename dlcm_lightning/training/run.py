@@ -14,14 +14,15 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
 from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, Identity, Manifest
@@ -31,8 +32,6 @@ from dlcm_lightning.cluster.lives import NOTICE, this_life
 from dlcm_lightning.cluster.signals import StopRequest
 from dlcm_lightning.cluster.world import World, place
 from dlcm_lightning.config import Config
-from dlcm_lightning.data.building.prepare import prepare_sample_corpus
-from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DamagedCheckpoint, RunError
 from dlcm_lightning.layout import STOP, folders
 from dlcm_lightning.ops.attention import choose_backend
@@ -41,11 +40,12 @@ from dlcm_lightning.training.callbacks.boundaries import ShowBoundaries
 from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
 from dlcm_lightning.training.callbacks.conclusion import Conclude
 from dlcm_lightning.training.callbacks.heartbeat import Heartbeat
-from dlcm_lightning.training.callbacks.metrics import Metrics, MetricsWriter
+from dlcm_lightning.training.callbacks.metrics import Metrics
 from dlcm_lightning.training.callbacks.opening import OpenRun
 from dlcm_lightning.training.callbacks.progress import Progress
 from dlcm_lightning.training.callbacks.unreadable import WatchUnreadable
 from dlcm_lightning.training.callbacks.validate import Validate
+from dlcm_lightning.training.contract import trainer_arguments
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.device import (
     choose_device,
@@ -56,7 +56,9 @@ from dlcm_lightning.training.device import (
     resolve_precision,
 )
 from dlcm_lightning.training.directory import RunLock, check_same_run
-from dlcm_lightning.training.loop import NoSignals, StepLoop
+from dlcm_lightning.training.extensions import build_all
+from dlcm_lightning.training.loggers import JsonLinesLogger, RunTensorBoardLogger
+from dlcm_lightning.training.loop import install
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.rendezvous import leave_group, meet
 from dlcm_lightning.training.report import Report, summary
@@ -65,6 +67,7 @@ from dlcm_lightning.training.strategies.choice import RunEnvironment, choose_eng
 from dlcm_lightning.training.strategies.engine import Engine
 
 Say = Callable[[str], None]
+LOGGER: type[Any] = Logger  # an abstract class, which may be asked for none the less
 
 
 def quiet_libraries() -> None:
@@ -75,40 +78,51 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
 
 
-def build_trainer(config: Config, where: torch.device, engine: Engine, world: World, callbacks: list[Callback]
-                  ) -> Trainer:
-    """Lightning's loop over the whole run as one epoch. What it would do for a checkpoint, a logger, a progress bar or
-    a signal is done by callbacks here. Each process has one device, whatever others its node has."""
+def build_trainer(config: Config, where: torch.device, engine: Engine, world: World, callbacks: list[Callback],
+                  loggers: list[Logger] | None = None) -> Trainer:
+    """Lightning's loop over the whole run as one epoch. What it would do for a checkpoint, a progress bar or a signal
+    is done by callbacks here. Each process has one device, whatever others its node has."""
     trainer = Trainer(
         accelerator="gpu" if where.type == "cuda" else "cpu",
         strategy=cast(Strategy, engine),
         devices=[where.index] if where.type == "cuda" else 1,
         num_nodes=config.train.nodes,
         plugins=RunEnvironment(world),
-        logger=False,
+        logger=loggers or False,
         callbacks=callbacks,
-        max_steps=config.total_steps,
+        **trainer_arguments(config),
         max_epochs=-1,
-        accumulate_grad_batches=config.micro_batches,
         gradient_clip_val=config.optim.clip_norm or float("inf"),
-        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        inference_mode=False,  # whose tensors FSDP2 could not use in the next backward
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         deterministic=True,
     )
-    trainer.fit_loop.epoch_loop = StepLoop(trainer, max_steps=config.total_steps)
-    trainer._signal_connector = NoSignals(trainer)
+    install(trainer, config.total_steps)
     return trainer
 
 
-def pretrain(config: Config, report: Say = print) -> Report:
+@dataclass(frozen=True)
+class Extra:
+    """What is added to a run's own."""
+
+    callbacks: Sequence[Callback] = ()
+    loggers: Sequence[Logger] = ()
+
+
+def pretrain(config: Config, report: Say = print, *, callbacks: Sequence[Callback] = (),
+             loggers: Sequence[Logger] = ()) -> Report:
     """Trains to `optim.total_tokens`, from the newest checkpoint where there is one, and validates.
 
     Every process of the run calls it; a process that no launcher has started as one of several starts the others of its
-    node itself (`train.devices`). Raises a UserError, whose message says what to do: ConfigError, DataError,
-    CheckpointError, RunError, or Stopped when it was asked to leave and has saved itself.
+    node itself (`train.devices`). callbacks, loggers: beside those of `train.callbacks` and `train.loggers`; the
+    processes that this one starts do not have them.
+
+    Raises a UserError, whose message says what to do: ConfigError, DataError, CheckpointError, RunError, or Stopped
+    when it was asked to leave and has saved itself.
     """
     config, world = place(config)
     quiet_libraries()
@@ -124,13 +138,15 @@ def pretrain(config: Config, report: Say = print) -> Report:
         world, group = meet(world, config, needs_group(config.train))
         try:
             train = replace(config.train, devices=world.local_size or 1, nodes=world.nodes)
-            return _run(replace(config, train=train), run, world, group, lock, stop, pulse, say)
+            extra = Extra([*build_all("train.callbacks", config.train.callbacks, Callback), *callbacks],
+                          [*build_all("train.loggers", config.train.loggers, LOGGER), *loggers])
+            return _run(replace(config, train=train), run, world, group, lock, stop, pulse, say, extra)
         finally:
             leave_group()
 
 
 def _run(config: Config, run: Path, world: World, group: ControlGroup, lock: RunLock, stop: StopRequest, pulse: Pulse,
-         say: Say) -> Report:
+         say: Say, extra: Extra) -> Report:
     """The run, when all its processes have met."""
     group.on_rank_zero(lock.acquire)
     where = group.on_all(lambda: choose_device(world))
@@ -143,14 +159,14 @@ def _run(config: Config, run: Path, world: World, group: ControlGroup, lock: Run
     precision = str(dtype).removeprefix("torch.")
     if newest is not None:
         check_same_run(newest, config, precision)
-    if newest is not None and newest.step >= config.total_steps and done is not None:
+    if newest is not None and done is not None and newest.step == done.steps:
         say(f"{run} is finished: {done.steps} of {config.total_steps} steps. For another run choose name=...")
         say(summary(config, done))
         return done
     backend = choose_backend(config.model.attention, where, dtype)
     say(f"{describe_hardware(config.train, where)}; {precision}: {why}")
     try:
-        return _train(config, run, world, group, where, dtype, backend, stop, pulse, say)
+        return _train(config, run, world, group, where, dtype, backend, stop, pulse, say, extra)
     except OSError as error:
         raise RunError(f"{run} could not be written: {error}. Free space or correct the permissions, then start the "
                        "run again: it continues from the newest checkpoint.") from error
@@ -196,34 +212,25 @@ def _begun(run: Path) -> tuple[Checkpoint | None, Report | None]:
 
 
 def _train(config: Config, run: Path, world: World, group: ControlGroup, where: torch.device, dtype: torch.dtype,
-           backend: str, stop: StopRequest, pulse: Pulse, say: Say) -> Report:
+           backend: str, stop: StopRequest, pulse: Pulse, say: Say, extra: Extra) -> Report:
     precision = str(dtype).removeprefix("torch.")
-    reader = group.on_all(lambda: _open_data(config, say))
+    stopwatch = Stopwatch(pulse)
+    data = PretrainData(config, stopwatch, say)
+    group.on_all(data.open)
     say(f"attention {backend}, {config.train.strategy}")
     if config.model.kind == "dlcm" and config.model.boundary.learned:
         say(f"rate loss with F of the {'previous' if config.uses_previous_rate else 'current'} step")
 
-    engine = choose_engine(config.train, where)
-    module = PretrainModule(config, dtype, backend, torch.from_numpy(reader.token_bytes), engine.construct)
-    stopwatch = Stopwatch(pulse)
-    data = PretrainData(config, reader, where.type == "cuda", stopwatch)
-    writer = MetricsWriter(run)
-    metrics = Metrics(writer, stopwatch)
-    checkpoints = Checkpoints(writer, stopwatch, stop)
+    module = PretrainModule(config, dtype, backend)
+    module.steps_go_to_loggers = False
+    metrics = Metrics(stopwatch)
+    checkpoints = Checkpoints(stopwatch, stop)
     conclude = Conclude(run, data, metrics, partial(matrix_product_rate, dtype, where), say)
-    opening = OpenRun(run, Identity(reader.fingerprint, precision), reader, data, writer, checkpoints, group, say)
-    trainer = build_trainer(config, where, engine, world, [
-        Heartbeat(pulse), opening, metrics, Progress(metrics), Validate(writer, stopwatch),
-        ShowBoundaries(reader, writer, stopwatch), WatchUnreadable(run, say), checkpoints, conclude,
-    ])
+    opening = OpenRun(run, Identity(data.reader.fingerprint, precision), data, checkpoints, group, say)
+    trainer = build_trainer(config, where, choose_engine(config.train, where), world, [
+        Heartbeat(pulse), opening, metrics, Progress(metrics), Validate(stopwatch),
+        ShowBoundaries(data.reader, stopwatch), WatchUnreadable(run, say), *extra.callbacks, checkpoints, conclude,
+    ], [JsonLinesLogger(run, config.data.tokens_per_step), RunTensorBoardLogger(run, config), *extra.loggers])
     trainer.fit(module, datamodule=data)
     assert conclude.outcome is not None
     return conclude.outcome
-
-
-def _open_data(config: Config, say: Say) -> Reader:
-    if config.data.corpus == "sample":
-        prepare_sample_corpus(config.data, config.model.vocab_size, say)
-    reader = Reader(config.data, config.seed, config.model.vocab_size, report=say)
-    reader.check_lasts(config.total_steps * config.data.rows_per_step)
-    return reader

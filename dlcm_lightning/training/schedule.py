@@ -1,8 +1,12 @@
-"""The learning rate as a function of consumed tokens: nothing to save, nothing to restore."""
+"""The learning rate as a function of consumed tokens, and as the scheduler that Lightning steps and monitors."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from dlcm_lightning.config import OptimConfig
 
@@ -23,3 +27,26 @@ def learning_rate_factor(tokens: int, config: OptimConfig) -> float:
         decay = config.decay_fraction * config.total_tokens
         shape = min(1.0, (config.total_tokens - tokens) / decay) if decay > 0 else 1.0
     return config.final_fraction + (1 - config.final_fraction) * shape
+
+
+class TokenSchedule(LRScheduler):
+    """Every group's peak rate times `learning_rate_factor` of the tokens consumed at the *end* of the step that comes
+    next, so that the first step of a warm-up does not have rate zero. Its state is the number of steps taken."""
+
+    def __init__(self, optimizer: Optimizer, config: OptimConfig, tokens_per_step: int) -> None:
+        self.config, self.tokens_per_step = config, tokens_per_step
+        super().__init__(optimizer)  # keeps each group's rate, the peak, as initial_lr
+
+    def get_lr(self) -> list[Any]:
+        factor = learning_rate_factor((self.last_epoch + 1) * self.tokens_per_step, self.config)
+        return [peak * factor for peak in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The groups' rates follow: an optimizer's state may say nothing of them."""
+        self.last_epoch = state_dict["last_epoch"]
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]

@@ -21,6 +21,8 @@ class Stopwatch:
         self.pulse = pulse or Pulse()
         self._mark = time.perf_counter()
         self._waited = 0.0
+        self.pauses: dict[Phase, float] = {}
+        """Seconds of what was not training, until somebody takes them out."""
 
     def lap(self) -> tuple[float, float]:
         """Seconds since the last lap, pauses left out, and those among them that were spent waiting for data."""
@@ -35,7 +37,9 @@ class Stopwatch:
         began = time.perf_counter()
         with self._in(phase):
             yield
-        self._mark += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self._mark += seconds
+        self.pauses[phase] = self.pauses.get(phase, 0.0) + seconds
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

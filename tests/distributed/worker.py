@@ -29,10 +29,9 @@ from dlcm_lightning.ops.collectives import rank, world_size
 from dlcm_lightning.training import run
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.device import DTYPES
-from dlcm_lightning.training.module import PretrainModule, whole_model
+from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.objective import rate_loss
 from dlcm_lightning.training.rendezvous import leave_group, meet
-from dlcm_lightning.training.stopwatch import Stopwatch
 from dlcm_lightning.training.strategies.choice import choose_engine
 from dlcm_lightning.training.strategies.engine import Engine
 from tests.distributed.mutants import planted
@@ -61,7 +60,7 @@ class Watch(Callback):
         assert isinstance(module, PretrainModule) and isinstance(trainer.strategy, Engine)
         if module.finishes_step(batch_idx):
             step = trainer.global_step - 1
-            self.found[f"{step}/norm"] = trainer.strategy.gradient_norm.clone()
+            self.found[f"{step}/norm"] = module.gradient_norm.clone()
             assert module.last_step is not None
             self.found[f"{step}/rate"] = module.last_step.rate.clone()
             trainer.strategy.settle()
@@ -82,9 +81,9 @@ def gradients(config: Config, world: World) -> Found:
     """Of the real engine under the real Trainer."""
     dtype = DTYPES[config.train.precision]
     reader, engine, watch = open_reader(config), choose_engine(config.train, HOST), Watch()
-    module = PretrainModule(config, dtype, "sdpa", token_bytes(reader), engine.construct)
+    module = PretrainModule(config, dtype, "sdpa", token_bytes(reader))
     trainer = run.build_trainer(config, HOST, engine, world, [watch])
-    trainer.fit(module, datamodule=PretrainData(config, reader, False, Stopwatch()))
+    trainer.fit(module, datamodule=PretrainData(config, report=lambda _: None))
     return watch.found
 
 
@@ -92,7 +91,7 @@ def by_autograd(config: Config, _: World) -> Found:
     """The first step by a collective that knows its own gradient: every rank back-propagates the same loss of the whole
     step, and gradients are then averaged."""
     reader = open_reader(config)
-    module = PretrainModule(config, torch.float64, "sdpa", token_bytes(reader), whole_model)
+    module = PretrainModule(config, torch.float64, "sdpa", token_bytes(reader))
     module.configure_model()
     batch = next(iter(TrainingBatches(reader, rank(), world_size(), 0, 1)))
     output = module.model(batch.tokens, batch.documents, batch.noise, batch.targets)
@@ -121,7 +120,7 @@ def by_autograd(config: Config, _: World) -> Found:
 def initial(config: Config, world: World) -> Found:
     """Weights and buffers before the first step."""
     reader, engine = open_reader(config), choose_engine(config.train, HOST)
-    module = PretrainModule(config, torch.float32, "sdpa", token_bytes(reader), engine.construct)
+    module = PretrainModule(config, torch.float32, "sdpa", token_bytes(reader))
     found: Found = {}
 
     class Look(Callback):
@@ -132,7 +131,7 @@ def initial(config: Config, world: World) -> Found:
             found.update({name: buffer.clone() for name, buffer in module.model.named_buffers()})
 
     trainer = run.build_trainer(config, HOST, engine, world, [Look()])
-    trainer.fit(module, datamodule=PretrainData(config, reader, False, Stopwatch()))
+    trainer.fit(module, datamodule=PretrainData(config, report=lambda _: None))
     return found
 
 

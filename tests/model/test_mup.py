@@ -69,8 +69,8 @@ def test_every_parameter_is_in_exactly_one_group_with_its_roles_settings() -> No
     seen = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert len(seen) == len({id(parameter) for parameter in seen}) == len(list(model.parameters()))
     for group in optimizer.param_groups:
-        line = rule(Role(group["role"]), WIDE, OPTIM)
-        assert (group["peak_lr"], group["weight_decay"], group["eps"]) == (
+        line = rule(Role(group["name"]), WIDE, OPTIM)
+        assert (group["lr"], group["weight_decay"], group["eps"]) == (
             line.learning_rate, line.weight_decay, line.epsilon)
 
 

@@ -86,13 +86,16 @@ def test_a_run_ends_with_a_report_curves_and_boundaries_and_says_when_it_is_fini
     assert kinds == [("train", 2), ("train", 4), ("validation", 5), ("train", 6), ("train", 8), ("train", 10),
                      ("validation", 10), ("train", 12), ("validation", 12)]
 
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     scalars = set(events.Tags()["scalars"])
     for name in ("loss", "bits_per_byte", "F", "G", "R_sampled", "R_thresholded", "p_sd", "p_near_half"):
-        assert {f"train_{name}/en", f"train_{name}/zh", f"train/{name}", f"validation_{name}/en"} <= scalars
-    assert {"train/gradient_norm", "train/tokens_per_second", "train/learning_rate_token"} <= scalars
-    assert "train/concept_length" in events.Tags()["histograms"]
+        group = "train" if name in ("loss", "bits_per_byte") else "train_boundary"
+        assert {f"train_domains/{name}_en", f"train_domains/{name}_zh", f"{group}/{name}"} <= scalars
+        assert {f"val_domains/{name}_en", f"{group.replace('train', 'val')}/{name}"} <= scalars
+    assert {"train_optimizer/gradient_norm", "train_optimizer/clipped", "train_optimizer/lr_token"} <= scalars
+    assert {"train_system/tokens_per_second", "train_system/step_seconds", "train_system/save_seconds"} <= scalars
+    assert "train_boundary/concept_length" in events.Tags()["histograms"]
     assert any(tag.startswith("boundaries/en") for tag in events.Tags()["tensors"])
     tokens_per_step = undisturbed.data.tokens_per_step
     assert [event.step for event in events.Scalars("train/loss")] == [s * tokens_per_step for s in range(2, 13, 2)]
@@ -165,7 +168,7 @@ def test_a_run_that_is_killed_anywhere_ends_bit_identical(run_config: Config, tm
     process = start(config, tmp_path)
     assert process.wait(timeout=120) == 0
     assert_same_end(config, straight)
-    events = EventAccumulator(str(run_folder(config) / "tensorboard"), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(run_folder(config)), size_guidance={"scalars": 0})
     events.Reload()
     per_step = config.data.tokens_per_step
     assert [event.step for event in events.Scalars("train/loss")] == [done * per_step for done in range(2, 61, 2)]
@@ -232,7 +235,7 @@ def test_resuming_continues_the_same_curves_without_a_point_twice(
                 pretrain(config, quiet)
     pretrain(config, quiet)
     assert_same_end(config, straight)
-    events = EventAccumulator(str(run_folder(config) / "tensorboard"), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(run_folder(config)), size_guidance={"scalars": 0})
     events.Reload()
     per_step = config.data.tokens_per_step
     assert [event.step for event in events.Scalars("train/loss")] == [done * per_step for done in range(2, 13, 2)]

@@ -17,7 +17,7 @@ from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.model.dlcm import DLCM
 from dlcm_lightning.ops.segments import Segments
-from dlcm_lightning.training.callbacks.metrics import MetricsWriter
+from dlcm_lightning.training.callbacks.metrics import tensorboard
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.stopwatch import Stopwatch
 
@@ -45,14 +45,13 @@ def marked_text(model: DLCM, tokenizer: Tokenizer, text: str, max_tokens: int, d
 class ShowBoundaries(Callback):
     """Writes the text panel at every validation and at the run's end."""
 
-    def __init__(self, reader: Reader, writer: MetricsWriter, stopwatch: Stopwatch) -> None:
+    def __init__(self, reader: Reader, stopwatch: Stopwatch) -> None:
         self.stopwatch = stopwatch
         self.tokenizer = Tokenizer.load(reader.store)
         self.documents: dict[str, Sequence[str]] = {
             domain: reader.fixed_documents(domain) for domain in dict.fromkeys(s.domain for s in reader.sources)
         }
         self.max_tokens = reader.config.row_tokens
-        self.writer = writer
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -69,5 +68,5 @@ class ShowBoundaries(Callback):
                 shown = [marked_text(module.model, self.tokenizer, text, self.max_tokens, module.device)
                          for text in texts]
                 panel = "".join(f"<pre style='white-space: pre-wrap'>{html.escape(text)}</pre>\n\n" for text in shown)
-                if trainer.is_global_zero:
-                    self.writer.board.add_text(f"boundaries/{domain}", panel, module.consumed_tokens)
+                if (board := tensorboard(trainer)) is not None:
+                    board.experiment.add_text(f"boundaries/{domain}", panel, module.consumed_tokens)

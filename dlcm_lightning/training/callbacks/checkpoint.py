@@ -11,7 +11,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.cluster.signals import StopRequest
 from dlcm_lightning.errors import Stopped
-from dlcm_lightning.training.callbacks.metrics import MetricsWriter
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.persistence import Persistence
 from dlcm_lightning.training.stopwatch import Stopwatch
@@ -20,8 +19,8 @@ from dlcm_lightning.training.stopwatch import Stopwatch
 class Checkpoints(Callback):
     """Saving, and leaving when asked. At every optimizer step all ranks agree whether any of them was asked."""
 
-    def __init__(self, writer: MetricsWriter, stopwatch: Stopwatch, stop: StopRequest) -> None:
-        self.writer, self.stopwatch, self.stop = writer, stopwatch, stop
+    def __init__(self, stopwatch: Stopwatch, stop: StopRequest) -> None:
+        self.stopwatch, self.stop = stopwatch, stop
         self.persistence: Persistence | None = None
 
     def take(self, persistence: Persistence) -> None:
@@ -43,10 +42,11 @@ class Checkpoints(Callback):
             return
         config, step = module.config, trainer.global_step
         asked = self._asked()
-        due = step % config.train.checkpoint_every_steps == 0 or step == config.total_steps
+        due = step % config.train.checkpoint_every_steps == 0 or step == config.total_steps or trainer.should_stop
         if due or asked:
             with self.stopwatch.paused("save"):
-                self.writer.flush()  # curves up to here are not written again
+                for logger in trainer.loggers:
+                    logger.save()  # curves up to here are not written again
                 self.persistence.save(trainer, module)
         if step == config.total_steps:
             self.stop.phase = "closing"

@@ -13,7 +13,7 @@ from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.model.mup import tagged_parameters
 from dlcm_lightning.ops.collectives import rank
-from dlcm_lightning.training.callbacks.metrics import Metrics
+from dlcm_lightning.training.callbacks.metrics import Metrics, log
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.device import describe_hardware
 from dlcm_lightning.training.metrics import metrics_of
@@ -34,21 +34,21 @@ class Conclude(Callback):
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, PretrainModule)
-        config, model = module.config, module.model
-        tally = validate(module, self.data.validation_loader(), progress=trainer.is_global_zero)
+        config, model, steps = module.config, module.model, trainer.global_step
+        tally = validate(module, self.data.val_dataloader(), progress=trainer.is_global_zero)
         validation = metrics_of(tally, config.data.domains, module.boundary)
         rate = (self.rate_before + self._rate()) / 2
-        tokens = config.total_steps * config.data.tokens_per_step
         self.outcome = Report(
-            steps=config.total_steps, tokens=tokens, hardware=describe_hardware(config.train, module.device),
+            steps=steps, tokens=module.consumed_tokens, hardware=describe_hardware(config.train, module.device),
             precision=str(model.compute_dtype).removeprefix("torch."), attention=model.backend,
             parameters=sum(owner.shape.numel() for _, owner in tagged_parameters(model)), validation=validation,
             floors=self._floors(self.data.reader) if trainer.is_global_zero else [],
             speed=speed(config, self.metrics, rate),
         )
         if trainer.is_global_zero:
-            self.metrics.writer.write("validation", config.total_steps, tokens, validation)
-            self.metrics.writer.flush()
+            log(trainer, "val", validation, steps)
+            for logger in trainer.loggers:
+                logger.save()
             self.outcome.save(self.run)
             self.report(summary(config, self.outcome))
 

@@ -14,14 +14,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from dlcm_lightning.checkpoint.folder import Identity, sweep
 from dlcm_lightning.checkpoint.probe import Probe
 from dlcm_lightning.compose import save_config
-from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.layout import CONFIG_FILE, TOKENIZER_FILE
 from dlcm_lightning.ops.collectives import ControlGroup
 from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
-from dlcm_lightning.training.callbacks.metrics import MetricsWriter
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.directory import check_same_data, check_same_run
+from dlcm_lightning.training.loggers import JsonLinesLogger, RunTensorBoardLogger
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.persistence import Persistence
 
@@ -29,15 +28,15 @@ from dlcm_lightning.training.persistence import Persistence
 class OpenRun(Callback):
     """Restores, and prepares the directory for the steps to come."""
 
-    def __init__(self, run: Path, identity: Identity, reader: Reader, data: PretrainData, writer: MetricsWriter,
-                 checkpoints: Checkpoints, group: ControlGroup, report: Callable[[str], None]) -> None:
-        self.run, self.identity, self.reader, self.data, self.group = run, identity, reader, data, group
-        self.writer, self.checkpoints, self.report = writer, checkpoints, report
+    def __init__(self, run: Path, identity: Identity, data: PretrainData, checkpoints: Checkpoints,
+                 group: ControlGroup, report: Callable[[str], None]) -> None:
+        self.run, self.identity, self.data, self.group = run, identity, data, group
+        self.checkpoints, self.report = checkpoints, report
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, PretrainModule)
         config = module.config
-        persistence = Persistence(self.run, self.identity, Probe(Tokenizer.load(self.reader.store)), self.group)
+        persistence = Persistence(self.run, self.identity, Probe(Tokenizer.load(self.data.reader.store)), self.group)
         self.checkpoints.take(persistence)
         checkpoint = persistence.newest(self.report)
         step = 0
@@ -53,12 +52,16 @@ class OpenRun(Callback):
             step = checkpoint.step
             self.report(f"continuing {self.run} at step {step} of {config.total_steps}")
         self.data.first_step = step
-        self.group.on_rank_zero(lambda: self._prepare(module, step))
+        self.group.on_rank_zero(lambda: self._prepare(trainer, module, step))
 
-    def _prepare(self, module: PretrainModule, step: int) -> None:
+    def _prepare(self, trainer: Trainer, module: PretrainModule, step: int) -> None:
         config = module.config
         sweep(self.run, config.train.keep_last, config.train.keep_every_tokens)
         save_config(config, self.run / CONFIG_FILE)
         if not (self.run / TOKENIZER_FILE).is_file():
-            (self.run / TOKENIZER_FILE).write_bytes(self.reader.store.whole(TOKENIZER_FILE))
-        self.writer.begin(step, step * config.data.tokens_per_step, config.total_steps)
+            (self.run / TOKENIZER_FILE).write_bytes(self.data.reader.store.whole(TOKENIZER_FILE))
+        for logger in trainer.loggers:
+            if isinstance(logger, JsonLinesLogger):
+                logger.begin(step, config.total_steps)
+            elif isinstance(logger, RunTensorBoardLogger):
+                logger.begin(step)

@@ -18,6 +18,7 @@ class Progress(Callback):
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         self.bar: tqdm[Any] | None = None
+        self.validation: tqdm[Any] | None = None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, PretrainModule)
@@ -36,6 +37,19 @@ class Progress(Callback):
             shown["tok/s"] = f"{latest['tokens_per_second']:,.0f}"
             self.bar.set_postfix(shown, refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.validation = progress_bar(total=int(sum(trainer.num_val_batches)), desc="validate", unit="batch")
+
+    def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if self.validation is not None:
+            self.validation.update()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.validation is not None:
+            self.validation.close()
+            self.validation = None
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.close()

@@ -25,6 +25,8 @@ from dlcm_lightning.training.module import PretrainModule
 class WatchUnreadable(Callback):
     """Counts, records, and stops the run above `data.max_unreadable`."""
 
+    state_key = "WatchUnreadable"
+
     def __init__(self, run: Path, report: Callable[[str], None]) -> None:
         self.run, self.report = run, report
         self.rows = 0

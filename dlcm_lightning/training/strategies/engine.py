@@ -34,9 +34,10 @@ class Engine(ABC):
     """Mixed into Lightning's strategies."""
 
     @property
-    @abstractmethod
-    def gradient_norm(self) -> Tensor:
-        """() Global norm before clipping, of the last optimizer step."""
+    def own_gradient_norm(self) -> Tensor | None:
+        """() Global norm before clipping of the last optimizer step, where the engine clips by itself; None where it
+        leaves that to the module."""
+        return None
 
     @abstractmethod
     def construct(self, assemble: Callable[[], LanguageModel], fill: Fill) -> LanguageModel:
@@ -65,6 +66,13 @@ class Engine(ABC):
     @abstractmethod
     def begin(self, steps: int) -> None:
         """Makes the optimizer's state as after so many steps, moments zero."""
+
+
+def whole_model(assemble: Callable[[], LanguageModel], fill: Fill) -> LanguageModel:
+    """In one piece, on the device that is current."""
+    model = assemble()
+    fill(model)
+    return model
 
 
 def copy_whole(target: Tensor, value: Tensor) -> None:

@@ -20,17 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dlcm_lightning.model.dlcm import LanguageModel
-from dlcm_lightning.training.module import PretrainModule, whole_model
-from dlcm_lightning.training.strategies.engine import Fill, TorchEngine
-from dlcm_lightning.training.strategies.precision import Clipping
+from dlcm_lightning.training.strategies.engine import Fill, TorchEngine, whole_model
 
 
 class OneProcess(SingleDeviceStrategy, TorchEngine):
     """What DDP is for one rank."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._clipping = Clipping()
-        super().__init__(device, precision_plugin=self._clipping)
 
     def construct(self, assemble: Callable[[], LanguageModel], fill: Fill) -> LanguageModel:
         return whole_model(assemble, fill)
@@ -39,20 +33,16 @@ class OneProcess(SingleDeviceStrategy, TorchEngine):
     def torch_optimizer(self) -> Optimizer:
         return self.optimizers[0]
 
-    @property
-    def gradient_norm(self) -> Tensor:
-        return self._clipping.gradient_norm
-
 
 class Replicated(DDPStrategy, TorchEngine):
     """DDP. Buffers are functions of sums over all ranks, hence equal already and not broadcast."""
 
     def __init__(self, device: torch.device) -> None:
-        self._clipping, self._device = Clipping(), device
+        self._device = device
         known = inspect.signature(DistributedDataParallel).parameters  # which torch 2.13 renames
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
-        super().__init__(precision_plugin=self._clipping, **options)
+        super().__init__(**options)
 
     @property
     def root_device(self) -> torch.device:
@@ -61,7 +51,7 @@ class Replicated(DDPStrategy, TorchEngine):
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
         module = self.lightning_module
-        assert isinstance(module, PretrainModule) and isinstance(self.model, nn.Module)
+        assert module is not None and isinstance(self.model, nn.Module)
         nothing = self._forward_redirection(self.model, module, "sum_of_nothing")
         assert isinstance(nothing, Tensor)
         nothing.backward()
@@ -74,7 +64,3 @@ class Replicated(DDPStrategy, TorchEngine):
     @property
     def torch_optimizer(self) -> Optimizer:
         return self.optimizers[0]
-
-    @property
-    def gradient_norm(self) -> Tensor:
-        return self._clipping.gradient_norm

@@ -11,14 +11,12 @@ from contextlib import contextmanager
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
 from dlcm_lightning.model.dlcm import LanguageModel
 from dlcm_lightning.model.layers import Block
 from dlcm_lightning.training.strategies.engine import Fill, TorchEngine, copy_whole
-from dlcm_lightning.training.strategies.precision import Clipping
 
 
 class Sharded(ModelParallelStrategy, TorchEngine):
@@ -27,7 +25,6 @@ class Sharded(ModelParallelStrategy, TorchEngine):
     def __init__(self, ranks: int, device: torch.device) -> None:
         super().__init__(data_parallel_size=ranks, tensor_parallel_size=1)
         self._device = device
-        self.precision_plugin = self._clipping = Clipping()
         self._root: FSDPModule | None = None
 
     @property
@@ -65,7 +62,3 @@ class Sharded(ModelParallelStrategy, TorchEngine):
     @property
     def torch_optimizer(self) -> Optimizer:
         return self.optimizers[0]
-
-    @property
-    def gradient_norm(self) -> Tensor:
-        return self._clipping.gradient_norm

@@ -27,8 +27,7 @@ from torch import Tensor, nn, zeros
 from dlcm_lightning.model.dlcm import LanguageModel
 from dlcm_lightning.ops.collectives import all_reduce_sum
 from dlcm_lightning.training.device import on_gpu
-from dlcm_lightning.training.module import whole_model
-from dlcm_lightning.training.strategies.engine import Engine, Fill, Moment, begin_adamw
+from dlcm_lightning.training.strategies.engine import Engine, Fill, Moment, begin_adamw, whole_model
 
 if not on_gpu():
     os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
@@ -107,7 +106,7 @@ class Zero(DeepSpeedStrategy, Engine):
         self.stage = stage
 
     @property
-    def gradient_norm(self) -> Tensor:
+    def own_gradient_norm(self) -> Tensor:
         return self._precision.gradient_norm
 
     @property

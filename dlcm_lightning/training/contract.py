@@ -1,0 +1,102 @@
+"""What a Trainer has to be so that it trains what the configuration says: `check_trainer` refuses any other.
+
+A `Config` fixes how an optimizer step is made of rows, hence how many micro-batches it has on so many ranks, how
+gradients are clipped, how long the run is and in which precision is multiplied. A Trainer says these things again, and
+where the two disagree Lightning would follow the Trainer without a word. `trainer_arguments` gives what agrees.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from dlcm_lightning.config import Config, ConfigError
+from dlcm_lightning.training.strategies.engine import Engine
+
+
+def trainer_arguments(config: Config) -> dict[str, Any]:
+    """Keyword arguments of `lightning.Trainer` that follow from the configuration; add devices, loggers, callbacks.
+
+    With several devices, `train.devices` and `train.nodes` have to be set: the number of micro-batches depends on them.
+    """
+    return {
+        "max_steps": config.total_steps,
+        "accumulate_grad_batches": config.micro_batches,
+        "val_check_interval": config.train.validate_every_steps * config.micro_batches,
+        "check_val_every_n_epoch": None,
+        "log_every_n_steps": config.train.log_every_steps,
+    }
+
+
+def check_trainer(trainer: Trainer, config: Config, fitting: bool) -> Config:
+    """The configuration with `train.devices` and `train.nodes` as the Trainer has them.
+
+    ConfigError: the Trainer would compute something else than the configuration says; it names both and the remedy.
+    fitting: it will train, and not only validate or test.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, (Engine, SingleDeviceStrategy, DDPStrategy)):
+        raise ConfigError(f"Trainer(strategy={type(strategy).__name__}): one device and DDP are known here; to spread "
+                          "the model use train.strategy = fsdp2, zero1, zero2 or zero3 with `dlcm pretrain` or "
+                          "`dlcm_lightning.pretrain`")
+    if trainer.precision != "32-true":
+        raise ConfigError(f"Trainer(precision={trainer.precision!r}): the model casts what it multiplies by "
+                          f"train.precision = {config.train.precision!r}; leave the Trainer at '32-true'")
+    config = with_ranks(trainer, config)
+    if fitting:
+        _check_steps(trainer, config)
+        _check_length(trainer, config)
+    return config
+
+
+def with_ranks(trainer: Trainer, config: Config) -> Config:
+    """The configuration on the Trainer's processes. ConfigError: it says others."""
+    nodes = config.train.nodes or trainer.num_nodes
+    devices = config.train.devices or trainer.world_size // nodes
+    if devices * nodes != trainer.world_size:
+        raise ConfigError(f"Trainer: {trainer.world_size} processes, but train.devices = {devices} on train.nodes = "
+                          f"{nodes}; set Trainer(devices=..., num_nodes=...) alike, or leave both fields at 0")
+    return replace(config, train=replace(config.train, devices=devices, nodes=nodes))
+
+
+def _check_steps(trainer: Trainer, config: Config) -> None:
+    """What an optimizer step is made of."""
+    micro_batches, data = config.micro_batches, config.data
+    if any(isinstance(callback, GradientAccumulationScheduler)
+           for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigError("GradientAccumulationScheduler: a step has data.rows_per_step rows from first to last; leave "
+                          "the callback out")
+    if trainer.accumulate_grad_batches != micro_batches:
+        raise ConfigError(f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): data.rows_per_step = "
+                          f"{data.rows_per_step} in micro-batches of {data.micro_batch_rows} are {micro_batches} on "
+                          f"{config.train.ranks} ranks; set accumulate_grad_batches={micro_batches}, or "
+                          "Trainer(**trainer_arguments(config), ...)")
+    clip, wanted = trainer.gradient_clip_val, config.optim.clip_norm
+    if clip is not None and float(clip) != (wanted or math.inf):
+        raise ConfigError(f"Trainer(gradient_clip_val={clip}): optim.clip_norm = {wanted} clips; leave the argument "
+                          "out, or change the field")
+    if trainer.gradient_clip_algorithm == "value":
+        raise ConfigError("Trainer(gradient_clip_algorithm='value'): gradients are clipped by their global norm; leave "
+                          "the argument out")
+
+
+def _check_length(trainer: Trainer, config: Config) -> None:
+    """How many steps there are, and that an epoch ends between two of them."""
+    if trainer.max_steps > config.total_steps:
+        raise ConfigError(f"Trainer(max_steps={trainer.max_steps}): optim.total_tokens = {config.optim.total_tokens} "
+                          f"ends after {config.total_steps} steps; raise the field, which the schedule follows, or "
+                          "lower the argument")
+    if overfit := getattr(trainer, "overfit_batches", 0):
+        raise ConfigError(f"Trainer(overfit_batches={overfit}): rows follow from the configuration; "
+                          "leave it out, and use data.sources[].max_epochs with a small source")
+    limit = trainer.limit_train_batches
+    if isinstance(limit, float):
+        limit = int(config.total_steps * config.micro_batches * limit)
+    if limit is not None and limit % config.micro_batches:
+        raise ConfigError(f"Trainer(limit_train_batches={trainer.limit_train_batches}): an epoch would end inside an "
+                          f"optimizer step of {config.micro_batches} micro-batches; take a multiple")

@@ -1,0 +1,35 @@
+"""Objects of classes that a configuration names: callbacks and loggers of Lightning's, or of the user's."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from dlcm_lightning.config import ClassConfig, ConfigError
+
+T = TypeVar("T")
+
+
+def build_all(field: str, wanted: Sequence[ClassConfig], kind: type[T]) -> list[T]:
+    """One object of each. ConfigError: a class that there is not, that is none of this kind, or that cannot be made
+    of its arguments; it names the field."""
+    return [_build(f"{field}[{number}]", one, kind) for number, one in enumerate(wanted)]
+
+
+def _build(field: str, wanted: ClassConfig, kind: type[T]) -> T:
+    module, _, name = wanted.class_path.rpartition(".")
+    try:
+        found: Any = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ConfigError(f"{field}.class_path = {wanted.class_path!r}: {error}; correct the name, or install it "
+                          "beside this package") from error
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ConfigError(f"{field}.class_path = {wanted.class_path!r}: {'no such class' if found is None else found}; "
+                          f"name a class that is a {kind.__module__}.{kind.__name__}")
+    try:
+        built: T = found(**wanted.init_args)
+    except Exception as error:
+        raise ConfigError(f"{field}.init_args = {wanted.init_args!r}: {wanted.class_path} cannot be made of them: "
+                          f"{error}") from error
+    return built
