@@ -1,6 +1,6 @@
 """From YAML files and command-line overrides to one checked `Config`, in milliseconds and without torch.
 
-A file holds only what differs. It may name others to start from, as paths below `configs/`:
+A file holds only what differs. It may name others to start from, as paths below `configs/`, its own or the shipped:
 
     base: [model/dlcm_quickstart, data/sample, optim/wsd]
     name: quickstart
@@ -34,6 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dlcm_lightning.config import Config, ConfigError, DataConfig, SourceConfig
+from dlcm_lightning.shipped import RUNS, find, names, root
 
 COMMAND_LINE = "command line"
 LARGEST_INT = 2**63 - 1
@@ -59,9 +60,13 @@ class Written:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Composes the run file at `path`, applies `field=value` overrides in order, checks and freezes the result."""
+    """Composes the run file at `path`, applies `field=value` overrides in order, checks and freezes the result.
+
+    path: of a file, or the name of one that is shipped, such as quickstart. ConfigError: the field, its value, where it
+    was written, and the remedy.
+    """
     tree = _blank_config()
-    for origin, written in _layers(Path(path), ()):
+    for origin, written in _layers(find(str(path), RUNS), ()):
         _assign_section(tree, Config, written, "", origin)
     for override in overrides:
         _assign_section(tree, Config, _parse_override(override), "", COMMAND_LINE)
@@ -133,10 +138,12 @@ def _layers(file: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, Written]
         raise ConfigError(f"base = {bases!r} (in {file}): write a list of paths below configs/, "
                           "such as [model/dlcm_2b, data/paper]")
     for base in bases:
-        folder = _configs_folder(file)
-        base_file = folder / (base if base.endswith(".yaml") else f"{base}.yaml")
+        name = base if base.endswith(".yaml") else f"{base}.yaml"
+        folders = (_configs_folder(file), root() / "configs")
+        base_file = next((one / name for one in folders if (one / name).is_file()), folders[0] / name)
         if not base_file.is_file():
-            known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+            known = sorted({str(path.relative_to(one).with_suffix(""))
+                            for one in folders for path in one.rglob("*.yaml")})
             raise ConfigError(f"base = {base!r} (in {file}): there is no file {base_file}; "
                               f"{_suggestion(base, known)}")
         yield from _layers(base_file, (*above, file.resolve()))
@@ -145,7 +152,7 @@ def _layers(file: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, Written]
 
 def _read_yaml(file: Path) -> Written:
     if not file.is_file():
-        known = sorted(str(path) for path in file.parent.glob("*.yaml"))
+        known = sorted(str(path) for path in file.parent.glob("*.yaml")) or names(RUNS)
         raise ConfigError(f"config file {str(file)!r}: there is no such file; {_suggestion(str(file), known)}")
     try:
         text = file.read_text(encoding="utf-8")

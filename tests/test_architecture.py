@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "dlcm_lightning"
 FLOORS = (
     {"errors", "paths"},
-    {"config"},
+    {"config", "shipped"},
     {"compose", "flops", "durable", "layout", "progress"},
     {"ops", "scaling"},
     {"batch"},
@@ -30,7 +30,7 @@ FLOORS = (
     {"__main__"},
 )
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-WITHOUT_TORCH = {"errors", "paths", "config", "compose", "flops", "durable", "layout", "progress", "scaling"}
+WITHOUT_TORCH = {"errors", "paths", "config", "shipped", "compose", "flops", "durable", "layout", "progress", "scaling"}
 USING_A_MODEL = {"export", "inference", "evaluation"}
 TRAINING_ONLY = {"lightning", "pytorch_lightning", "lightning_utilities", "torchmetrics", "deepspeed"}
 MAY_IMPORT_INSIDE_FUNCTIONS = {"cli"}  # refuses a wrong configuration before anything heavy loads

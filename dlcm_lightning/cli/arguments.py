@@ -13,7 +13,7 @@ from dlcm_lightning.cli import commands
 from dlcm_lightning.config.checks import CREDENTIALS, LARGEST_COUNT, local_path, path_or_address
 from dlcm_lightning.errors import ConfigError
 
-QUICKSTART = "configs/run/quickstart.yaml"
+QUICKSTART = "quickstart"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,10 +84,27 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--source", required=True, help="name of the source")
     command.set_defaults(run=commands.merge)
     _add_looking(actions)
+    _add_shipped(subcommands)
     return top
 
 
-def _add_run_file(command: argparse.ArgumentParser, text: str = "run file") -> None:
+def _add_shipped(subcommands: Any) -> None:
+    """What comes with the package."""
+    command = subcommands.add_parser(
+        "configs", help="the run files that come with the package",
+        description="List them; or write one, to be changed: its bases are found wherever it lies.")
+    command.add_argument("name", nargs="?", help="of a run file, such as quickstart")
+    command.add_argument("out", nargs="?", type=_path, metavar="FILE", help="to write (NAME.yaml here)")
+    command.set_defaults(run=commands.configs)
+    slurm = subcommands.add_parser("slurm", help="templates of SLURM jobs", description="Templates of SLURM jobs.")
+    command = slurm.add_subparsers(dest="action", required=True).add_parser(
+        "init", help="write them into a folder", description="Write the templates to DIR/slurm. What differs between "
+                                                             "clusters stands in site.sh.")
+    command.add_argument("out", metavar="DIR", nargs="?", default=".", type=_path, help="(here)")
+    command.set_defaults(run=commands.slurm_init)
+
+
+def _add_run_file(command: argparse.ArgumentParser, text: str = "run file, or the name of a shipped one") -> None:
     command.add_argument("config", nargs="?", default=QUICKSTART, type=_run_file, help=f"{text} (default {QUICKSTART})")
     command.add_argument("--config", dest="run_file", metavar="FILE", type=_path, help="the same, as an option")
     command.add_argument("overrides", nargs="*", metavar="field=value", help="such as optim.total_tokens=1000000")
@@ -220,7 +237,7 @@ def _add_tokenize(command: argparse.ArgumentParser) -> None:
                          help="files, folders (read in the order of paths), addresses such as s3://bucket/folder, "
                               "lists such as 'part-{000..099}.jsonl.gz', or 'pipe:COMMAND'")
     command.add_argument("--out", required=True, type=_path, help="a data.root: the source appears in it as a folder")
-    command.add_argument("--recipe", type=_path, help="YAML of a corpus, such as data/sources/nemotron-cc.yaml")
+    command.add_argument("--recipe", type=_path, help="YAML of a corpus, or the name of a shipped one: nemotron-cc")
     command.add_argument("--tokenizer", type=_path_or_address,
                          help="folder with tokenizer.json; not needed once --out holds one")
     command.add_argument("--source", help="name of the source (or of the recipe)")

@@ -18,7 +18,7 @@ from dlcm_lightning.cluster.world import place
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.errors import DataError
 
-SMOKE = "configs/run/smoke.yaml"
+SMOKE = "smoke"
 
 
 def load(module: str, name: str) -> Any:
@@ -53,6 +53,21 @@ def doctor(arguments: argparse.Namespace) -> None:
         _say_all(load("training.doctor", "answer_in_job")(arguments.config).lines())
     elif not load("training.doctor", "examine")(place(load_config(arguments.config, arguments.overrides))[0], _say):
         raise SystemExit(1)
+
+
+def configs(arguments: argparse.Namespace) -> None:
+    if arguments.name is None:
+        _say_all(load("shipped", "run_files")())
+        return
+    to = Path(arguments.out or f"{arguments.name}.yaml")
+    load("shipped", "copy_run_file")(arguments.name, to)
+    print(f"{to} is yours; dlcm pretrain {to}")
+
+
+def slurm_init(arguments: argparse.Namespace) -> None:
+    written = load("shipped", "write_slurm_templates")(Path(arguments.out))
+    _say_all(str(one) for one in written)
+    print("Say in site.sh what your cluster wants; then from that folder: bash slurm/dlcm_1t.sh RUN_FILE")
 
 
 def estimate(arguments: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from dlcm_lightning.compose import load_config, save_config
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.durable import write_atomically
 from dlcm_lightning.layout import CONFIG_FILE, JOBS
+from dlcm_lightning.shipped import FOLDERS, root
 
 NAME = "DLCM_JOB"
 """Environment: the folder below jobs/, of the first job of a chain and for all that follow it."""
@@ -95,8 +96,10 @@ def _take(folder: Path, config: Config) -> None:
     package = Path(dlcm_lightning.__file__).parent
     skipped = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package, folder / CODE / package.name, ignore=skipped)
-    if (package.parent / "slurm").is_dir():
-        shutil.copytree(package.parent / "slurm", folder / CODE / "slurm", ignore=skipped)
+    if root() == package.parent:  # in a wheel they are inside the package
+        for name in FOLDERS:
+            if (root() / name).is_dir():
+                shutil.copytree(root() / name, folder / CODE / name, ignore=skipped)
     save_config(config, folder / CONFIG_FILE)
     POINTERS.mkdir(exist_ok=True)
     pointer = POINTERS / folder.name

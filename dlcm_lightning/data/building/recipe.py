@@ -8,7 +8,8 @@
     licence: Common Crawl terms of use
     home_page: https://...
 
-`dlcm tokenize FOLDER --recipe FILE` reads one; `data/sources/` holds those of the paper. Licence and home page
+`dlcm tokenize FOLDER --recipe FILE` reads one; `data/sources/` holds those of the paper, which go by their names too.
+Licence and home page
 go into the manifests, so that they stay with the shards. The flags of the command stand over the recipe.
 """
 
@@ -22,6 +23,7 @@ import yaml
 
 from dlcm_lightning.data.building.kinds import AUTO
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.shipped import RECIPES, find, names
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,11 @@ class Recipe:
 
 def load_recipe(path: str | Path) -> Recipe:
     """Reads one. DataError: missing, not YAML, a key that is unknown, empty or no text, name or domain not given."""
-    path = Path(path)
+    path = find(str(path), RECIPES)
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such recipe; data/sources/ holds those of the paper's corpora") from None
+        raise DataError(f"{path}: no such recipe; shipped are {', '.join(names(RECIPES))}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     known = [one.name for one in fields(Recipe)]
