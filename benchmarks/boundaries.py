@@ -39,7 +39,7 @@ def measure(form: str, ratio: int, overrides: list[str]) -> dict[str, Any]:
     config = load_config(CONFIG, [f"name=boundary-{form}-R{ratio}", f"model.boundary.form={form}",
                                   f"model.boundary.target_ratio={ratio}", *overrides])
     report = pretrain(config, lambda message: tqdm.write(message) if "validation" not in message else None)
-    text = (Path(config.train.runs) / config.name / "metrics.jsonl").read_text()
+    text = (Path(config.train.output_dir) / config.name / "metrics.jsonl").read_text()
     training = [line for line in map(json.loads, text.splitlines()) if line["kind"] == "train"]
     last = training[len(training) * 2 // 3:]
     rates = [line["F"] for line in last]

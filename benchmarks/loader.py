@@ -111,12 +111,12 @@ def write_ours(folder: Path, tokenizer: Tokenizer, source: str, split: str, docu
 def ours(task: Task, state: Any) -> Opened:
     """An optimizer step of this project's loader is one batch here."""
     config = DataConfig(
-        corpus="shards", root=str(Path(task.corpus) / "ours"), row_tokens=task.row_tokens, rows_per_step=task.rows,
-        micro_batch_rows=task.rows, workers=task.workers,
+        corpus="shards", root=str(Path(task.corpus) / "ours"), sequence_length=task.sequence_length, global_batch_size=task.rows,
+        micro_batch_size=task.rows, workers=task.workers,
         sources=[SourceConfig(source, source, weight) for source, weight in task.sources.items()])
     reader = Reader(config, SEED, VOCABULARY)
     batches = TrainingBatches(reader, 0, 1, state or 0, task.epoch, task.workers)
-    return Opened((batch.tokens.view(task.rows, task.row_tokens) for batch in batches), lambda: None)
+    return Opened((batch.tokens.view(task.rows, task.sequence_length) for batch in batches), lambda: None)
 
 
 def key() -> str:
@@ -210,10 +210,10 @@ def perform(task: Task, interpreter: str, cache: Path) -> dict[str, Any]:
 def prepare(contender: Contender, blank: Task, cache: Path) -> str:
     """Environment and data of a contender; returns its interpreter. Raises Failed."""
     interpreter = python(contender, cache)
-    for row_tokens in contender.written_for:
-        made = Path(blank.corpus) / f"{contender.name}-{row_tokens}.made"
+    for sequence_length in contender.written_for:
+        made = Path(blank.corpus) / f"{contender.name}-{sequence_length}.made"
         if not made.is_file():
-            perform(replace(blank, loader=contender.name, action="write", row_tokens=row_tokens), interpreter, cache)
+            perform(replace(blank, loader=contender.name, action="write", sequence_length=sequence_length), interpreter, cache)
             made.touch()
     return interpreter
 
@@ -228,13 +228,13 @@ def version(contender: Contender, interpreter: str) -> str:
 def tasks(names: list[str], blank: Task) -> list[Task]:
     """All measurements, in their order: rounds outside, loaders inside, another one first each time."""
     found = []
-    for row_tokens in ROW_TOKENS:
-        batch = ROWS * row_tokens
+    for sequence_length in ROW_TOKENS:
+        batch = ROWS * sequence_length
         for workers in WORKERS:
-            common = replace(blank, action="speed", row_tokens=row_tokens, workers=workers,
+            common = replace(blank, action="speed", sequence_length=sequence_length, workers=workers,
                              epoch=EPOCH_TOKENS // batch, warmup=WARMUP_TOKENS // batch, seconds=SECONDS,
                              batches=(EPOCH_TOKENS - 2 * WARMUP_TOKENS) // batch)
-            found += [replace(common, loader=name) for shift in range(ROUNDS[row_tokens])
+            found += [replace(common, loader=name) for shift in range(ROUNDS[sequence_length])
                       for name in [*names[shift:], *names[:shift]]]
     for workers in WORKERS:
         common = replace(blank, action="save", workers=workers, positions=POSITIONS)
@@ -273,7 +273,7 @@ def summarize(runs: list[dict[str, Any]]) -> Summary:
         task, result = one["task"], one["result"]
         numbers = found.setdefault(task["loader"], {})
         if task["action"] == "speed":
-            place = f"{task['row_tokens']} tokens, {task['workers']} workers"
+            place = f"{task['sequence_length']} tokens, {task['workers']} workers"
             million = result["tokens"] / 1e6
             for name, value in ((f"M tokens/s, {place}", million / result["seconds"]),
                                 (f"M tokens/s per core, {place}", million / result["cpu_seconds"]),
@@ -311,9 +311,9 @@ def table(summary: Summary, failed: dict[str, str], versions: dict[str, str]) ->
     columns = {"M tokens/s": ("M tok/s", 1), "M tokens/s per core": ("per core", 1),
                "CPU s per M tokens": ("CPU s/M", 4), "MiB a reader": ("MiB/rdr", 1)}
     lines = []
-    for row_tokens in ROW_TOKENS:
-        places = [f"{row_tokens} tokens, {workers} workers" for workers in WORKERS]
-        lines += ["", f"{f'rows of {row_tokens}':<24}" + "".join(f"{place.split(', ')[1]:>40}" for place in places),
+    for sequence_length in ROW_TOKENS:
+        places = [f"{sequence_length} tokens, {workers} workers" for workers in WORKERS]
+        lines += ["", f"{f'rows of {sequence_length}':<24}" + "".join(f"{place.split(', ')[1]:>40}" for place in places),
                   " " * 24 + "".join(f"{head:>10}" for head, _ in columns.values()) * len(places)]
         for loader, numbers in summary.items():
             cells = "".join(f"{numbers[f'{name}, {place}']:>10.{digits}f}"
@@ -386,7 +386,7 @@ def main() -> None:
              "hardware": describe_hardware(TrainConfig(), torch.device("cpu")), "torch": torch.__version__,
              "python": platform.python_version(), "versions": versions, "failed": failed,
              "other_cores_busy": disturbance(runs)}
-    brief = [{**{name: one["task"][name] for name in ("loader", "action", "row_tokens", "workers", "positions")},
+    brief = [{**{name: one["task"][name] for name in ("loader", "action", "sequence_length", "workers", "positions")},
               **one["result"]} for one in runs if one["task"]["action"] in ("speed", "resume")]
     RESULTS.write_text(json.dumps({
         "about": about, "medians": summary, "comparisons": [{**asdict(one), "ratio": one.ratio} for one in comparisons],

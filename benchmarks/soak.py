@@ -163,7 +163,7 @@ def soak(root: Path, tokens: int, seed: int) -> tuple[Account, int, int, float]:
     truth = {name: write(root, name, int(tokens * weight) + 3 * ROW, 2 * tokens // SHARDS, tokenizer, seed + place)
              for place, (name, weight) in enumerate(tqdm(WEIGHTS.items(), desc="writing", unit="source"))}
     broken = damage(root)
-    local = DataConfig(root=str(root), row_tokens=ROW, rows_per_step=ROWS, micro_batch_rows=4, block_rows=200,
+    local = DataConfig(root=str(root), sequence_length=ROW, global_batch_size=ROWS, micro_batch_size=4, block_rows=200,
                        shuffle_shards=3, unreadable="mask", cache_megabytes=64,
                        sources=[SourceConfig(name, name, weight) for name, weight in WEIGHTS.items()])
     dice = random.Random(seed)
@@ -183,7 +183,7 @@ def soak(root: Path, tokens: int, seed: int) -> tuple[Account, int, int, float]:
             place = str(root) if dice.random() < 0.5 else f"unreliable:/{root}"
             reader = Reader(replace(local, root=place), seed, VOCABULARY, verify_all=False, report=lambda _: None)
             for rank in range(world):
-                per_step = micro_batches_per_step(ROWS, local.micro_batch_rows, world)
+                per_step = micro_batches_per_step(ROWS, local.micro_batch_size, world)
                 coming = TrainingBatches(reader, rank, world, step, step + life, workers)
                 for number, batch in enumerate(coming):
                     check(reader, batch, truth, seen, account)

@@ -67,7 +67,7 @@ def main() -> None:
         began = time.perf_counter()
         for k, batch in enumerate(batches):
             (module.training_step(batch, k) / config.micro_batches).backward()
-        torch.nn.utils.clip_grad_norm_(module.model.parameters(), config.optim.clip_norm)
+        torch.nn.utils.clip_grad_norm_(module.model.parameters(), config.optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         module.after_step()

@@ -1,7 +1,7 @@
 """What the data side hands to the model side: rows of tokens laid end to end, and what goes with them.
 
 The only contract between the two. Nothing here depends on how the rows were read or on what will be computed
-from them. T = rows x row_tokens tokens, N documents, B rows.
+from them. T = rows x sequence_length tokens, N documents, B rows.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Batch:
     """One micro-batch of one rank."""
 
     stream: Tensor
-    """(B, row_tokens + 1) uint16 or uint32: the rows as they are stored, each with the token behind it."""
+    """(B, sequence_length + 1) uint16 or uint32: the rows as they are stored, each with the token behind it."""
     ends: Tensor
     """(S,) int64: tokens whose successor belongs to another document."""
     documents: Segments
@@ -64,7 +64,7 @@ class Batch:
     """Of the step behind that one, so that ranks can tell each other while they speak anyway; empty behind the last."""
 
     @property
-    def row_tokens(self) -> int:
+    def sequence_length(self) -> int:
         """T / B."""
         return self.stream.shape[1] - 1
 
@@ -83,15 +83,15 @@ class Batch:
     def noise(self) -> Tensor:
         """(T,) float32 in [0, 1), on the batch's device. A token is sampled as a boundary where its noise is below
         its sharpened probability."""
-        return uniform(self.noise_keys, self.row_tokens).view(-1)
+        return uniform(self.noise_keys, self.sequence_length).view(-1)
 
     def token_domains(self) -> Tensor:
         """(T,) int64 domain of each token."""
-        return self.domains.repeat_interleave(self.row_tokens)
+        return self.domains.repeat_interleave(self.sequence_length)
 
     def counted(self) -> Tensor:
         """(T,) bool: whether a token counts in statistics, i.e. is not of a filler row."""
-        return (self.samples >= 0).repeat_interleave(self.row_tokens)
+        return (self.samples >= 0).repeat_interleave(self.sequence_length)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))

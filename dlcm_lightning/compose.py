@@ -4,7 +4,7 @@ A file holds only what differs. It may name others to start from, as paths below
 
     base: [model/dlcm_quickstart, data/sample, optim/wsd]
     name: quickstart
-    data: {rows_per_step: 8}
+    data: {global_batch_size: 8}
 
 Bases may have bases. Later wins: each base over the one before it, the file over its bases, an override from the
 command line (`optim.total_tokens=1000`, `data.sources[0].weight=0.5`) over everything. Sections merge; lists are

@@ -1,6 +1,6 @@
 """Where things stand in a run's directory: names only, standard library only.
 
-    <train.runs>/<name>/
+    <train.output_dir>/<name>/
         config.yaml       the resolved configuration
         tokenizer.json    what `dlcm export` gives with the model
         checkpoints/      step-NNNNNNNN/: see checkpoint/folder.py; each carries the configuration that wrote it

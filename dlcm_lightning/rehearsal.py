@@ -51,7 +51,7 @@ def dry_run(config: Config) -> Iterator[str]:
         said = "text of Python's library, the run's shards not being at hand" if stand_in else "the run's own shards"
         yield f"rows         {said}; {small.train.strategy}, {small.micro_batches} micro-batches a step"
         report = pretrain(small, _nothing)
-        run = Path(small.train.runs) / small.name
+        run = Path(small.train.output_dir) / small.name
         yield f"trained      {STEPS} steps, validated, saved: {report.validation['bits_per_byte']:.2f} bits per byte"
         before = folder / "before"
         finished(run, STEPS).rename(before)
@@ -75,7 +75,7 @@ def at_debug_width(config: Config, folder: Path) -> tuple[Config, bool]:
     """The configuration with narrow stacks, few short rows and two steps, below a folder; whether other text than its
     own stands in."""
     model = _narrow(config.model)
-    data = replace(config.data, row_tokens=min(config.data.row_tokens, 256), rows_per_step=ROWS, micro_batch_rows=2,
+    data = replace(config.data, sequence_length=min(config.data.sequence_length, 256), global_batch_size=ROWS, micro_batch_size=2,
                    validation_rows=2, workers=0)
     stand_in = False
     try:
@@ -86,7 +86,7 @@ def at_debug_width(config: Config, folder: Path) -> tuple[Config, bool]:
         model = replace(model, vocab_size=VOCABULARY)
     data = replace(data, block_rows=min(data.block_rows, 64), weight_changes=[])
     optim = replace(config.optim, total_tokens=STEPS * data.tokens_per_step, warmup_tokens=0)
-    train = replace(config.train, runs=str(folder / "runs"), devices=1, nodes=1, log_every_steps=1,
+    train = replace(config.train, output_dir=str(folder / "runs"), devices=1, nodes=1, log_every_steps=1,
                     validate_every_steps=1, checkpoint_every_steps=1, keep_last=2, keep_every_tokens=0)
     return replace(config, name="dry-run", model=model, data=data, optim=optim, train=train), stand_in
 

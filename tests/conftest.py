@@ -44,7 +44,7 @@ def build_corpus(tokenizer: Tokenizer) -> Callable[[Path], DataConfig]:
         for name, kind, domain, count in (("a", "english", "en", 300), ("b", "chinese", "zh", 150)):
             tokenize_documents(make_texts(kind, count, seed=1), tokenizer, root / name, source=name, domain=domain,
                                validation_share=0.2, shard_bytes=8000, block_tokens=500)
-        return DataConfig(corpus="shards", root=str(root), row_tokens=64, rows_per_step=8, micro_batch_rows=2,
+        return DataConfig(corpus="shards", root=str(root), sequence_length=64, global_batch_size=8, micro_batch_size=2,
                           block_rows=20, validation_rows=6,
                           sources=[SourceConfig("a", "en", 0.7), SourceConfig("b", "zh", 0.3)])
 
@@ -65,11 +65,11 @@ def reader(config: DataConfig) -> Reader:
 @pytest.fixture
 def run_config(config: DataConfig, tmp_path: Path) -> Config:
     """12 steps of 4 rows of 64 tokens, fp32, a checkpoint every third step."""
-    data = replace(config, rows_per_step=4, micro_batch_rows=4)
+    data = replace(config, global_batch_size=4, micro_batch_size=4)
     tokens = data.tokens_per_step * STEPS
     return Config(
         name="test", seed=3, model=MODEL, data=data,
         optim=OptimConfig(total_tokens=tokens, warmup_tokens=2 * data.tokens_per_step),
-        train=TrainConfig(runs=str(tmp_path / "runs"), precision="fp32", devices=1, nodes=1, log_every_steps=2,
+        train=TrainConfig(output_dir=str(tmp_path / "runs"), precision="fp32", devices=1, nodes=1, log_every_steps=2,
                           validate_every_steps=5, checkpoint_every_steps=3),
     )

@@ -25,14 +25,14 @@ model: {{vocab_size: {vocabulary}, d_token: 32, d_concept: 64, encoder_layers: 1
 data:
   corpus: shards
   root: {root}
-  row_tokens: 64
-  rows_per_step: 4
-  micro_batch_rows: 4
+  sequence_length: 64
+  global_batch_size: 4
+  micro_batch_size: 4
   block_rows: 20
   validation_rows: 4
   sources: [{{name: web, domain: en, weight: 1.0}}]
 optim: {{total_tokens: 1024, warmup_tokens: 256}}
-train: {{runs: {runs}, precision: fp32}}
+train: {{output_dir: {runs}, precision: fp32}}
 """
 
 
@@ -71,7 +71,7 @@ def test_tokenize_then_pretrain_from_a_folder_of_texts(run_file: Path, capsys: p
     ("model.attention=flash", "model.attention = 'flash'.*CUDA"),
     ("optim.warmup_tokens=2048", "optim.warmup_tokens = 2048: must lie between 0 and optim.total_tokens"),
     ("data.root=/nowhere", "data.root = '/nowhere'.*dlcm tokenize"),
-    ("data.row_tokens=100000", "fill no row of 100000"),
+    ("data.sequence_length=100000", "fill no row of 100000"),
     ("model.vocab_size=300", "model.vocab_size = 300; raise it"),
 ])
 def test_a_mistake_is_answered_with_field_value_and_remedy_in_one_line(

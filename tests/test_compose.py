@@ -70,9 +70,9 @@ def test_run_of_the_paper_has_the_paper_s_recipe() -> None:
     assert config.data.tokens_per_step == 512 * 8192
     assert config.optim.warmup_tokens == 2000 * config.data.tokens_per_step
     assert config.optim.total_tokens == 10**12
-    assert config.optim.eta_token / config.model.s_token == pytest.approx(3e-4)
+    assert config.optim.lr_token / config.model.s_token == pytest.approx(3e-4)
     assert config.optim.weight_decay == 0.1
-    assert config.optim.clip_norm == 1.0
+    assert config.optim.max_grad_norm == 1.0
     assert {source.name: source.weight for source in config.data.sources} == {
         "nemotron-cc": 0.50, "map-cc": 0.25, "opencoder": 0.15, "megamath": 0.10,
     }
@@ -97,13 +97,13 @@ def test_every_source_gets_whole_rows_of_a_block(file: Path) -> None:
 def test_later_wins_bases_then_file_then_overrides_in_order(tmp_path: Path) -> None:
     run = write(
         tmp_path,
-        grandparent="optim: {beta1: 0.1, beta2: 0.1, clip_norm: 0.1, epsilon: 0.1, weight_decay: 0.1}",
-        first="base: [grandparent]\noptim: {beta2: 0.2, clip_norm: 0.2, epsilon: 0.2, weight_decay: 0.2}",
-        second="optim: {clip_norm: 0.3, epsilon: 0.3, weight_decay: 0.3}",
+        grandparent="optim: {beta1: 0.1, beta2: 0.1, max_grad_norm: 0.1, epsilon: 0.1, weight_decay: 0.1}",
+        first="base: [grandparent]\noptim: {beta2: 0.2, max_grad_norm: 0.2, epsilon: 0.2, weight_decay: 0.2}",
+        second="optim: {max_grad_norm: 0.3, epsilon: 0.3, weight_decay: 0.3}",
         run=complete("base: [first, second]\noptim: {epsilon: 0.4, weight_decay: 0.4}"),
     )
     optim = load_config(run, ["optim.weight_decay=0.5", "optim.weight_decay=0.6"]).optim
-    assert (optim.beta1, optim.beta2, optim.clip_norm) == (0.1, 0.2, 0.3)
+    assert (optim.beta1, optim.beta2, optim.max_grad_norm) == (0.1, 0.2, 0.3)
     assert (optim.epsilon, optim.weight_decay) == (0.4, 0.6)
 
 
@@ -129,10 +129,10 @@ def test_override_reaches_one_item_of_a_list() -> None:
 
 
 def test_a_field_may_refer_to_another_and_to_a_default(tmp_path: Path) -> None:
-    run = write(tmp_path, run=complete("optim: {eta_token: 0.5, eta_concept: '${optim.eta_token}'}\n"
+    run = write(tmp_path, run=complete("optim: {lr_token: 0.5, lr_concept: '${optim.lr_token}'}\n"
                                        "seed: ${model.head_dim}"))
     config = load_config(run)
-    assert config.optim.eta_concept == 0.5
+    assert config.optim.lr_concept == 0.5
     assert config.seed == 64
 
 
@@ -156,9 +156,9 @@ def test_file_outside_a_configs_folder_finds_bases_beside_it(tmp_path: Path) -> 
     ("model.d_token=1.5", "model.d_token = 1.5", "expected a whole number"),
     ("seed=null", "seed = None", "expected a whole number"),
     ("optim.total_tokens=1e9", "optim.total_tokens = 1000000000.0", "write it out, 1000000000"),
-    ("optim.clip_norm=.inf", "optim.clip_norm = inf", "expected a finite number"),
-    ("optim.clip_norm=.nan", "optim.clip_norm = nan", "expected a finite number"),
-    ("optim.clip_norm=[1]", "optim.clip_norm = [1]", "expected a finite number"),
+    ("optim.max_grad_norm=.inf", "optim.max_grad_norm = inf", "expected a finite number"),
+    ("optim.max_grad_norm=.nan", "optim.max_grad_norm = nan", "expected a finite number"),
+    ("optim.max_grad_norm=[1]", "optim.max_grad_norm = [1]", "expected a finite number"),
     ("model.boundary.previous_rate=2", "model.boundary.previous_rate = 2", "expected true or false"),
     ("model.kind=dens", "model.kind = 'dens'", "choose one of dlcm, dense (did you mean dense?)"),
     ("train.precision=16", "train.precision = '16'", "choose one of auto, bf16, fp32, fp64"),
@@ -239,7 +239,7 @@ def test_malformed_file_is_refused(tmp_path: Path, text: str, named: str) -> Non
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
 def test_saved_config_loads_back_equal_and_without_bases(file: Path, tmp_path: Path) -> None:
-    config = load_config(file, ["optim.eta_token=0.1234567890123456789", "train.runs='on'"])
+    config = load_config(file, ["optim.lr_token=0.1234567890123456789", "train.output_dir='on'"])
     saved = tmp_path / "config.yaml"
     save_config(config, saved)
     save_config(config, saved)  # over the first one
@@ -271,7 +271,7 @@ def test_loading_takes_no_torch() -> None:
 
 @pytest.mark.parametrize("text", ["1e5", "007", "1_000", "0x1f", "true", "off", "2026-11-26", "1:30", "null", "~"])
 def test_text_fields_take_the_text_as_it_is_typed(tmp_path: Path, text: str) -> None:
-    assert load_config(SMOKE, [f"train.runs=a/{text}"]).train.runs == f"a/{text}"
+    assert load_config(SMOKE, [f"train.output_dir=a/{text}"]).train.output_dir == f"a/{text}"
     if text not in ("null", "~", "1:30"):  # which YAML reads as nothing, and what is no name
         assert load_config(SMOKE, [f"name={text}"]).name == text
         run = write(tmp_path, run=f"name: {text}\ndata: {{sources: [{{name: {text}, domain: d, weight: 1}}]}}")
@@ -279,7 +279,7 @@ def test_text_fields_take_the_text_as_it_is_typed(tmp_path: Path, text: str) -> 
         assert (config.name, config.data.sources[0].name) == (text, text)
         assert load_config(SMOKE, [f"data.sources=[{{name: {text}, domain: {text}, weight: 1}}]"]
                            ).data.sources[0].domain == text
-    assert load_config(SMOKE, [f"train.runs='{text}'"]).train.runs == text.replace("~", str(Path.home()))
+    assert load_config(SMOKE, [f"train.output_dir='{text}'"]).train.output_dir == text.replace("~", str(Path.home()))
 
 
 @pytest.mark.parametrize("name", [
@@ -294,20 +294,20 @@ def test_a_home_and_variables_in_a_path_are_replaced_and_addresses_are_no_folder
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCRATCH", "/scratch")
     monkeypatch.delenv("NOT_SET", raising=False)
-    config = load_config(SMOKE, ["train.runs=~/runs", "data.root=$SCRATCH/shards"])
-    assert (config.train.runs, config.data.root) == (f"{Path.home()}/runs", "/scratch/shards")
+    config = load_config(SMOKE, ["train.output_dir=~/runs", "data.root=$SCRATCH/shards"])
+    assert (config.train.output_dir, config.data.root) == (f"{Path.home()}/runs", "/scratch/shards")
     assert load_config(SMOKE, ["data.root=s3://bucket/$SCRATCH"]).data.root == "s3://bucket//scratch"
-    for override, said in (("data.root=$NOT_SET/x", "NOT_SET is not set"), ("train.runs=s3://b/x", "file systems"),
-                           ("train.runs=file:x", "file systems"), ("train.runs=s3:/b/x", "file systems"),
-                           ("train.runs=", "give a path"), ("train.runs=~nobody-of-that-name/x", "no home folder")):
+    for override, said in (("data.root=$NOT_SET/x", "NOT_SET is not set"), ("train.output_dir=s3://b/x", "file systems"),
+                           ("train.output_dir=file:x", "file systems"), ("train.output_dir=s3:/b/x", "file systems"),
+                           ("train.output_dir=", "give a path"), ("train.output_dir=~nobody-of-that-name/x", "no home folder")):
         with pytest.raises(ConfigError, match=said):
             load_config(SMOKE, [override])
 
 
 @pytest.mark.parametrize("override", [
-    "optim.total_tokens=10000000000000000000000", "optim.total_tokens=1000000000000000001", "data.row_tokens=0",
-    "data.row_tokens=99999999999", "data.rows_per_step=-1", "model.vocab_size=99999999999", "model.head_dim=1000000000",
-    "model.encoder_layers=100000", "data.workers=100000", "seed=-1", "optim.clip_norm=1e300", "optim.eta_token=1e9",
+    "optim.total_tokens=10000000000000000000000", "optim.total_tokens=1000000000000000001", "data.sequence_length=0",
+    "data.sequence_length=99999999999", "data.global_batch_size=-1", "model.vocab_size=99999999999", "model.head_dim=1000000000",
+    "model.encoder_layers=100000", "data.workers=100000", "seed=-1", "optim.max_grad_norm=1e300", "optim.lr_token=1e9",
     "model.rope_base=-1", "model.rope_base=0", "job.step_minutes=1e9", "train.keep_every_tokens=-1",
     "data.sources[0].max_epochs=1e30", "model.boundary.target_ratio=1e300", "train.devices=1000000", "train.nodes=-1",
 ])

@@ -45,7 +45,7 @@ def run(**changes: Any) -> Config:
     (lambda: DataConfig(), "data.sources = []", "at least one source"),
     (lambda: data(sources=ONE_SOURCE * 2), "data.sources = ['a', 'a']", "its own name"),
     (lambda: data(sources=[replace(ONE_SOURCE[0], weight=0.5)]), "data.sources[].weight = [0.5]", "sum to 0.5"),
-    (lambda: data(rows_per_step=6, micro_batch_rows=8), "data.micro_batch_rows = 8", "data.rows_per_step = 6"),
+    (lambda: data(global_batch_size=6, micro_batch_size=8), "data.micro_batch_size = 8", "data.global_batch_size = 6"),
     (lambda: OptimConfig(total_tokens=10, warmup_tokens=11), "optim.warmup_tokens = 11", "optim.total_tokens = 10"),
     (lambda: OptimConfig(total_tokens=10, warmup_tokens=9), "optim.decay_fraction = 0.2", "longer than"),
     (lambda: OptimConfig(beta1=1.0), "optim.beta1 = 1.0", "[0, 1)"),
@@ -68,7 +68,7 @@ def test_sections_are_frozen() -> None:
 
 def test_steps_and_micro_batches_follow_from_tokens_rows_and_ranks() -> None:
     config = run(
-        data=data(row_tokens=100, rows_per_step=8, micro_batch_rows=2),
+        data=data(sequence_length=100, global_batch_size=8, micro_batch_size=2),
         optim=OptimConfig(total_tokens=1_601, warmup_tokens=0),
         train=TrainConfig(devices=2),
     )

@@ -42,7 +42,7 @@ def test_a_step_that_comes_out_otherwise_is_noticed(run_config: Config, monkeypa
 
     def forgetful(config: Config, report: Say) -> Report:
         if next(lives) == 2:  # as if the first step had not been saved
-            shutil.rmtree(Path(config.train.runs) / config.name)
+            shutil.rmtree(Path(config.train.output_dir) / config.name)
             config = replace(config, seed=4)
         return real(config, report)
 

@@ -40,7 +40,7 @@ def stream(task: Task, source: str) -> np.ndarray:
 def rows_at_once(task: Task) -> int:
     """Rows of a loader's own batch. Passing a batch from one process to another costs about a millisecond whatever its
     size, so with workers every peer passes several batches at once and they are taken apart here."""
-    return max(task.rows, HANDED_OVER_TOKENS // task.row_tokens) if task.workers else task.rows
+    return max(task.rows, HANDED_OVER_TOKENS // task.sequence_length) if task.workers else task.rows
 
 
 def taken_apart(batches: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
@@ -74,7 +74,7 @@ def litdata(task: Task, state: Any) -> Opened:
     from litdata import CombinedStreamingDataset, StreamingDataLoader, StreamingDataset, TokensLoader
 
     parts = [StreamingDataset(str(Path(task.corpus) / "litdata" / source), shuffle=True, drop_last=True, seed=SEED,
-                              item_loader=TokensLoader(block_size=task.row_tokens)) for source in task.sources]
+                              item_loader=TokensLoader(block_size=task.sequence_length)) for source in task.sources]
     mixed = CombinedStreamingDataset(parts, seed=SEED, weights=list(task.sources.values()), iterate_over_all=False)
     loader = StreamingDataLoader(mixed, batch_size=rows_at_once(task), num_workers=task.workers)
     if state is not None:
@@ -96,21 +96,21 @@ def write_mosaicml(task: Task) -> None:
     import streaming
 
     for source in task.sources:
-        folder = Path(task.corpus) / f"mosaicml-{task.row_tokens}" / source
+        folder = Path(task.corpus) / f"mosaicml-{task.sequence_length}" / source
         tokens = stream(task, source)
-        with streaming.MDSWriter(out=str(folder), columns={"tokens": f"ndarray:uint16:{task.row_tokens}"},
+        with streaming.MDSWriter(out=str(folder), columns={"tokens": f"ndarray:uint16:{task.sequence_length}"},
                                  size_limit=SHARD_BYTES) as writer:
-            for row in range(len(tokens) // task.row_tokens):
-                writer.write({"tokens": np.array(tokens[row * task.row_tokens:(row + 1) * task.row_tokens])})
+            for row in range(len(tokens) // task.sequence_length):
+                writer.write({"tokens": np.array(tokens[row * task.sequence_length:(row + 1) * task.sequence_length])})
 
 
 def mosaicml(task: Task, state: Any) -> Opened:
     import streaming
 
-    folder = Path(task.corpus) / f"mosaicml-{task.row_tokens}"
+    folder = Path(task.corpus) / f"mosaicml-{task.sequence_length}"
     streams = [streaming.Stream(local=str(folder / source), proportion=weight)
                for source, weight in task.sources.items()]
-    ahead = max(2**12, 4 * task.row_tokens)  # fastest of those tried; with the default, 8 batches, it mostly sleeps
+    ahead = max(2**12, 4 * task.sequence_length)  # fastest of those tried; with the default, 8 batches, it mostly sleeps
     dataset = streaming.StreamingDataset(streams=streams, epoch_size=task.epoch * task.rows, predownload=ahead,
                                          shuffle=True, batch_size=rows_at_once(task), shuffle_seed=SEED)
     loader = streaming.StreamingDataLoader(dataset, batch_size=rows_at_once(task), num_workers=task.workers)
@@ -119,14 +119,14 @@ def mosaicml(task: Task, state: Any) -> Opened:
     return Opened(taken_apart((batch["tokens"] for batch in loader), task.rows), loader.state_dict)
 
 
-def rows_of_blocks(samples: Iterator[dict[str, Any]], row_tokens: int) -> Iterator[np.ndarray]:
-    """Rows (row_tokens,) uint16 out of blocks of documents; what is left of a block begins the next row."""
+def rows_of_blocks(samples: Iterator[dict[str, Any]], sequence_length: int) -> Iterator[np.ndarray]:
+    """Rows (sequence_length,) uint16 out of blocks of documents; what is left of a block begins the next row."""
     left = np.empty(0, dtype="<u2")
     for sample in samples:
         tokens = np.concatenate([left, np.frombuffer(sample["tokens.u16"], dtype="<u2")])
-        whole = len(tokens) // row_tokens * row_tokens
-        for begin in range(0, whole, row_tokens):
-            yield tokens[begin:begin + row_tokens].copy()
+        whole = len(tokens) // sequence_length * sequence_length
+        for begin in range(0, whole, sequence_length):
+            yield tokens[begin:begin + sequence_length].copy()
         left = tokens[whole:]
 
 
@@ -144,7 +144,7 @@ def webdataset(task: Task, state: Any) -> Opened:
     for source in task.sources:
         shards = sorted(str(path) for path in (Path(task.corpus) / "ours" / source / "train").glob("*.tar"))
         parts.append(wds.WebDataset(shards, shardshuffle=len(shards), seed=SEED).repeat()
-                     .compose(functools.partial(rows_of_blocks, row_tokens=task.row_tokens))
+                     .compose(functools.partial(rows_of_blocks, sequence_length=task.sequence_length))
                      .shuffle(SHUFFLED_ROWS, rng=random.Random(SEED)))
     mixed = wds.DataPipeline(wds.RandomMix(parts, probs=list(task.sources.values())),
                              wds.batched(rows_at_once(task), collation_fn=stacked))
@@ -156,11 +156,11 @@ class Rows(torch.utils.data.Dataset[Tensor]):
     """Row i of source s is item (s, i): a copy out of a memory map."""
 
     def __init__(self, task: Task) -> None:
-        self.streams, self.row_tokens = [stream(task, source) for source in task.sources], task.row_tokens
+        self.streams, self.sequence_length = [stream(task, source) for source in task.sources], task.sequence_length
 
     def __getitem__(self, place: tuple[int, int]) -> Tensor:
         source, row = place
-        part = self.streams[source][row * self.row_tokens:(row + 1) * self.row_tokens]
+        part = self.streams[source][row * self.sequence_length:(row + 1) * self.sequence_length]
         return torch.from_numpy(part.astype(np.int64))
 
 
@@ -172,7 +172,7 @@ def memmap(task: Task, state: Any) -> Opened:
     order = np.empty(count, dtype=np.int64)
     for source, tokens in enumerate(rows.streams):
         places = np.flatnonzero(chosen == source)
-        order[places] = rng.permutation(len(tokens) // task.row_tokens)[:len(places)]
+        order[places] = rng.permutation(len(tokens) // task.sequence_length)[:len(places)]
     sampler = list(zip(chosen.tolist(), order.tolist(), strict=True))[(state or 0) * task.rows:]
     loader = torch.utils.data.DataLoader(rows, batch_size=rows_at_once(task), sampler=sampler,
                                          num_workers=task.workers)

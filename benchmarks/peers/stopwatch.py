@@ -4,7 +4,7 @@ The process is told what to do by a `Task` in JSON on its command line, is hande
 prints its result as the last line of its output. It needs the standard library and torch only, so that the very same
 code runs in the environments of the peers, which know nothing of this project.
 
-A *loader* here is what a training loop would iterate over, wrapped to give int64 tensors (rows, row_tokens), and a
+A *loader* here is what a training loop would iterate over, wrapped to give int64 tensors (rows, sequence_length), and a
 function that returns its state for a checkpoint. Three things are measured:
 
 speed     After `warmup` batches, wall time and CPU time of the next `batches` (or as many as fit into `seconds`).
@@ -48,7 +48,7 @@ class Task:
     """Folder of the token streams and of every loader's own format."""
     sources: dict[str, float]
     """Names and weights."""
-    row_tokens: int
+    sequence_length: int
     rows: int
     """Rows of a batch."""
     workers: int
@@ -66,7 +66,7 @@ class Task:
         return Task(**{**found, "positions": tuple(found["positions"])})
 
     def state_file(self, position: int) -> Path:
-        name = f"{self.loader}-{self.row_tokens}-{self.rows}-{self.workers}-{position}.state"
+        name = f"{self.loader}-{self.sequence_length}-{self.rows}-{self.workers}-{position}.state"
         return Path(self.corpus) / "states" / name
 
 
@@ -75,7 +75,7 @@ class Opened:
     """A loader, about to give its first batch."""
 
     batches: Iterator[Tensor]
-    """(rows, row_tokens) int64."""
+    """(rows, sequence_length) int64."""
     state: Callable[[], Any]
     """What a checkpoint would hold after the batches given so far."""
 
@@ -149,9 +149,9 @@ def speed(task: Task, open_loader: Open) -> dict[str, Any]:
     cpu = cpu_seconds(processes) - cpu
     others = machine_seconds() - everything - cpu
     after = memory([os.getpid(), *processes])
-    if batch.shape != (task.rows, task.row_tokens) or batch.dtype != torch.int64:
+    if batch.shape != (task.rows, task.sequence_length) or batch.dtype != torch.int64:
         raise ValueError(f"a batch of {tuple(batch.shape)}, {batch.dtype}")
-    tokens = count * task.rows * task.row_tokens
+    tokens = count * task.rows * task.sequence_length
     return {"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu, "others_cpu_seconds": others,
             "processes": 1 + len(processes),
             "held_bytes": after["held"] - before["held"], "mapped_bytes": after["mapped"] - before["mapped"]}

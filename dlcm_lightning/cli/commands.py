@@ -76,7 +76,7 @@ def estimate(arguments: argparse.Namespace) -> None:
         arguments.nodes, arguments.gpus_per_node, arguments.gpu_gigabytes * 1e9, arguments.peak_tflops * 1e12,
         arguments.mfu)
     lines = load("scaling.estimate", "estimate")(
-        config, hardware, arguments.document_tokens or config.data.row_tokens, arguments.config, arguments.overrides)
+        config, hardware, arguments.document_tokens or config.data.sequence_length, arguments.config, arguments.overrides)
     _say_all(lines)
     if arguments.dry_run:
         _say_all(load("rehearsal", "dry_run")(config))
@@ -85,11 +85,11 @@ def estimate(arguments: argparse.Namespace) -> None:
 def verify_resume(arguments: argparse.Namespace) -> None:
     given = arguments.overrides
     if arguments.config == SMOKE:
-        given = ["train.devices=2", "data.micro_batch_rows=2", "train.precision=fp32", *given]
+        given = ["train.devices=2", "data.micro_batch_size=2", "train.precision=fp32", *given]
     if arguments.strategy:
         given = [*given, f"train.strategy={arguments.strategy}"]
     config = load_config(arguments.config, given)
-    folder = Path(config.train.runs) / f"verify-resume-{config.train.strategy}"
+    folder = Path(config.train.output_dir) / f"verify-resume-{config.train.strategy}"
     verdict = load("training.verify_resume", "verify_resume")(config, folder, arguments.kills, arguments.seed)
     print(verdict.table())
     if not verdict.good:
@@ -160,7 +160,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     reader = load("data.looking.overview", "open_run")(config, _say)
     _say_all(load("data.looking.overview", "overview")(config, reader))
     _say_all(load("data.looking.overview", "documents")(reader, arguments.documents, arguments.characters))
-    reader.check_lasts(config.total_steps * config.data.rows_per_step)
+    reader.check_lasts(config.total_steps * config.data.global_batch_size)
 
 
 def audit(arguments: argparse.Namespace) -> None:

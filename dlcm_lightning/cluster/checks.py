@@ -175,5 +175,5 @@ def room(config: Config, run: Path) -> Finding:
     used = sum(file.stat().st_size for file in (run / CHECKPOINTS).rglob("*") if file.is_file())
     free, needed = shutil.disk_usage(there).free + used, kept_bytes(config)
     said = f"{free / 1e9:,.1f} GB for {needed / 1e9:,.1f} GB of checkpoints of {checkpoint_bytes(config) / 1e9:,.2f}"
-    return Finding("room", free >= needed, said, "free space, choose another train.runs=..., or keep fewer: "
+    return Finding("room", free >= needed, said, "free space, choose another train.output_dir=..., or keep fewer: "
                                                  "train.keep_last, train.keep_every_tokens", of_run=True)

@@ -156,10 +156,10 @@ class Job:
                  f"{self.life.from_step} of {self.config.total_steps}; tail -f {self.run / LOGS}/rank-00000.log")
         if (self.run / STOP).exists():
             return self._close("stopped", f"{self.run / STOP} is there")
-        if before >= self.config.job.lives_without_progress:  # of lives that could not count themselves
+        if before >= self.config.job.max_restarts_without_progress:  # of lives that could not count themselves
             self.lives.pop()
             self.life = replace(self.lives[-1], from_step=self.life.from_step)
-            return self._end(decide(self.life, False, True, before, self.config.job.lives_without_progress))
+            return self._end(decide(self.life, False, True, before, self.config.job.max_restarts_without_progress))
         verdict, evidence = self._check_twice()
         if verdict.bad_nodes or verdict.mistakes:
             info = self._info()
@@ -326,7 +326,7 @@ class Job:
         if info is not None and self.warned and info.ends is not None:
             self.life.notice_seconds = max(1.0, info.ends - self.warned[0])
         return self._end(decide(self.life, stop, info is None or info.may_go_on, fruitless_in_a_row(self.lives),
-                                self.config.job.lives_without_progress))
+                                self.config.job.max_restarts_without_progress))
 
     def _end(self, decision: Decision) -> int:
         self.life.ended = _now()

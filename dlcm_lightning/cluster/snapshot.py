@@ -43,7 +43,7 @@ IN_QUERY = re.compile(r"((?:key|token|secret|password|sig|signature|credential)=
 
 def job_folder(config: Config, name: str) -> Path:
     """A new one: numbers of jobs begin again when a cluster is set up anew."""
-    jobs = Path(config.train.runs).resolve() / config.name / JOBS
+    jobs = Path(config.train.output_dir).resolve() / config.name / JOBS
     number, folder = 1, jobs / name
     while folder.exists():
         number += 1
@@ -88,8 +88,8 @@ def take(folder: Path, config: Config) -> None:
     try:
         _take(folder, config)
     except OSError as error:
-        raise ConfigError(f"train.runs = {config.train.runs!r}: {folder} cannot be written ({error}); correct the "
-                          "permissions, free space, or choose another train.runs=...") from error
+        raise ConfigError(f"train.output_dir = {config.train.output_dir!r}: {folder} cannot be written ({error}); correct the "
+                          "permissions, free space, or choose another train.output_dir=...") from error
 
 
 def _take(folder: Path, config: Config) -> None:

@@ -31,7 +31,7 @@ class Config:
     """One run."""
 
     name: str = ""
-    """Name of the run; its directory is <train.runs>/<name>."""
+    """Name of the run; its directory is <train.output_dir>/<name>."""
     seed: int = 0
     """Seeds initialisation, sample order and boundary noise."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -60,5 +60,5 @@ class Config:
     @property
     def micro_batches(self) -> int:
         """Forward passes of every rank in one optimizer step; filler rows complete the last where rows are short."""
-        rows = -(-self.data.rows_per_step // self.train.ranks)
-        return -(-rows // self.data.micro_batch_rows)
+        rows = -(-self.data.global_batch_size // self.train.ranks)
+        return -(-rows // self.data.micro_batch_size)

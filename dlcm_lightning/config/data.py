@@ -16,7 +16,7 @@ from dlcm_lightning.config.checks import (
 )
 
 BOUNDS = (
-    ("row_tokens", 1, 2**24), ("rows_per_step", 1, 2**24), ("micro_batch_rows", 1, 2**20), ("block_rows", 1, 2**26),
+    ("sequence_length", 1, 2**24), ("global_batch_size", 1, 2**24), ("micro_batch_size", 1, 2**20), ("block_rows", 1, 2**26),
     ("validation_rows", 1, 2**24), ("shuffle_shards", 1, 2**20), ("cache_megabytes", 1, 2**24), ("workers", 0, 1024),
     ("read_ahead_steps", 0, 4096),
 )
@@ -72,11 +72,11 @@ class DataConfig:
     """What the sample corpus is tokenised with: a byte-level BPE of model.vocab_size trained on the corpus itself,
     or DeepSeek-V3's 128,815 ids. Shards made by `dlcm tokenize` carry their own tokenizer."""
     sources: list[SourceConfig] = field(default_factory=list)
-    row_tokens: int = 8192
+    sequence_length: int = 8192
     """Tokens a row feeds to the model. The row is the sample; documents are cut at its ends."""
-    rows_per_step: int = 512
+    global_batch_size: int = 512
     """Rows of one optimizer step over all ranks."""
-    micro_batch_rows: int = 1
+    micro_batch_size: int = 1
     """Rows in one forward pass of one rank."""
     block_rows: int = 4096
     """Rows over which every source gets its exact share; also the range of the shuffle between sources."""
@@ -107,8 +107,8 @@ class DataConfig:
         for name, least, most in BOUNDS:
             require_range(f"data.{name}", getattr(self, name), least, most)
         require(0 <= self.max_unreadable <= 1, "data.max_unreadable", self.max_unreadable, "a share lies in [0, 1]")
-        require(self.micro_batch_rows <= self.rows_per_step, "data.micro_batch_rows", self.micro_batch_rows,
-                f"must not exceed data.rows_per_step = {self.rows_per_step}")
+        require(self.micro_batch_size <= self.global_batch_size, "data.micro_batch_size", self.micro_batch_size,
+                f"must not exceed data.global_batch_size = {self.global_batch_size}")
         require(bool(self.sources), "data.sources", self.sources, "name at least one source")
         names = [source.name for source in self.sources]
         require(len(set(names)) == len(names), "data.sources", names, "give every source its own name")
@@ -125,7 +125,7 @@ class DataConfig:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step over all ranks."""
-        return self.rows_per_step * self.row_tokens
+        return self.global_batch_size * self.sequence_length
 
     @property
     def domains(self) -> list[str]:

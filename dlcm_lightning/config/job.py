@@ -11,7 +11,7 @@ from dlcm_lightning.config.checks import require, require_positive, require_rang
 class JobConfig:
     """How a SLURM job looks after a run; nothing here changes what is computed."""
 
-    lives_without_progress: int = 3
+    max_restarts_without_progress: int = 3
     """A run that crashes, hangs or vanishes so many times in a row without a newer checkpoint is not started again."""
     heartbeat_seconds: float = 5.0
     """Between two signs of life of a rank; the job looks as often."""
@@ -34,7 +34,7 @@ class JobConfig:
     out."""
 
     def __post_init__(self) -> None:
-        require_range("job.lives_without_progress", self.lives_without_progress, 1, 10**6)
+        require_range("job.max_restarts_without_progress", self.max_restarts_without_progress, 1, 10**6)
         for name in ("heartbeat_seconds", "start_minutes", "data_minutes", "step_minutes", "save_minutes",
                      "validate_minutes", "check_minutes"):
             require_positive(f"job.{name}", getattr(self, name), 10**6)

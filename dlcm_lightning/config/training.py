@@ -32,19 +32,19 @@ class OptimConfig:
     """wsd: the share of total_tokens over which the rate falls linearly at the end."""
     final_fraction: float = 0.1
     """Where the schedule ends, as a share of the peak."""
-    eta_token: float = 1.8e-3
+    lr_token: float = 1.8e-3
     """Base rate of encoder and decoder matrices and of bridges that read token width (3e-4 at D = 1536)."""
-    eta_concept: float = 1.8e-3
+    lr_concept: float = 1.8e-3
     """Base rate of backbone matrices and of bridges that read concept width."""
-    eta_other: float = 3e-4
+    lr_other: float = 3e-4
     """Rate of embedding, unembedding and norms."""
-    eta_boundary: float = 1.8e-3
+    lr_boundary: float = 1.8e-3
     """Base rate of the boundary's W_q, W_k. The knob of the segmentation: AdamW divides lambda out."""
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
@@ -59,11 +59,11 @@ class OptimConfig:
             require(self.warmup_tokens + decay <= self.total_tokens, "optim.decay_fraction", self.decay_fraction,
                     f"warm-up ({self.warmup_tokens} tokens) and decay ({decay:.0f}) are longer than "
                     f"optim.total_tokens = {self.total_tokens}")
-        for name in ("eta_token", "eta_concept", "eta_other", "eta_boundary", "epsilon"):
+        for name in ("lr_token", "lr_concept", "lr_other", "lr_boundary", "epsilon"):
             require_positive(f"optim.{name}", getattr(self, name), 10**3)
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
-        for name in ("weight_decay", "clip_norm"):
+        for name in ("weight_decay", "max_grad_norm"):
             require_range(f"optim.{name}", getattr(self, name), 0, 10**6)
 
 
@@ -86,7 +86,7 @@ class ClassConfig:
 class TrainConfig:
     """Where and how the run executes: precision, devices, what is written how often."""
 
-    runs: str = "runs"
+    output_dir: str = "runs"
     """Folder that holds one directory per run, named by `name`. A leading ~ and variables ($HOME) are replaced."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """Arithmetic of the matrix products; parameters and their gradients stay fp32. auto: bf16 where the device
@@ -120,7 +120,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_member("train.precision", self.precision, Literal["auto", "bf16", "fp32", "fp64"])
-        object.__setattr__(self, "runs", local_path("train.runs", self.runs))
+        object.__setattr__(self, "output_dir", local_path("train.output_dir", self.output_dir))
         for name in ("log_every_steps", "validate_every_steps", "checkpoint_every_steps"):
             require_range(f"train.{name}", getattr(self, name), 1, LARGEST_COUNT)
         for name in ("devices", "nodes"):

@@ -104,7 +104,7 @@ class TrainingBatches:
         try:
             for item in items:
                 if item.rows is not None:
-                    yield from batches(item.rows, item.steps, self.reader.config.micro_batch_rows)
+                    yield from batches(item.rows, item.steps, self.reader.config.micro_batch_size)
                 if item.error is not None:
                     raise item.error
         finally:
@@ -136,7 +136,7 @@ class ValidationBatches(torch.utils.data.Dataset[Batch]):
         self.samples = reader.places(len(reader.validation_rows), rank, world)
 
     def __len__(self) -> int:
-        return len(self.samples) // self.reader.config.micro_batch_rows
+        return len(self.samples) // self.reader.config.micro_batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))
@@ -144,5 +144,5 @@ class ValidationBatches(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"validation batch {index} of {len(self)}")
-        size = self.reader.config.micro_batch_rows
+        size = self.reader.config.micro_batch_size
         return self.reader.validation_batch(self.samples[index * size:(index + 1) * size])

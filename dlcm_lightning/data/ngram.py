@@ -64,7 +64,7 @@ def floors(reader: Reader, fitted_on: Literal["domain", "mixture"] = "domain") -
     everything = fitted(domains) if fitted_on == "mixture" else None
     found = []
     for domain in domains:
-        validation = _joined([_histories(stream, rows * reader.config.row_tokens + 1, vocabulary)
+        validation = _joined([_histories(stream, rows * reader.config.sequence_length + 1, vocabulary)
                               for stream, rows in reader.validation_stream(domain) if rows])
         training = fitted([domain]) if everything is None else everything
         unigram, trigram = log2_probabilities(training, validation, vocabulary)

@@ -1,6 +1,6 @@
 """Rows: the token stream of a source cut into equal lengths, and rows laid end to end as a `Batch`.
 
-Row r of a source feeds the tokens [r * L, (r + 1) * L), L = row_tokens, and looks one token further for its last
+Row r of a source feeds the tokens [r * L, (r + 1) * L), L = sequence_length, and looks one token further for its last
 target. Rows do not overlap, so an epoch feeds every token once (but for the tail that fills no row). Documents are
 cut where a row ends; a piece counts as a document of its own. The last token of a document predicts nothing: its
 successor belongs to another document.
@@ -44,7 +44,7 @@ class Rows:
     """Rows that could not be read, by their place, where the configuration allows for it: fillers stand there."""
 
 
-def batches(rows: Rows, steps: int, micro_batch_rows: int) -> Iterator[Batch]:
+def batches(rows: Rows, steps: int, micro_batch_size: int) -> Iterator[Batch]:
     """The micro-batches of so many steps, each of as many rows, in order."""
     count, length = len(rows.stream), rows.stream.shape[1] - 1
     per_step = count // steps
@@ -52,7 +52,7 @@ def batches(rows: Rows, steps: int, micro_batch_rows: int) -> Iterator[Batch]:
     documents = np.concatenate([grid, rows.starts[rows.starts % length != 0]])
     documents.sort()
     first_documents = np.searchsorted(documents, grid)
-    longest = np.maximum.reduceat(np.diff(documents), first_documents[:-1:micro_batch_rows]).tolist()
+    longest = np.maximum.reduceat(np.diff(documents), first_documents[:-1:micro_batch_size]).tolist()
     real = np.add.reduceat(rows.samples >= 0, np.arange(0, count, per_step), dtype=np.int64)
     # A document, or a piece of one, begins with every row, fillers too, and others inside; each start ends a document.
     of_steps = [real * length - np.diff(rows.begins[::per_step]), real * length,
@@ -62,10 +62,10 @@ def batches(rows: Rows, steps: int, micro_batch_rows: int) -> Iterator[Batch]:
               for step, (targets, tokens, among) in enumerate(np.stack(of_steps, axis=1).tolist())]
     of_document, of_start = first_documents.tolist(), rows.begins.tolist()
     stream, samples, domains, noise_keys = (
-        torch.from_numpy(one).split(micro_batch_rows)
+        torch.from_numpy(one).split(micro_batch_size)
         for one in (rows.stream, rows.samples, rows.domains, rows.noise_keys))
-    for number, first in enumerate(range(0, count, micro_batch_rows)):
-        last, begin = first + micro_batch_rows, first * length
+    for number, first in enumerate(range(0, count, micro_batch_size)):
+        last, begin = first + micro_batch_size, first * length
         starts = (documents[of_document[first]:of_document[last] + 1] - begin).astype(np.int32)
         ends = rows.starts[of_start[first]:of_start[last]] - (begin + 1)
         yield Batch(

@@ -1,6 +1,6 @@
 """The corpus as a model sees it: global samples, their split over ranks and micro-batches, validation.
 
-Global step s consumes the samples [s * B, (s + 1) * B), B = rows_per_step, whatever the number of ranks. Rank r of W
+Global step s consumes the samples [s * B, (s + 1) * B), B = global_batch_size, whatever the number of ranks. Rank r of W
 takes the contiguous part [r * B // W, (r + 1) * B // W) of them and cuts it into micro-batches of m rows; where that
 does not come out even, filler rows complete the last ones, so that every rank runs the same number of forward passes.
 The state of the reader is therefore one integer, the number of samples consumed, the same on every rank and for every
@@ -48,10 +48,10 @@ def corpus_folder(config: DataConfig, vocab_size: int) -> Path:
     return Path(config.root) / (f"bpe-{vocab_size}" if config.tokenizer == "bpe" else "deepseek")
 
 
-def micro_batches_per_step(rows_per_step: int, micro_batch_rows: int, world: int) -> int:
+def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world: int) -> int:
     """Forward passes of every rank in a step, fillers included."""
-    rows = math.ceil(rows_per_step / world)
-    return math.ceil(rows / micro_batch_rows)
+    rows = math.ceil(global_batch_size / world)
+    return math.ceil(rows / micro_batch_size)
 
 
 class Reader:
@@ -86,7 +86,7 @@ class Reader:
         self._check_shards(verify_all, report)
         self._check_sizes()
         self._domains = np.array([config.domains.index(source.domain) for source in self.sources])
-        length = config.row_tokens
+        length = config.sequence_length
         orders = [Order(seed, source.name, stream.first_rows(length), config.shuffle_shards)
                   for source, stream in zip(self.sources, self._train, strict=True)]
         self.mixture = Mixture(
@@ -98,7 +98,7 @@ class Reader:
     def fingerprint(self) -> str:
         """sha256 of the text that the order of samples is drawn from, and of what the order depends on besides the
         configured weights. Another value on resuming means that sample i is not what it was."""
-        digest = hashlib.sha256(repr([self.seed, self.config.row_tokens, self.config.block_rows,
+        digest = hashlib.sha256(repr([self.seed, self.config.sequence_length, self.config.block_rows,
                                       self.config.shuffle_shards]).encode())
         if any(part.max_epochs for part in self.mixture.parts):
             digest.update(b"sources end at a row")  # and not at a block, as once
@@ -111,7 +111,7 @@ class Reader:
     @cached_property
     def validation_fingerprint(self) -> str:
         """sha256 of the text that is validated on, and of how it is cut and drawn for."""
-        digest = hashlib.sha256(repr([self.seed, self.config.row_tokens]).encode())
+        digest = hashlib.sha256(repr([self.seed, self.config.sequence_length]).encode())
         for source, stream in zip(self.sources, self._validation, strict=True):
             shards = stream.manifest.shards
             digest.update(repr([source.name, source.domain, self._validation_rows(stream), *shards.texts("sha256"),
@@ -139,14 +139,14 @@ class Reader:
     def places(self, rows: int, rank: int, world: int) -> list[int]:
         """The part of `rows` consecutive rows that a rank reads, completed with -1."""
         mine = list(range(rank * rows // world, (rank + 1) * rows // world))
-        size = self.config.micro_batch_rows
+        size = self.config.micro_batch_size
         return mine + [-1] * (micro_batches_per_step(rows, size, world) * size - len(mine))
 
     def read_steps(self, first: int, last: int, rank: int = 0, world: int = 1) -> Rows:
         """What one rank reads for the steps [first, last), as many rows for each."""
-        places = np.array(self.places(self.config.rows_per_step, rank, world))
+        places = np.array(self.places(self.config.global_batch_size, rank, world))
         steps = np.arange(first, last)[:, None]
-        samples = np.where(places >= 0, steps * self.config.rows_per_step + places, -1).reshape(-1)
+        samples = np.where(places >= 0, steps * self.config.global_batch_size + places, -1).reshape(-1)
         sources, rows = np.full((2, len(samples)), -1, dtype=np.int64)
         real = samples >= 0
         drawn = self.mixture.draw(samples[real])
@@ -162,16 +162,16 @@ class Reader:
 
     def step_batches(self, step: int, rank: int = 0, world: int = 1) -> list[Batch]:
         """The micro-batches of one rank in a step."""
-        return list(batches(self.read_steps(step, step + 1, rank, world), 1, self.config.micro_batch_rows))
+        return list(batches(self.read_steps(step, step + 1, rank, world), 1, self.config.micro_batch_size))
 
     def prefetch(self, step: int, rank: int, world: int) -> None:
         """Says that a step will be read soon. Returns at once; does nothing for local corpora."""
         if not self.store.remote:
             return
-        places = [place for place in self.places(self.config.rows_per_step, rank, world) if place >= 0]
-        samples = step * self.config.rows_per_step + np.array(places, dtype=np.int64)
+        places = [place for place in self.places(self.config.global_batch_size, rank, world) if place >= 0]
+        samples = step * self.config.global_batch_size + np.array(places, dtype=np.int64)
         drawn = self.mixture.draw(samples)
-        length = self.config.row_tokens
+        length = self.config.sequence_length
         for source, row in zip(drawn.sources.tolist(), drawn.rows.tolist(), strict=True):
             self.chunks.submit(partial(self._train[source].prefetch, row * length, length + 1))
 
@@ -195,7 +195,7 @@ class Reader:
     def _read(self, streams: list[Source], samples: np.ndarray, sources: np.ndarray, rows: np.ndarray, noise_key: int
               ) -> Rows:
         """samples, sources, rows: (B,) int64, -1 for fillers."""
-        length = self.config.row_tokens
+        length = self.config.sequence_length
         stream = np.empty((len(samples), length + 1), dtype=streams[0].dtype)
         found: list[np.ndarray] = []
         missed: dict[int, DataError] = {}
@@ -229,7 +229,7 @@ class Reader:
         for place, (source, row) in enumerate(asked):
             try:
                 if source >= 0 and place not in missed:
-                    streams[source].check_ids(stream[place], row * self.config.row_tokens)
+                    streams[source].check_ids(stream[place], row * self.config.sequence_length)
             except DataError as error:
                 missed[place] = error
 
@@ -241,7 +241,7 @@ class Reader:
         return Unreadable(sample, name, str(error))
 
     def _validation_rows(self, stream: Source) -> int:
-        return min(stream.rows(self.config.row_tokens), self.config.validation_rows)
+        return min(stream.rows(self.config.sequence_length), self.config.validation_rows)
 
     def _present(self, report: Callable[[str], None]) -> list[SourceConfig]:
         """The configured sources with a weight; those that a sample corpus lacks are left out and reported."""
@@ -296,14 +296,14 @@ class Reader:
                     report(f"data: {error}; rows that need it will be masked")
 
     def _check_sizes(self) -> None:
-        length = self.config.row_tokens
+        length = self.config.sequence_length
         for source, stream in zip(self.sources, self._train, strict=True):
             if not stream.rows(length):
                 raise DataError(f"source {source.name!r} (domain {source.domain!r}): {stream.tokens} training tokens "
-                                f"in {stream.place} fill no row of {length} + 1; lower data.row_tokens, add "
+                                f"in {stream.place} fill no row of {length} + 1; lower data.sequence_length, add "
                                 "documents, or leave the source out")
         for domain in dict.fromkeys(source.domain for source in self.sources):
             if not sum(rows for _, rows in self.validation_stream(domain)):
                 tokens = sum(stream.tokens for stream, _ in self.validation_stream(domain))
                 raise DataError(f"domain {domain!r}: {tokens} validation tokens fill no row of {length} + 1; lower "
-                                "data.row_tokens or add documents to its validation split")
+                                "data.sequence_length or add documents to its validation split")

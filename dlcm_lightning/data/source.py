@@ -108,13 +108,13 @@ class Source:
         self.__dict__.update(state)
         self._forget()
 
-    def rows(self, row_tokens: int) -> int:
-        """Full rows in the stream: each feeds row_tokens tokens and looks one further for its last target."""
-        return max(0, (self.tokens - 1) // row_tokens)
+    def rows(self, sequence_length: int) -> int:
+        """Full rows in the stream: each feeds sequence_length tokens and looks one further for its last target."""
+        return max(0, (self.tokens - 1) // sequence_length)
 
-    def first_rows(self, row_tokens: int) -> np.ndarray:
+    def first_rows(self, sequence_length: int) -> np.ndarray:
         """(shards + 1,) int64: the first row that begins in each shard, and the number of rows."""
-        return np.minimum(-(-np.array(self._begins) // row_tokens), self.rows(row_tokens))
+        return np.minimum(-(-np.array(self._begins) // sequence_length), self.rows(sequence_length))
 
     def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [first, first + count): (count,) int64, and the offsets among them where documents start, int64.

@@ -7,8 +7,8 @@ change without any of the three falling behind. With s_token = D / d_base and s_
     hidden matrix              sigma^2 / s                             eta / s           wd * s       eps / s
     bridge, s_in -> s_out      sigma^2 / s_in * min(1, s_out / s_in)   eta / s_in        wd * s_in    eps / s_in
     boundary W_q, W_k          identity                                eta_b / s_token   none         eps / s_token
-    embedding, unembedding     sigma_emb^2                             eta_other         wd           eps / s_token
-    norm                       ones                                    eta_other         none         eps / s
+    embedding, unembedding     sigma_emb^2                             lr_other         wd           eps / s_token
+    norm                       ones                                    lr_other         none         eps / s
 
 A hidden matrix is a bridge from a width to itself. s is the multiplier of the width a matrix *reads*: FFN widths and
 heads x head width grow with it, so it is each matrix's own fan-in over its fan-in at the base. Learning rates fall
@@ -99,12 +99,12 @@ def rule(role: Role, model: ModelConfig, optim: OptimConfig) -> Rule:
     epsilon = optim.epsilon / s
     deviation = _deviation(role, model)
     if role in (Role.NORM_TOKEN, Role.NORM_CONCEPT):
-        return Rule(deviation, optim.eta_other, 0.0, epsilon)
+        return Rule(deviation, optim.lr_other, 0.0, epsilon)
     if role in (Role.EMBEDDING, Role.UNEMBEDDING):
-        return Rule(deviation, optim.eta_other, optim.weight_decay, epsilon)
+        return Rule(deviation, optim.lr_other, optim.weight_decay, epsilon)
     if role is Role.BOUNDARY:
-        return Rule(deviation, optim.eta_boundary / s, 0.0, epsilon)
-    eta = optim.eta_concept if role in (Role.CONCEPT, Role.CONCEPT_TO_TOKEN) else optim.eta_token
+        return Rule(deviation, optim.lr_boundary / s, 0.0, epsilon)
+    eta = optim.lr_concept if role in (Role.CONCEPT, Role.CONCEPT_TO_TOKEN) else optim.lr_token
     return Rule(deviation, eta / s, optim.weight_decay * s, epsilon)
 
 

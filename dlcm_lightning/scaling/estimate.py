@@ -40,9 +40,9 @@ class Hardware:
 def estimate(config: Config, hardware: Hardware, document_tokens: float, run_file: str, overrides: list[str]
              ) -> Iterator[str]:
     """Lines. document_tokens: mean length, weighted by tokens. ConfigError: more ranks than rows of a step."""
-    rows = config.data.rows_per_step
+    rows = config.data.global_batch_size
     if hardware.ranks > rows:
-        raise ConfigError(f"data.rows_per_step = {rows}: fewer than {hardware.ranks} ranks, so that some would only "
+        raise ConfigError(f"data.global_batch_size = {rows}: fewer than {hardware.ranks} ranks, so that some would only "
                           "compute fillers; take fewer nodes, or more rows a step")
     yield from _model(config, document_tokens)
     yield ""
@@ -98,12 +98,12 @@ def _memory(config: Config, hardware: Hardware) -> Iterator[str]:
 
 
 def _rows(config: Config, train: TrainConfig, hardware: Hardware, rate: float, segmented: bool) -> Iterator[str]:
-    mine = -(-config.data.rows_per_step // hardware.ranks)
+    mine = -(-config.data.global_batch_size // hardware.ranks)
     rows = 1
     while rows <= min(mine, MOST_ROWS):
         micro_batches = -(-mine // rows)
         target, most = (rank_memory(config, train, rows, concepts, micro_batches) for concepts in (rate, 1.0))
-        chosen = train.strategy == config.train.strategy and rows == config.data.micro_batch_rows
+        chosen = train.strategy == config.train.strategy and rows == config.data.micro_batch_size
         fits = most.total < hardware.gpu_bytes
         word = "fits" if fits else ("fits once R is near its target" if target.total < hardware.gpu_bytes else
                                     "does not fit")

@@ -194,7 +194,7 @@ def rank_memory(config: Config, train: TrainConfig, rows: int, concepts_per_toke
                 ) -> RankMemory:
     """rows: of a micro-batch. concepts_per_token: 1/R, or 1 for the most there can be. train: without offloading."""
     model = config.model
-    tokens = rows * config.data.row_tokens
+    tokens = rows * config.data.sequence_length
     concepts = tokens * concepts_per_token if model.kind == "dlcm" else 0.0
     activations = saved(model, train.recompute).total(tokens, concepts)
     return RankMemory(

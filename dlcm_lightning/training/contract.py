@@ -69,16 +69,16 @@ def _check_steps(trainer: Trainer, config: Config) -> None:
     micro_batches, data = config.micro_batches, config.data
     if any(isinstance(callback, GradientAccumulationScheduler)
            for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ConfigError("GradientAccumulationScheduler: a step has data.rows_per_step rows from first to last; leave "
+        raise ConfigError("GradientAccumulationScheduler: a step has data.global_batch_size rows from first to last; leave "
                           "the callback out")
     if trainer.accumulate_grad_batches != micro_batches:
-        raise ConfigError(f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): data.rows_per_step = "
-                          f"{data.rows_per_step} in micro-batches of {data.micro_batch_rows} are {micro_batches} on "
+        raise ConfigError(f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): data.global_batch_size = "
+                          f"{data.global_batch_size} in micro-batches of {data.micro_batch_size} are {micro_batches} on "
                           f"{config.train.ranks} ranks; set accumulate_grad_batches={micro_batches}, or "
                           "Trainer(**trainer_arguments(config), ...)")
-    clip, wanted = trainer.gradient_clip_val, config.optim.clip_norm
+    clip, wanted = trainer.gradient_clip_val, config.optim.max_grad_norm
     if clip is not None and float(clip) != (wanted or math.inf):
-        raise ConfigError(f"Trainer(gradient_clip_val={clip}): optim.clip_norm = {wanted} clips; leave the argument "
+        raise ConfigError(f"Trainer(gradient_clip_val={clip}): optim.max_grad_norm = {wanted} clips; leave the argument "
                           "out, or change the field")
     if trainer.gradient_clip_algorithm == "value":
         raise ConfigError("Trainer(gradient_clip_algorithm='value'): gradients are clipped by their global norm; leave "

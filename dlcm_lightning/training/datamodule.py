@@ -114,7 +114,7 @@ class PretrainData(LightningDataModule):
         if self._reader is None:
             config = self.config
             reader = Reader(config.data, config.seed, config.model.vocab_size, report=self.report)
-            reader.check_lasts(config.total_steps * config.data.rows_per_step)
+            reader.check_lasts(config.total_steps * config.data.global_batch_size)
             self._reader = reader
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -136,7 +136,7 @@ class PretrainData(LightningDataModule):
         """Where the run stands: whole optimizer steps, the samples they consumed, and a digest of text and order."""
         assert self.trainer is not None
         step = self.trainer.global_step
-        return {"step": step, "samples": step * self.config.data.rows_per_step, "data": self.reader.fingerprint}
+        return {"step": step, "samples": step * self.config.data.global_batch_size, "data": self.reader.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """ConfigError: the shards are not those that the checkpoint was trained on."""

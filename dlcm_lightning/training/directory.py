@@ -23,7 +23,7 @@ from dlcm_lightning.errors import RunError
 LOCK = ".lock"
 LOCK_SECONDS, LOCK_PAUSE_SECONDS = 300.0, 2.0
 MAY_DIFFER = ("name", "data.root", "data.workers", "data.cache_megabytes", "data.read_ahead_steps", "data.unreadable",
-              "data.max_unreadable", "data.micro_batch_rows", "model.boundary.previous_rate")
+              "data.max_unreadable", "data.micro_batch_size", "model.boundary.previous_rate")
 """Beside `job` and most of `train`. Which rows can be read may change, which rows there are may not; how a step is
 split may, as long as the rule for F stays what it was."""
 CHANGES_THE_RUN = ("train.precision",)
@@ -49,7 +49,7 @@ class RunLock:
             self._file = (self.run / LOCK).open("w")
         except OSError as error:
             raise RunError(f"{self.run} cannot be written: {error}; correct the permissions or choose another "
-                           "train.runs=...") from error
+                           "train.output_dir=...") from error
         deadline = time.monotonic() + (LOCK_SECONDS if this_life() else 0)
         while not _locked(self._file):
             if time.monotonic() >= deadline:
@@ -100,7 +100,7 @@ def check_same_configuration(before: Config, config: Config, step: int, checkpoi
     rate_matters = config.model.kind == "dlcm" and boundary.learned and boundary.rate_scope == "global"
     if rate_matters and before.uses_previous_rate != config.uses_previous_rate:
         was, remedy = (("previous", "model.boundary.previous_rate=true keeps it so") if before.uses_previous_rate else
-                       ("current", "that needs one micro-batch a step: more ranks, or larger data.micro_batch_rows"))
+                       ("current", "that needs one micro-batch a step: more ranks, or larger data.micro_batch_size"))
         raise ConfigError(f"model.boundary.previous_rate = {config.model.boundary.previous_rate}: the rate loss of "
                           f"{checkpoint} takes F of the {was} step, and {config.micro_batches} micro-batches a "
                           f"step mean the other one here; {remedy}")

@@ -95,7 +95,7 @@ def answer_in_job(config_file: str) -> Answer:
 
 def of_run(config: Config) -> list[Finding]:
     """What is the same on all nodes."""
-    run = Path(config.train.runs) / config.name
+    run = Path(config.train.output_dir) / config.name
     found = [*of_versions(config), of_directory(run), room(config, run), of_data(config)]
     return [replace(finding, of_run=True) for finding in found]
 
@@ -135,7 +135,7 @@ def of_directory(run: Path) -> Finding:
         probe.unlink()
     except OSError as error:
         return Finding("run directory", False, f"{run}: {error}", "correct the permissions, or choose another "
-                                                                  "train.runs=...")
+                                                                  "train.output_dir=...")
     return Finding("run directory", True, f"{run} can be written")
 
 
@@ -144,7 +144,7 @@ def of_data(config: Config) -> Finding:
     said: list[str] = []
     try:
         reader = Reader(config.data, config.seed, config.model.vocab_size, verify_all=False, report=said.append)
-        reader.check_lasts(config.total_steps * config.data.rows_per_step)
+        reader.check_lasts(config.total_steps * config.data.global_batch_size)
     except DataError as error:
         if config.data.corpus == "sample":
             return Finding("data", True, "the sample corpus is not there; the start, or dlcm prepare, fetches it")
@@ -180,7 +180,7 @@ def of_shared(life: Path) -> Finding:
             pass
         if time.monotonic() > deadline:
             return Finding("shared directory", False, f"{life / TOKEN} is not seen by this node",
-                           "train.runs has to be on a file system that all nodes share, and be mounted there")
+                           "train.output_dir has to be on a file system that all nodes share, and be mounted there")
         time.sleep(0.2)
 
 

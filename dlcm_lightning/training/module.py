@@ -224,10 +224,10 @@ class PretrainModule(LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Optimizer, gradient_clip_val: int | float | None = None,
                                     gradient_clip_algorithm: str | None = None) -> None:
-        """By the global norm, to `optim.clip_norm`, whatever the Trainer was told or not told of it."""
+        """By the global norm, to `optim.max_grad_norm`, whatever the Trainer was told or not told of it."""
         if self._own_gradient_norm is None:
             parameters = [one for group in optimizer.param_groups for one in group["params"]]
-            norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or float("inf"))
+            norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm or float("inf"))
             self.gradient_norm = whole(norm).detach()
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any,

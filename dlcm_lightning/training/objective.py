@@ -159,7 +159,7 @@ def measure(
             scalars[SCALARS.index("document_rate_loss")] = (losses.double() * real).sum()
         if (states := output.segmentation.features) is not None:
             features = (counted.to(states.dtype) @ states).double()
-    rows = (columns * counted).view(len(COLUMNS), -1, batch.row_tokens).sum(-1).t()  # (B, C)
+    rows = (columns * counted).view(len(COLUMNS), -1, batch.sequence_length).sum(-1).t()  # (B, C)
     sums = torch.zeros(domains, len(COLUMNS), dtype=torch.float64, device=device)
     return Tally(sums.index_add(0, batch.domains, rows), scalars, features)
 

@@ -102,7 +102,7 @@ def validation_table(validation: dict[str, Any], counted: Iterable[Floor]) -> st
 
 def summary(config: Config, report: Report) -> str:
     """The table, the speed, and where to go from here."""
-    run = Path(config.train.runs) / config.name
+    run = Path(config.train.output_dir) / config.name
     parts = ["", validation_table(report.validation, report.floors), ""]
     parts.append(f"{report.steps} steps, {report.tokens:,} tokens, {report.parameters:,} parameters, "
                  f"{report.precision}, attention {report.attention}, {report.hardware}")
@@ -114,6 +114,6 @@ def summary(config: Config, report: Report) -> str:
     parts += [
         f"run directory   {run}",
         "resume          the same command again; a finished run is left as it is",
-        f"watch           make tensorboard   (tensorboard --logdir {config.train.runs})",
+        f"watch           make tensorboard   (tensorboard --logdir {config.train.output_dir})",
     ]
     return "\n".join(parts)

@@ -92,7 +92,7 @@ def build_trainer(config: Config, where: torch.device, engine: Engine, world: Wo
         callbacks=callbacks,
         **trainer_arguments(config),
         max_epochs=-1,
-        gradient_clip_val=config.optim.clip_norm or float("inf"),
+        gradient_clip_val=config.optim.max_grad_norm or float("inf"),
         num_sanity_val_steps=0,
         inference_mode=False,  # whose tensors FSDP2 could not use in the next backward
         enable_checkpointing=False,
@@ -129,7 +129,7 @@ def pretrain(config: Config, report: Say = print, *, callbacks: Sequence[Callbac
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
     # Would cost a write of every buffer; none is read unset. The attribute is dynamic, which types cannot see.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    run = Path(config.train.runs) / config.name
+    run = Path(config.train.output_dir) / config.name
     say = report if world.rank == 0 else _nothing
     life = this_life()
     files = [*([life / NOTICE] if life else []), run / STOP]

@@ -115,7 +115,7 @@ def verify_resume(config: Config, folder: Path, kills: int, seed: int, report: C
     tokens = steps * config.data.tokens_per_step
     base = replace(
         config, optim=replace(config.optim, total_tokens=tokens, warmup_tokens=tokens // 4),
-        train=replace(config.train, runs=str(folder), log_every_steps=1, checkpoint_every_steps=4,
+        train=replace(config.train, output_dir=str(folder), log_every_steps=1, checkpoint_every_steps=4,
                       validate_every_steps=10**9))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -146,7 +146,7 @@ def test_answers_are_found_among_what_ranks_print_when_they_are_complete() -> No
 
 
 def test_room_counts_the_checkpoints_that_are_there_and_will_be(tmp_path: Path) -> None:
-    data = DataConfig(sources=[SourceConfig("a", "en", 1.0)], row_tokens=100, rows_per_step=10)
+    data = DataConfig(sources=[SourceConfig("a", "en", 1.0)], sequence_length=100, global_batch_size=10)
     small = ModelConfig(vocab_size=300, d_token=32, d_concept=64, encoder_layers=1, backbone_layers=1,
                         decoder_layers=1, heads_token=2, kv_heads_token=1, heads_concept=4, kv_heads_concept=2,
                         head_dim=16, ffn_token=64, ffn_concept=64)

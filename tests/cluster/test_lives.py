@@ -70,7 +70,7 @@ def test_outside_a_job_nothing_is_written(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     data = DataConfig(sources=[SourceConfig("a", "en", 1.0)])
-    return Config(name="run", data=data, train=TrainConfig(runs=str(tmp_path / "runs")))
+    return Config(name="run", data=data, train=TrainConfig(output_dir=str(tmp_path / "runs")))
 
 
 def test_a_snapshot_runs_as_it_was_whatever_is_edited_afterwards(tmp_path: Path, config: Config,

@@ -78,7 +78,7 @@ def test_a_uniform_source_has_the_entropy_it_was_drawn_with(tokenizer: Tokenizer
         documents = [(np.array([0, *random.choice(letters, 5000), 1]), 5000) for _ in range(count)]
         write_split(tmp_path / "coin" / split, documents, source="coin", domain="c", split=split,
                     tokenizer=tokenizer.fingerprint)
-    config = DataConfig(root=str(tmp_path), row_tokens=100, validation_rows=400,
+    config = DataConfig(root=str(tmp_path), sequence_length=100, validation_rows=400,
                         sources=[SourceConfig("coin", "c", 1.0)])
     (floor,) = floors(Reader(config, 0, VOCABULARY))
     assert floor.unigram == pytest.approx(1, abs=0.01) and floor.trigram == pytest.approx(1, abs=0.01)

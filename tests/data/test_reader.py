@@ -88,7 +88,7 @@ def test_rows_are_windows_of_their_source_and_batches_know_their_documents(confi
 
 def test_an_epoch_feeds_every_token_once_and_predicts_every_target_once(config: DataConfig,
                                                                         tokenizer: Tokenizer) -> None:
-    alone = replace(config, sources=[SourceConfig("a", "en", 1.0)], rows_per_step=1, micro_batch_rows=1,
+    alone = replace(config, sources=[SourceConfig("a", "en", 1.0)], global_batch_size=1, micro_batch_size=1,
                     block_rows=1)
     reader = Reader(alone, 1, VOCABULARY)
     stream, starts = (source := Source(Path(config.root) / "a" / "train", tokenizer)).read(0, source.tokens)
@@ -105,7 +105,7 @@ def test_an_epoch_feeds_every_token_once_and_predicts_every_target_once(config: 
 def test_any_split_over_ranks_gives_the_same_global_sequence(config: DataConfig, reader: Reader, world: int,
                                                              micro: int) -> None:
     whole = by_sample([batch for step in range(3) for batch in reader.step_batches(step)])
-    split = Reader(replace(config, rows_per_step=8, micro_batch_rows=1 if 8 % micro else micro), 7, VOCABULARY)
+    split = Reader(replace(config, global_batch_size=8, micro_batch_size=1 if 8 % micro else micro), 7, VOCABULARY)
     ranks = [[split.step_batches(step, rank, world) for step in range(3)] for rank in range(world)]
     assert by_sample([batch for steps in ranks for batches in steps for batch in batches]) == whole
     assert len({len(batches) for steps in ranks for batches in steps}) == 1
@@ -117,7 +117,7 @@ def test_any_split_over_ranks_gives_the_same_global_sequence(config: DataConfig,
 
 
 def test_filler_rows_predict_nothing_and_count_nowhere(config: DataConfig) -> None:
-    reader = Reader(replace(config, micro_batch_rows=2), 7, VOCABULARY)
+    reader = Reader(replace(config, micro_batch_size=2), 7, VOCABULARY)
     batches = reader.step_batches(0, 1, 3)  # 3 of 8 rows, and one filler
     assert [batch.samples.tolist() for batch in batches] == [[2, 3], [4, -1]]
     filler = batches[1]
@@ -223,12 +223,12 @@ def test_domains_are_numbered_as_in_the_config(config: DataConfig) -> None:
 
 def test_the_fingerprint_names_the_order_of_samples(config: DataConfig, reader: Reader) -> None:
     assert reader.fingerprint == Reader(config, 7, VOCABULARY).fingerprint
-    others = [Reader(config, 8, VOCABULARY), Reader(replace(config, row_tokens=32), 7, VOCABULARY),
+    others = [Reader(config, 8, VOCABULARY), Reader(replace(config, sequence_length=32), 7, VOCABULARY),
               Reader(replace(config, block_rows=10), 7, VOCABULARY),
               Reader(replace(config, shuffle_shards=1), 7, VOCABULARY),
               Reader(replace(config, sources=[SourceConfig("a", "en", 1.0)]), 7, VOCABULARY)]
     assert len({reader.fingerprint, *(other.fingerprint for other in others)}) == 6
-    assert reader.fingerprint == Reader(replace(config, micro_batch_rows=1, workers=3), 7, VOCABULARY).fingerprint
+    assert reader.fingerprint == Reader(replace(config, micro_batch_size=1, workers=3), 7, VOCABULARY).fingerprint
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -82,14 +82,14 @@ def corpora(draw: st.DrawFn) -> DataConfig:
     if capped is not None:
         cap = draw(st.sampled_from([0.5, 1.0, 2.0]))
         sources[capped] = replace(sources[capped], max_epochs=cap)
-    row_tokens = draw(st.sampled_from([3, 16, 33, 64, 100]))
+    sequence_length = draw(st.sampled_from([3, 16, 33, 64, 100]))
     rows = draw(st.sampled_from([1, 3, 8, 12]))
     changes = []
     if draw(st.booleans()):
         later = draw(st.integers(2, 18)) / 20
-        changes.append(WeightChange(draw(st.integers(1, 300)) * row_tokens, {"a": later, "b": 1 - later}))
+        changes.append(WeightChange(draw(st.integers(1, 300)) * sequence_length, {"a": later, "b": 1 - later}))
     return DataConfig(
-        sources=sources, row_tokens=row_tokens, rows_per_step=rows, micro_batch_rows=draw(st.integers(1, min(rows, 4))),
+        sources=sources, sequence_length=sequence_length, global_batch_size=rows, micro_batch_size=draw(st.integers(1, min(rows, 4))),
         block_rows=draw(st.sampled_from([20, 37, 64])), shuffle_shards=draw(st.integers(1, 6)), weight_changes=changes,
         validation_rows=2)
 
@@ -132,7 +132,7 @@ def check_life(reader: Reader, world: int, workers: int, first: int, last: int, 
 def check_all(reader: Reader, samples: int, seen: dict[int, list[int]], masked: dict[int, str],
               truth: dict[str, Truth]) -> None:
     """Every sample was seen or masked, and is what the mixture says it is."""
-    length = reader.config.row_tokens
+    length = reader.config.sequence_length
     drawn = reader.mixture.draw(np.arange(samples))
     assert sorted([*seen, *masked]) == list(range(samples))
     for sample, (source, row) in enumerate(zip(drawn.sources.tolist(), drawn.rows.tolist(), strict=True)):
@@ -164,10 +164,10 @@ def test_stops_and_resizes_never_change_the_sequence(data: st.DataObject, config
     for world, steps in data.draw(st.composite(lives)()):
         reader = Reader(run, seed, VOCABULARY, verify_all=False, report=lambda _: None)
         if reader.mixture.samples is not None:
-            steps = min(steps, reader.mixture.samples // run.rows_per_step - step)
+            steps = min(steps, reader.mixture.samples // run.global_batch_size - step)
         check_life(reader, world, 0, step, step + steps, seen, masked)
         step += steps
-    check_all(reader, step * run.rows_per_step, seen, masked, truth)
+    check_all(reader, step * run.global_batch_size, seen, masked, truth)
     assert bool(masked) <= broken
 
 
@@ -182,7 +182,7 @@ def test_loader_processes_under_faults_and_resizes_give_the_same_sequence(
     for world, workers, first, last in ((1, 2, 0, 5), (3, 1, 5, 9), (2, 3, 9, 30)):
         reader = Reader(run, 11, VOCABULARY, verify_all=False, report=lambda _: None)
         check_life(reader, world, workers, first, last, seen, masked)
-    check_all(reader, 30 * run.rows_per_step, seen, masked, truth)
+    check_all(reader, 30 * run.global_batch_size, seen, masked, truth)
     assert masked
 
 
@@ -190,11 +190,11 @@ def test_masked_are_exactly_the_rows_that_touch_what_is_broken(config: DataConfi
                                                                truth: dict[str, Truth]) -> None:
     run = replace(config, root=str(damaged_root), unreadable="mask", max_unreadable=1.0)
     reader = Reader(run, 3, VOCABULARY, verify_all=False, report=lambda _: None)
-    steps = math.ceil(2 * sum(part.order.rows for part in reader.mixture.parts) / run.rows_per_step)
+    steps = math.ceil(2 * sum(part.order.rows for part in reader.mixture.parts) / run.global_batch_size)
     seen: dict[int, list[int]] = {}
     masked: dict[int, str] = {}
     check_life(reader, 1, 0, 0, steps, seen, masked)
-    drawn = reader.mixture.draw(np.arange(steps * run.rows_per_step))
+    drawn = reader.mixture.draw(np.arange(steps * run.global_batch_size))
     expected = {sample for sample, (source, row) in enumerate(zip(drawn.sources, drawn.rows, strict=True))
                 if touches_broken("ab"[source], int(row) * 64, int(row) * 64 + 65, truth)}
     assert set(masked) == expected
@@ -204,15 +204,15 @@ def test_masked_are_exactly_the_rows_that_touch_what_is_broken(config: DataConfi
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_step_before_one_that_cannot_be_read_still_comes(config: DataConfig, damaged_root: Path,
                                                                workers: int) -> None:
-    run = replace(config, root=str(damaged_root), unreadable="mask", rows_per_step=2)
+    run = replace(config, root=str(damaged_root), unreadable="mask", global_batch_size=2)
     masking = Reader(run, 3, VOCABULARY, verify_all=False, report=lambda _: None)
     reader = Reader(run, 3, VOCABULARY, verify_all=False, report=lambda _: None)
     reader.config = replace(run, unreadable="stop")  # only now: opening would name the damage at once
     for first in (0, 5):
         missed = masking.read_steps(first, first + 500).unreadable[0][1]
-        steps = missed.sample // run.rows_per_step - first
+        steps = missed.sample // run.global_batch_size - first
         came = []
         with pytest.raises(DataError, match=rf"sample {missed.sample} \(row \d+ of source '{missed.source}'\): "):
             for batch in TrainingBatches(reader, 0, 1, first, first + 500, workers):
                 came += batch.samples.tolist()
-        assert came == list(range(first * run.rows_per_step, (first + steps) * run.rows_per_step))
+        assert came == list(range(first * run.global_batch_size, (first + steps) * run.global_batch_size))

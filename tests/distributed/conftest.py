@@ -36,14 +36,14 @@ class Task:
 
 
 def step_config(data: DataConfig, ranks: int = 1, micro_batches: int = 1, *, previous: bool | None = None,
-                precision: str = "fp64", clip_norm: float = 1.0, **train: object) -> Config:
+                precision: str = "fp64", max_grad_norm: float = 1.0, **train: object) -> Config:
     """Three steps of 11 short rows. previous: the rule for F; by default what the micro-batches ask for."""
-    data = replace(data, rows_per_step=ROWS, micro_batch_rows=MICRO_ROWS[ranks, micro_batches])
+    data = replace(data, global_batch_size=ROWS, micro_batch_size=MICRO_ROWS[ranks, micro_batches])
     boundary = BoundaryConfig(form="both", rate_weight=2.0, previous_rate=bool(previous))
     return Config(
         name="steps", seed=5, model=replace(MODEL, boundary=boundary), data=data,
         optim=OptimConfig(total_tokens=data.tokens_per_step * STEPS, warmup_tokens=2 * data.tokens_per_step,
-                          clip_norm=clip_norm),
+                          max_grad_norm=max_grad_norm),
         train=TrainConfig(precision=precision, devices=ranks, **train))  # type: ignore[arg-type]
 
 

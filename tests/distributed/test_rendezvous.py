@@ -75,7 +75,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 def test_one_command_starts_the_ranks_of_a_machine_and_they_are_one_run(config: Config, tmp_path: Path) -> None:
     code, said = ended(start(tmp_path, "train.devices=2"))
     assert code == 0, said
-    run = Path(config.train.runs) / "run"
+    run = Path(config.train.output_dir) / "run"
     assert [line["step"] for line in lines_of(run)] == [1, 2, 3, 4]  # each once
     assert len(list(folders(run)[-1].glob("state-*-of-00002.safetensors"))) == 2
     code, said = ended(start(tmp_path, "train.devices=2"))
@@ -89,7 +89,7 @@ def test_rank_and_world_size_alone_make_one_run_and_what_differs_between_ranks_e
     for process in both:
         code, said = ended(process)
         assert code == 0, said
-    run = Path(config.train.runs) / "run"
+    run = Path(config.train.output_dir) / "run"
     assert [line["step"] for line in lines_of(run)] == [1, 2, 3, 4]
     assert len(list(folders(run)[-1].glob("state-*-of-00002.safetensors"))) == 2
 

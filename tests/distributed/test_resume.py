@@ -35,12 +35,12 @@ SECONDS = 180.0
 
 def long_config(data: DataConfig, runs: Path, name: str, steps: int = 40, **train: Any) -> Config:
     """F of the previous step, so that a step may be split in any way. 7 rows: fillers on 2, 3 and 4 ranks."""
-    data = replace(data, rows_per_step=7, micro_batch_rows=2)
+    data = replace(data, global_batch_size=7, micro_batch_size=2)
     tokens = steps * data.tokens_per_step
     return Config(
         name=name, seed=3, model=replace(MODEL, boundary=BoundaryConfig(form="both", previous_rate=True)), data=data,
         optim=OptimConfig(total_tokens=tokens, warmup_tokens=tokens // 4),
-        train=TrainConfig(runs=str(runs), precision="fp32", log_every_steps=1, checkpoint_every_steps=3,
+        train=TrainConfig(output_dir=str(runs), precision="fp32", log_every_steps=1, checkpoint_every_steps=3,
                           validate_every_steps=10**6, **train))
 
 
@@ -56,7 +56,7 @@ class Part:
 def live(config: Config, part: Part, stop: bool) -> None:
     """One life of a run; stopped by SIGTERM to one rank behind its first step, or to the end."""
     config = replace(config, train=replace(config.train, strategy=part.strategy, devices=part.ranks))
-    run = Path(config.train.runs) / config.name
+    run = Path(config.train.output_dir) / config.name
     file = run.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     save_config(config, file)

@@ -33,7 +33,7 @@ print(foreign, sum(parameter.numel() for parameter in model.parameters()))
 @pytest.fixture
 def run(run_config: Config) -> Path:
     pretrain(run_config, lambda _: None)
-    return Path(run_config.train.runs) / run_config.name
+    return Path(run_config.train.output_dir) / run_config.name
 
 
 def newest(run: Path) -> Checkpoint:

@@ -19,7 +19,7 @@ from tests.model.conftest import SMALL
 
 WIDE = replace(SMALL, d_token=512, d_concept=1024, head_dim=64, heads_token=8, kv_heads_token=4, heads_concept=16,
                kv_heads_concept=8, ffn_token=1024, ffn_concept=2048)  # s_token = 2, s_concept = 4
-OPTIM = OptimConfig(eta_token=1e-2, eta_concept=2e-2, eta_other=3e-3, eta_boundary=4e-3, weight_decay=0.1, epsilon=1e-8)
+OPTIM = OptimConfig(lr_token=1e-2, lr_concept=2e-2, lr_other=3e-3, lr_boundary=4e-3, weight_decay=0.1, epsilon=1e-8)
 
 
 @pytest.mark.parametrize(("role", "deviation", "learning_rate", "decay", "epsilon"), [
@@ -102,7 +102,7 @@ def coordinate_moves(axis: str, widths: tuple[int, ...]) -> list[float]:
         layer = (model.encoder if axis == "token" else model.backbone).layers[-1]
         seen: list[torch.Tensor] = []
         layer.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.detach()))
-        optimizer = build_optimizer(model, config, replace(OPTIM, eta_token=2e-3, eta_concept=2e-3, eta_other=1e-6,
+        optimizer = build_optimizer(model, config, replace(OPTIM, lr_token=2e-3, lr_concept=2e-3, lr_other=1e-6,
                                                            weight_decay=0.0))
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(0, SMALL.vocab_size, (256,), generator=generator)

@@ -51,7 +51,7 @@ class Desk:
 
     @property
     def run(self) -> Path:
-        return Path(self.config.train.runs) / self.config.name
+        return Path(self.config.train.output_dir) / self.config.name
 
     def submit(self, *options: str, template: str = "dlcm_1t", overrides: tuple[str, ...] = (), **variables: str
                ) -> str:
@@ -111,11 +111,11 @@ def desk(cluster: MiniCluster, config: DataConfig, tmp_path_factory: pytest.Temp
     """A run that would take minutes, on 2 x 2 ranks; whatever is left of its jobs is cancelled."""
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(ROOT / "slurm", folder / "slurm")
-    data = replace(config, rows_per_step=8, micro_batch_rows=2)
+    data = replace(config, global_batch_size=8, micro_batch_size=2)
     run = Config(
         name="run", seed=3, model=MODEL, data=data,
         optim=OptimConfig(total_tokens=2400 * data.tokens_per_step, warmup_tokens=20 * data.tokens_per_step),
-        train=TrainConfig(runs=str(folder / "runs"), precision="fp32", log_every_steps=1, validate_every_steps=10**6,
+        train=TrainConfig(output_dir=str(folder / "runs"), precision="fp32", log_every_steps=1, validate_every_steps=10**6,
                           checkpoint_every_steps=10),
         job=JobConfig(heartbeat_seconds=0.5, slowest_share=0))  # its nodes share two cores
     save_config(run, folder / "run.yaml")

@@ -85,7 +85,7 @@ def test_a_run_that_everything_happens_to_ends_with_the_weights_of_one_left_alon
     command = [sys.executable, "-m", "dlcm_lightning", "pretrain", str(desk.folder / "alone.yaml")]
     with LocalRanks(command, 4, desk.folder / "alone-logs") as ranks:
         assert ranks.wait(600) == [0] * 4, ranks.tail()
-    assert_same(desk.run, Path(alone.train.runs) / alone.name)
+    assert_same(desk.run, Path(alone.train.output_dir) / alone.name)
 
 
 def assert_same(run: Path, other: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_node_on_which_nothing_runs_is_left_out(desk: Desk) -> None:
 
 @pytest.mark.parametrize(("overrides", "variables", "said"), [
     (("train.keep_last=1000000000",), {}, "room: "),
-    (("train.runs=/dev/shm/runs",), {}, "shared directory: "),
+    (("train.output_dir=/dev/shm/runs",), {}, "shared directory: "),
     ((), {"DLCM_MASTER_ADDR": "10.87.0.250"}, "first node: 10.87.0.250 does not answer"),
     (("model.vocab_size=300",), {}, "data: "),
     (("train.devices=4",), {}, "tasks: train.devices = 4"),

@@ -26,7 +26,7 @@ from tests.synthetic import VOCABULARY, make_texts
 
 
 def run_of(config: Config) -> Path:
-    return Path(config.train.runs) / config.name
+    return Path(config.train.output_dir) / config.name
 
 
 def quiet(message: str) -> None:
@@ -60,7 +60,7 @@ def test_it_says_of_every_checkpoint_what_the_run_said(run_config: Config) -> No
 
 @pytest.mark.parametrize("override", [
     "model.kind=dense", "model.boundary.form=paper", "model.boundary.target_ratio=2", "model.norm_epsilon=1e-3",
-    "model.rope_base=500", "model.mup.d_base=64", "seed=1", "optim.eta_token=1", "train.strategy=fsdp2",
+    "model.rope_base=500", "model.mup.d_base=64", "seed=1", "optim.lr_token=1", "train.strategy=fsdp2",
 ])
 def test_nothing_on_the_command_line_makes_another_model(run_config: Config, override: str) -> None:
     run = stopped_at_once(run_config)

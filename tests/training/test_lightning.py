@@ -79,7 +79,7 @@ class Seen(Callback):
 @pytest.fixture
 def accumulating(run_config: Config) -> Config:
     """Two micro-batches a step, ranks left open, as in the configurations that are shipped."""
-    return replace(run_config, data=replace(run_config.data, micro_batch_rows=2),
+    return replace(run_config, data=replace(run_config.data, micro_batch_size=2),
                    train=replace(run_config.train, devices=0, nodes=0))
 
 
@@ -89,7 +89,7 @@ def test_a_plain_trainer_trains_what_the_command_trains(accumulating: Config, tm
     trainer = trainer_for(config, tmp_path, callbacks=[seen])
     trainer.fit(module, datamodule=PretrainData(config))
     assert trainer.global_step == config.total_steps
-    assert seen.samples == list(range(config.total_steps * config.data.rows_per_step))
+    assert seen.samples == list(range(config.total_steps * config.data.global_batch_size))
     assert trainer.callback_metrics.keys() >= MONITORED
     by_command = pretrain(config, lambda _: None)
     trainer.validate(module, datamodule=PretrainData(config), verbose=False)
@@ -142,11 +142,11 @@ def test_early_stopping_stops_a_plain_fit(accumulating: Config, tmp_path: Path) 
     assert trainer.global_step == 4
 
 
-@pytest.mark.parametrize("micro_batch_rows", [4, 2, 1])
+@pytest.mark.parametrize("micro_batch_size", [4, 2, 1])
 def test_fit_from_a_checkpoint_reads_the_rows_that_are_left_and_ends_with_the_same_bits(
-    run_config: Config, micro_batch_rows: int, tmp_path: Path
+    run_config: Config, micro_batch_size: int, tmp_path: Path
 ) -> None:
-    config = replace(run_config, data=replace(run_config.data, micro_batch_rows=micro_batch_rows))
+    config = replace(run_config, data=replace(run_config.data, micro_batch_size=micro_batch_size))
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
     whole, seen = PretrainModule(config), Seen()
     trainer_for(config, tmp_path, callbacks=[saving, seen], enable_checkpointing=True
@@ -155,7 +155,7 @@ def test_fit_from_a_checkpoint_reads_the_rows_that_are_left_and_ends_with_the_sa
     trainer = trainer_for(config, tmp_path, callbacks=[rest])
     trainer.fit(resumed, datamodule=PretrainData(config), ckpt_path=tmp_path / "step=5.ckpt")
     assert trainer.global_step == config.total_steps
-    assert rest.samples == seen.samples[5 * config.data.rows_per_step:]
+    assert rest.samples == seen.samples[5 * config.data.global_batch_size:]
     assert {step: seen.losses[step] for step in rest.losses if step > 5} == {
         step: loss for step, loss in rest.losses.items() if step > 5}
     state, expected = resumed.state_dict(), whole.state_dict()
@@ -176,14 +176,14 @@ class SaveInside(Callback):
 
 
 def test_a_checkpoint_from_inside_a_step_stands_at_the_step_before(run_config: Config, tmp_path: Path) -> None:
-    config = replace(run_config, data=replace(run_config.data, micro_batch_rows=1))
+    config = replace(run_config, data=replace(run_config.data, micro_batch_size=1))
     whole, seen = PretrainModule(config), Seen()
     trainer_for(config, tmp_path, callbacks=[SaveInside(tmp_path / "inside.ckpt"), seen]).fit(
         whole, datamodule=PretrainData(config))
     resumed, rest = PretrainModule(config), Seen()
     trainer_for(config, tmp_path, callbacks=[rest]).fit(
         resumed, datamodule=PretrainData(config), ckpt_path=tmp_path / "inside.ckpt")
-    assert rest.samples == seen.samples[3 * config.data.rows_per_step:]
+    assert rest.samples == seen.samples[3 * config.data.global_batch_size:]
     assert all(torch.equal(resumed.state_dict()[name], value) for name, value in whole.state_dict().items())
 
 
@@ -191,7 +191,7 @@ def test_several_fits_and_short_epochs_go_on_where_the_run_stands(run_config: Co
     seen = Seen()
     trainer = trainer_for(run_config, tmp_path, callbacks=[seen], limit_train_batches=5)
     trainer.fit(PretrainModule(run_config), datamodule=PretrainData(run_config))
-    assert seen.samples == list(range(run_config.total_steps * run_config.data.rows_per_step))
+    assert seen.samples == list(range(run_config.total_steps * run_config.data.global_batch_size))
 
 
 def test_a_checkpoint_says_what_model_it_holds(run_config: Config, tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_a_checkpoint_of_another_run_or_of_other_shards_is_refused(run_config: C
     trainer = trainer_for(run_config, tmp_path, max_steps=2)
     trainer.fit(PretrainModule(run_config), datamodule=PretrainData(run_config))
     trainer.save_checkpoint(tmp_path / "two.ckpt")
-    other = replace(run_config, optim=replace(run_config.optim, eta_token=1e-4))
-    with pytest.raises(ConfigError, match=r"differs in optim\.eta_token"):
+    other = replace(run_config, optim=replace(run_config.optim, lr_token=1e-4))
+    with pytest.raises(ConfigError, match=r"differs in optim\.lr_token"):
         trainer_for(other, tmp_path).fit(PretrainModule(other), datamodule=PretrainData(other),
                                          ckpt_path=tmp_path / "two.ckpt")
     seeded = replace(run_config, seed=8)
@@ -230,7 +230,7 @@ def test_a_checkpoint_of_another_run_or_of_other_shards_is_refused(run_config: C
 @pytest.mark.parametrize(("arguments", "said"), [
     ({"accumulate_grad_batches": 1}, r"Trainer\(accumulate_grad_batches=1\): .* are 2 on 1 ranks"),
     ({"accumulate_grad_batches": 3}, r"set accumulate_grad_batches=2"),
-    ({"gradient_clip_val": 0.5}, r"Trainer\(gradient_clip_val=0.5\): optim.clip_norm = 1.0 clips"),
+    ({"gradient_clip_val": 0.5}, r"Trainer\(gradient_clip_val=0.5\): optim.max_grad_norm = 1.0 clips"),
     ({"gradient_clip_algorithm": "value"}, "by their global norm"),
     ({"precision": "bf16-mixed"}, r"Trainer\(precision='bf16-mixed'\): .* leave the Trainer at '32-true'"),
     ({"precision": "64-true"}, "leave the Trainer at '32-true'"),
@@ -293,7 +293,7 @@ def test_callbacks_and_loggers_of_the_configuration_are_the_runs(run_config: Con
     seen = Seen()
     pretrain(replace(run_config, train=extra), lambda _: None, callbacks=[seen])
     assert len(seen.losses) == run_config.total_steps
-    [newest] = folders(Path(run_config.train.runs) / run_config.name)[-1:]
+    [newest] = folders(Path(run_config.train.output_dir) / run_config.name)[-1:]
     assert json.loads((newest / "callbacks.json").read_text())["Own"] == {"count": run_config.total_steps}
     rows = table(tmp_path / "csv" / "metrics.csv")
     assert [int(row["step"]) for row in rows if row["train/loss"]] == [2, 4, 6, 8, 10, 12]

@@ -38,9 +38,9 @@ def with_boundary(config: Config, **fields: object) -> Config:
     return replace(config, model=replace(config.model, boundary=BoundaryConfig(**fields)))  # type: ignore[arg-type]
 
 
-def step_gradients(config: Config, micro_batch_rows: int, previous_rate: float | None = None) -> Gradients:
+def step_gradients(config: Config, micro_batch_size: int, previous_rate: float | None = None) -> Gradients:
     """Gradients of one optimizer step, its rows split into micro-batches, as Lightning would accumulate them."""
-    config = replace(config, data=replace(config.data, micro_batch_rows=micro_batch_rows))
+    config = replace(config, data=replace(config.data, micro_batch_size=micro_batch_size))
     module = module_for(config)
     if previous_rate is not None:
         module.previous_counts.copy_(torch.tensor([round(previous_rate * 1000), 1000]))
@@ -54,7 +54,7 @@ def step_gradients(config: Config, micro_batch_rows: int, previous_rate: float |
 
 def oracle_gradients(config: Config, previous_rate: float | None = None) -> Gradients:
     """The same from the loops, over all documents of the step at once."""
-    whole = replace(config.data, micro_batch_rows=config.data.rows_per_step)
+    whole = replace(config.data, micro_batch_size=config.data.global_batch_size)
     batch = Reader(whole, config.seed, config.model.vocab_size).step_batches(0)[0]
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in oracle.random_state(config.model, 2).items()}
     lengths = batch.documents.lengths().tolist()
@@ -113,7 +113,7 @@ def one_batch(config: Config) -> Batch:
 
 
 def test_a_tally_counts_by_domain_and_leaves_fillers_out(run_config: Config) -> None:
-    config = replace(run_config, data=replace(run_config.data, rows_per_step=5, micro_batch_rows=3))
+    config = replace(run_config, data=replace(run_config.data, global_batch_size=5, micro_batch_size=3))
     module = module_for(config)
     batch = Reader(config.data, config.seed, config.model.vocab_size).step_batches(0)[1]
     assert batch.samples.tolist() == [3, 4, -1]
@@ -142,7 +142,7 @@ def test_the_rate_loss_that_is_logged_is_the_one_that_is_optimised(run_config: C
     """By loops over the documents that count, and by the gradient on every probability."""
     boundary = replace(run_config.model.boundary, rate_scope=scope, rate_weight=1.0)  # type: ignore[arg-type]
     config = replace(run_config, model=replace(run_config.model, boundary=boundary),
-                     data=replace(run_config.data, rows_per_step=5, micro_batch_rows=3))
+                     data=replace(run_config.data, global_batch_size=5, micro_batch_size=3))
     module = module_for(config)
     batch = Reader(config.data, config.seed, config.model.vocab_size).step_batches(0)[1]  # two rows and a filler
     tally, output = module.tally(batch, batch.noise)
@@ -233,7 +233,7 @@ def test_the_prior_mean_follows_the_mean_hidden_state_of_past_steps(run_config: 
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_ranks_speak_once_an_optimizer_step(run_config: Config, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """In its last micro-batch, whatever their number; and once more at the beginning of a life."""
-    config = replace(run_config, data=replace(run_config.data, micro_batch_rows=rows))
+    config = replace(run_config, data=replace(run_config.data, micro_batch_size=rows))
     module, spoken = module_for(config), []
 
     def counted(tensor: torch.Tensor) -> torch.Tensor:
@@ -254,7 +254,7 @@ def test_ranks_speak_once_an_optimizer_step(run_config: Config, monkeypatch: pyt
 
 
 def test_every_micro_batch_names_the_counts_of_the_step_behind_it(run_config: Config) -> None:
-    config = replace(run_config, data=replace(run_config.data, micro_batch_rows=2))
+    config = replace(run_config, data=replace(run_config.data, micro_batch_size=2))
     reader = Reader(config.data, config.seed, config.model.vocab_size)
     seen = list(TrainLoader(reader, config, 3, False, Stopwatch()))
     assert len(seen) == 2 * (config.total_steps - 3)

@@ -31,7 +31,7 @@ def quiet(message: str) -> None:
 def stopped(run_config: Config) -> Path:
     """A run that has ended, without its report, so that it is opened again."""
     pretrain(run_config, quiet)
-    run = Path(run_config.train.runs) / run_config.name
+    run = Path(run_config.train.output_dir) / run_config.name
     (run / "report.json").unlink()
     return run
 
@@ -122,6 +122,6 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(run_config: Config, 
     monkeypatch.setattr(os, "fsync", flushed)
     monkeypatch.setattr(Path, "rename", renamed)
     pretrain(run_config, quiet)
-    for folder in folders(Path(run_config.train.runs) / run_config.name):
+    for folder in folders(Path(run_config.train.output_dir) / run_config.name):
         named = happened.index(("renamed", folder.stat().st_ino))
         assert ("flushed", folder.parent.stat().st_ino) in happened[named:]

@@ -39,7 +39,7 @@ def quiet(message: str) -> None:
 
 
 def run_folder(config: Config) -> Path:
-    return Path(config.train.runs) / config.name
+    return Path(config.train.output_dir) / config.name
 
 
 def lines(config: Config) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ def test_accumulation_trains_as_one_micro_batch_does_under_the_same_rule_for_F(r
     losses = []
     for rows in (4, 1):
         config = replace(
-            run_config, name=f"rows-{rows}", data=replace(run_config.data, micro_batch_rows=rows),
+            run_config, name=f"rows-{rows}", data=replace(run_config.data, micro_batch_size=rows),
             model=replace(run_config.model, boundary=replace(run_config.model.boundary, previous_rate=True)),
             train=replace(run_config.train, precision="fp64"),
         )
@@ -223,7 +223,7 @@ def test_resuming_continues_the_same_curves_without_a_point_twice(
     run_config: Config, monkeypatch: pytest.MonkeyPatch, step: int, rows: int
 ) -> None:
     """Stopped before the first checkpoint, between two, and behind the last with only the report missing."""
-    config = replace(run_config, data=replace(run_config.data, micro_batch_rows=rows))
+    config = replace(run_config, data=replace(run_config.data, micro_batch_size=rows))
     straight = replace(config, name="straight")
     pretrain(straight, quiet)
     if step < config.total_steps:
@@ -243,8 +243,8 @@ def test_resuming_continues_the_same_curves_without_a_point_twice(
 
 def test_a_directory_of_another_run_is_refused_with_the_fields_that_differ(undisturbed: Config) -> None:
     other = replace(undisturbed, model=replace(undisturbed.model, d_token=64, heads_token=4, kv_heads_token=2),
-                    optim=replace(undisturbed.optim, eta_token=1.0))
-    with pytest.raises(ConfigError, match=r"differs in .*model\.d_token.*optim\.eta_token.*choose another name"):
+                    optim=replace(undisturbed.optim, lr_token=1.0))
+    with pytest.raises(ConfigError, match=r"differs in .*model\.d_token.*optim\.lr_token.*choose another name"):
         pretrain(other, quiet)
     with pytest.raises(ConfigError, match=r"differs in train\.precision"):
         pretrain(replace(undisturbed, train=replace(undisturbed.train, precision="bf16")), quiet)
@@ -255,8 +255,8 @@ def test_a_directory_of_another_run_is_refused_with_the_fields_that_differ(undis
 def test_the_rule_for_F_may_not_change_between_two_lives(run_config: Config) -> None:
     """One micro-batch a step takes F of the current step, several that of the previous one."""
     stop_after(run_config, 4)
-    split = replace(run_config, data=replace(run_config.data, micro_batch_rows=2))
-    with pytest.raises(ConfigError, match=r"takes F of the current step.*2 micro-batches.*data\.micro_batch_rows"):
+    split = replace(run_config, data=replace(run_config.data, micro_batch_size=2))
+    with pytest.raises(ConfigError, match=r"takes F of the current step.*2 micro-batches.*data\.micro_batch_size"):
         pretrain(split, quiet)
 
 
@@ -266,7 +266,7 @@ def test_a_step_may_be_split_otherwise_between_two_lives_where_the_rule_for_F_is
     straight = replace(previous, name="straight")
     pretrain(straight, quiet)
     stop_after(previous, 4)
-    pretrain(replace(previous, data=replace(previous.data, micro_batch_rows=2)), quiet)
+    pretrain(replace(previous, data=replace(previous.data, micro_batch_size=2)), quiet)
     for line, expected in zip(lines(previous), lines(straight), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-9)
         assert line.get("samples") == expected.get("samples")

@@ -27,21 +27,21 @@ def quiet(message: str) -> None:
 
 
 def lines(config: Config, kind: str = "train") -> list[dict[str, Any]]:
-    text = (Path(config.train.runs) / config.name / "metrics.jsonl").read_text()
+    text = (Path(config.train.output_dir) / config.name / "metrics.jsonl").read_text()
     found = [json.loads(line) for line in text.splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMED} for line in found
             if line["kind"] == kind]
 
 
 def recorded(config: Config) -> list[int]:
-    files = sorted((Path(config.train.runs) / config.name).glob("unreadable-*.jsonl"))
+    files = sorted((Path(config.train.output_dir) / config.name).glob("unreadable-*.jsonl"))
     return [json.loads(line)["sample"] for file in files for line in file.read_text().splitlines()]
 
 
 def stopped_after(config: Config, step: int, report: Callable[[str], None] = quiet) -> None:
     """Trains, and leaves the directory as a kill behind the checkpoint of `step` leaves it."""
     pretrain(config, report)
-    run = Path(config.train.runs) / config.name
+    run = Path(config.train.output_dir) / config.name
     for folder in folders(run):
         if int(folder.name.removeprefix("step-")) > step:
             shutil.rmtree(folder)
@@ -91,7 +91,7 @@ def test_a_run_with_masked_rows_continues_as_if_never_stopped(masking: Config) -
 
 def test_other_rows_stay_where_they_are(masking: Config, run_config: Config) -> None:
     """Up to the first step with a masked row, training is that of the sound corpus."""
-    first = missing_samples(masking)[0] // masking.data.rows_per_step
+    first = missing_samples(masking)[0] // masking.data.global_batch_size
     sound, damaged = (Reader(config.data, config.seed, VOCABULARY, report=quiet) for config in (run_config, masking))
     for step in range(masking.total_steps):
         one, other = sound.read_steps(step, step + 1), damaged.read_steps(step, step + 1)
@@ -103,23 +103,23 @@ def test_other_rows_stay_where_they_are(masking: Config, run_config: Config) -> 
 
 def test_too_many_masked_rows_end_the_run(masking: Config) -> None:
     missing = missing_samples(masking)
-    bound = (len(missing) - 0.5) / (masking.total_steps * masking.data.rows_per_step)
+    bound = (len(missing) - 0.5) / (masking.total_steps * masking.data.global_batch_size)
     with pytest.raises(DataError, match=r"data\.max_unreadable = .*: \d+ of \d+ rows could not be read"):
         pretrain(replace(masking, data=replace(masking.data, max_unreadable=bound)), quiet)
 
 
 def test_rows_missed_before_a_stop_count_towards_the_bound_after_it(masking: Config) -> None:
     missing = missing_samples(masking)
-    before = sum(sample < 6 * masking.data.rows_per_step for sample in missing)
+    before = sum(sample < 6 * masking.data.global_batch_size for sample in missing)
     assert before >= len(missing) - before > 0, "neither life alone may reach the bound"
     stopped_after(masking, 6)
-    bound = (before + 0.5) / (masking.total_steps * masking.data.rows_per_step)
+    bound = (before + 0.5) / (masking.total_steps * masking.data.global_batch_size)
     with pytest.raises(DataError, match=rf"data\.max_unreadable = .*: {before + 1} of"):
         pretrain(replace(masking, data=replace(masking.data, max_unreadable=bound)), quiet)
 
 
 def test_a_step_without_any_readable_row_changes_nothing_but_the_schedule(masking: Config) -> None:
-    data = replace(masking.data, rows_per_step=1, micro_batch_rows=1)
+    data = replace(masking.data, global_batch_size=1, micro_batch_size=1)
     config = replace(masking, data=data, optim=replace(masking.optim, total_tokens=64 * 12, warmup_tokens=64),
                      train=replace(masking.train, log_every_steps=1))
     pretrain(config, quiet)

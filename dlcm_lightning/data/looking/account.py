@@ -45,7 +45,7 @@ def _line(name: str, parts: Sequence[Consumed], audit: Audit, own: Consumed | No
     samples, off = max(1, audit.samples), round(float(rows - exact), 2) + 0.0  # which is never -0.0
     unreadable = sum(part.unreadable for part in parts)
     return (harmless(name), percent(float(exact / samples)), percent(rows / samples),
-            f"{rows * audit.config.data.row_tokens:,d}", f"{rows:,d}", f"{off:+.2f}",
+            f"{rows * audit.config.data.sequence_length:,d}", f"{rows:,d}", f"{off:+.2f}",
             f"{float(own.epochs):.3f}" if own else "", f"{own.begun:,d}" if own else "",
             f"{unreadable:,d}" if unreadable else "")
 
@@ -55,8 +55,8 @@ def _headline(audit: Audit) -> str:
     place = (f"newest checkpoint {audit.checkpoint.name}" if audit.step == audit.checkpoint_step
              else f"its newest checkpoint is {audit.checkpoint.name}")
     return (f"{audit.run} at step {audit.step:,d} of {audit.config.total_steps:,d} ({place}): "
-            f"{audit.samples * data.row_tokens:,d} of {audit.planned_samples * data.row_tokens:,d} tokens, "
-            f"{audit.samples:,d} rows of {data.row_tokens:,d}")
+            f"{audit.samples * data.sequence_length:,d} of {audit.planned_samples * data.sequence_length:,d} tokens, "
+            f"{audit.samples:,d} rows of {data.sequence_length:,d}")
 
 
 def find_text(audit: Audit, content: bytes) -> tuple[bytes, list[Place]]:
@@ -161,7 +161,7 @@ def _when(audit: Audit, place: Place) -> Iterator[str]:
     rows = [("", "after tokens", "step", "sample", "row", "tokens of it", "epoch", "")]
     for one in found[:MOST_LINES]:
         state = "to come" if one.sample >= audit.samples else "unreadable" if one.sample in audit.unreadable else "seen"
-        rows.append(("   ", f"{one.sample * data.row_tokens:,d}", f"{one.sample // data.rows_per_step + 1:,d}",
+        rows.append(("   ", f"{one.sample * data.sequence_length:,d}", f"{one.sample // data.global_batch_size + 1:,d}",
                      f"{one.sample:,d}", f"{one.row:,d}", f"{one.tokens:,d}", f"{one.epoch + 1:,d}", state))
     if found:
         yield from table(rows, "<>>>>>><")

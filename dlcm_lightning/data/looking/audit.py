@@ -80,11 +80,11 @@ class Audit:
 
     @property
     def samples(self) -> int:
-        return self.step * self.config.data.rows_per_step
+        return self.step * self.config.data.global_batch_size
 
     @property
     def planned_samples(self) -> int:
-        return self.config.total_steps * self.config.data.rows_per_step
+        return self.config.total_steps * self.config.data.global_batch_size
 
     @cached_property
     def unreadable(self) -> dict[int, str]:
@@ -130,7 +130,7 @@ class Audit:
 
     def rows_of(self, place: Place) -> list[tuple[int, int]]:
         """Rows of its stream that hold some of a document, and how many of its tokens. The tail fills no row."""
-        length = self.config.data.row_tokens
+        length = self.config.data.sequence_length
         first, end = place.first, place.first + place.tokens
         rows = range(first // length, min((end - 1) // length + 1, place.source.rows(length)))
         return [] if place.skipped else [
@@ -153,7 +153,7 @@ def open_audit(run: str | Path, overrides: Sequence[str] = (), at_step: int | No
     folder, found = _newest(run)
     config = load_config(run / CONFIG, overrides)
     written = load_config(folder / CONFIG, [f"data.root={json.dumps(config.data.root)}"])
-    step, reached = int(found["step"]), int(found["step"]) * written.data.rows_per_step
+    step, reached = int(found["step"]), int(found["step"]) * written.data.global_batch_size
     position = step if at_step is None else at_step
     if not 0 <= position <= config.total_steps:
         raise DataError(f"--at-step {position}: the run has {config.total_steps} steps")
@@ -161,11 +161,11 @@ def open_audit(run: str | Path, overrides: Sequence[str] = (), at_step: int | No
     if reader.fingerprint != found["identity"]["data_fingerprint"]:
         raise DataError(f"data.root = {config.data.root!r}: its shards or their order are not those that {folder} was "
                         "trained on; give the data of the run as data.root=..., or restore them")
-    reader.check_lasts(config.total_steps * config.data.rows_per_step)
+    reader.check_lasts(config.total_steps * config.data.global_batch_size)
     before = reader
     if (written.data.sources, written.data.weight_changes) != (config.data.sources, config.data.weight_changes):
         before = Reader(written.data, written.seed, written.model.vocab_size, verify_all=False, report=report)
-    if written.data.rows_per_step != config.data.rows_per_step or (
+    if written.data.global_batch_size != config.data.global_batch_size or (
             _stretches(before.mixture, reached) != _stretches(reader.mixture, reached)):
         raise DataError(f"{run / CONFIG}: gives other rows before step {step} than {folder / CONFIG}, by which they "
                         "were read; restore it, and leave out overrides that change the past")

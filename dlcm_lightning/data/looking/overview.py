@@ -50,7 +50,7 @@ def open_run(config: Config, report: Callable[[str], None] = print) -> Reader:
 def plan(config: Config, reader: Reader) -> list[Planned]:
     """In the order of `reader.sources`; of a budget that outlasts the data, what there is."""
     mixture = reader.mixture
-    given = mixture.given(planned(mixture, config.total_steps * config.data.rows_per_step))
+    given = mixture.given(planned(mixture, config.total_steps * config.data.global_batch_size))
     weights = [Fraction(repr(float(part.weight))) for part in mixture.parts]
     return [Planned(source.name, source.domain, weights[number] / sum(weights), given[number],
                     Fraction(given[number], mixture.parts[number].order.rows), source.max_epochs)
@@ -59,7 +59,7 @@ def plan(config: Config, reader: Reader) -> list[Planned]:
 
 def overview(config: Config, reader: Reader) -> Iterator[str]:
     """The mixture and what the budget makes of it."""
-    length, rows = config.data.row_tokens, config.total_steps * config.data.rows_per_step
+    length, rows = config.data.sequence_length, config.total_steps * config.data.global_batch_size
     plans, train = plan(config, reader), streams_of(reader, "train")
     total = sum(one.rows for one in plans)
     yield (f"{harmless(config.name)}: {sum(stream.tokens for stream in train):,d} training tokens in "
@@ -83,8 +83,8 @@ def overview(config: Config, reader: Reader) -> Iterator[str]:
     if (there := planned(reader.mixture, rows)) < rows:
         yield ""
         yield (f"The data end before the budget: every source has been read max_epochs times after {there * length:,d} "
-               f"tokens, {there // config.data.rows_per_step:,d} whole steps. Raise data.sources[].max_epochs, or set "
-               f"optim.total_tokens to {there // config.data.rows_per_step * config.data.tokens_per_step} or less.")
+               f"tokens, {there // config.data.global_batch_size:,d} whole steps. Raise data.sources[].max_epochs, or set "
+               f"optim.total_tokens to {there // config.data.global_batch_size * config.data.tokens_per_step} or less.")
 
 
 def _line(name: str, plans: Sequence[Planned], streams: Sequence[Source], total: int, own: bool = False
@@ -104,7 +104,7 @@ def _line(name: str, plans: Sequence[Planned], streams: Sequence[Source], total:
 def _changes(config: Config, reader: Reader) -> Iterator[str]:
     """Every point of the budget from which other weights hold, and why."""
     mixture, data = reader.mixture, config.data
-    total = planned(mixture, config.total_steps * data.rows_per_step)
+    total = planned(mixture, config.total_steps * data.global_batch_size)
     for one in held(mixture, data):
         first = one.first_block * mixture.block_rows
         if not 0 < first < total or not (one.changed or one.used_up):
@@ -113,7 +113,7 @@ def _changes(config: Config, reader: Reader) -> Iterator[str]:
         reasons += [f"{harmless(name)} has been read max_epochs times" for name in one.used_up]
         shown = ", ".join(f"{harmless(name)} {percent(float(weight))}"
                           for name, weight in zip(mixture.names, one.weights, strict=True) if weight)
-        yield (f"from {first * data.row_tokens:,d} tokens, step {first // data.rows_per_step + 1:,d} "
+        yield (f"from {first * data.sequence_length:,d} tokens, step {first // data.global_batch_size + 1:,d} "
                f"({', '.join(reasons)}): {shown}")
 
 

@@ -29,7 +29,7 @@ class Held:
 
 def held(mixture: Mixture, config: DataConfig) -> Iterator[Held]:
     """One for each of mixture.stretches."""
-    samples = [-(-change.at_tokens // config.row_tokens) for change in config.weight_changes]
+    samples = [-(-change.at_tokens // config.sequence_length) for change in config.weight_changes]
     changes = [-(-sample // mixture.block_rows) for sample in samples]
     configured = [{part.name: part.weight for part in mixture.parts},
                   *(change.weights for change in config.weight_changes)]

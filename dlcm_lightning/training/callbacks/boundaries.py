@@ -51,7 +51,7 @@ class ShowBoundaries(Callback):
         self.documents: dict[str, Sequence[str]] = {
             domain: reader.fixed_documents(domain) for domain in dict.fromkeys(s.domain for s in reader.sources)
         }
-        self.max_tokens = reader.config.row_tokens
+        self.max_tokens = reader.config.sequence_length
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -86,7 +86,7 @@ class Metrics(Callback):
         assert step is not None
         self.window = step if self.window is None else self.window.to(step.domains.device) + step
         self._recent = step if self._recent is None else self._recent + step
-        clipped = (module.gradient_norm > (config.optim.clip_norm or torch.inf)).double()
+        clipped = (module.gradient_norm > (config.optim.max_grad_norm or torch.inf)).double()
         self.clipped = clipped if self.clipped is None else self.clipped.to(clipped.device) + clipped
         if trainer.global_step % config.train.log_every_steps and trainer.global_step != config.total_steps:
             return

@@ -36,7 +36,7 @@ class WatchUnreadable(Callback):
         assert isinstance(module, PretrainModule)
         if not trainer.is_global_zero:
             return  # the others write only after a step, which needs this rank
-        consumed = trainer.global_step * module.config.data.rows_per_step
+        consumed = trainer.global_step * module.config.data.global_batch_size
         for file in self.run.glob("unreadable-*.jsonl"):
             kept = [line for line in file.read_text().splitlines() if line.endswith("}")
                     and json.loads(line)["sample"] < consumed]
@@ -56,7 +56,7 @@ class WatchUnreadable(Callback):
                     self.report(f"unreadable: sample {row.sample} of {row.source!r}: {row.reason}")
         assert module.last_step is not None
         self.rows += round(module.last_step.scalar("unreadable").item())
-        consumed = trainer.global_step * data.rows_per_step
+        consumed = trainer.global_step * data.global_batch_size
         if self.rows > data.max_unreadable * max(consumed, data.block_rows):
             raise DataError(f"data.max_unreadable = {data.max_unreadable}: {self.rows} of {consumed} rows could not be "
                             f"read, see unreadable-*.jsonl in {self.run}; repair the shards (dlcm data verify), or "

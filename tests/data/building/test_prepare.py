@@ -62,7 +62,7 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
         Material("novel", "web-zh", novel, extract.sanguo),
         Material("code", "code", None, extract.python_files, lambda: code, 40_000),
     ))
-    return DataConfig(corpus="sample", tokenizer="bpe", root=str(tmp_path / "built"), row_tokens=32, rows_per_step=4,
+    return DataConfig(corpus="sample", tokenizer="bpe", root=str(tmp_path / "built"), sequence_length=32, global_batch_size=4,
                       block_rows=10, sources=[SourceConfig("wiki", "web-en", 0.5), SourceConfig("novel", "web-zh", 0.3),
                                               SourceConfig("code", "code", 0.2)])
 

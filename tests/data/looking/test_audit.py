@@ -62,17 +62,17 @@ def config_of(root: Path, runs: Path, seed: int = 3, caps: dict[str, float] | No
               weight_changes: list[WeightChange] | None = None) -> Config:
     sources = [SourceConfig(name, domain, weight, (caps or {}).get(name, 0))
                for name, domain, weight in (("web", "en", 0.5), ("law", "zh", 1 / 3), ("books", "en", 1 / 6))]
-    data = DataConfig(root=str(root), row_tokens=LENGTH, rows_per_step=ROWS, micro_batch_rows=2, block_rows=BLOCK,
+    data = DataConfig(root=str(root), sequence_length=LENGTH, global_batch_size=ROWS, micro_batch_size=2, block_rows=BLOCK,
                       validation_rows=3, shuffle_shards=2, sources=sources, weight_changes=weight_changes or [],
                       unreadable="mask")
     config = Config(name="mine", seed=seed, model=ModelConfig(vocab_size=VOCABULARY), data=data,
                     optim=OptimConfig(total_tokens=120 * ROWS * LENGTH, warmup_tokens=0))
-    return replace(config, train=replace(config.train, runs=str(runs)))
+    return replace(config, train=replace(config.train, output_dir=str(runs)))
 
 
 def run_of(config: Config, *steps: int) -> Path:
     """The directory of a run as training leaves it, with checkpoints of these steps."""
-    run = Path(config.train.runs) / config.name
+    run = Path(config.train.output_dir) / config.name
     identity = Identity(reader_of(config).fingerprint, "float32")
     for step in steps:
         leave_checkpoint(run, step, config, identity)
@@ -258,7 +258,7 @@ def test_other_data_than_the_runs_are_refused(root: Path, tmp_path: Path, tokeni
     shutil.rmtree(copy / "law")
     tokenize_documents(TEXTS["law"][:-1], tokenizer, copy / "law", source="law", domain="zh", validation_share=0.2,
                        shard_bytes=1500, block_tokens=300)
-    for overrides in ([f"data.root={copy}"], ["seed=4"], ["data.row_tokens=16"], ["data.block_rows=40"],
+    for overrides in ([f"data.root={copy}"], ["seed=4"], ["data.sequence_length=16"], ["data.block_rows=40"],
                       ["data.shuffle_shards=3"]):
         with pytest.raises(DataError, match=r"not those that .*step-00000060 was trained on"):
             open_audit(run, overrides)
@@ -274,7 +274,7 @@ def test_a_configuration_that_gives_another_past_is_refused_and_another_future_i
     assert audit.reader.mixture.stretches[-1].first_block == 24
     assert [one.rows for one in audit.consumed()] == audit.reader.mixture.given(480)
     past = replace(config, data=replace(config.data, weight_changes=[WeightChange(460 * LENGTH, {"law": 1.0})]))
-    for other in (past, replace(config, data=replace(config.data, rows_per_step=16))):
+    for other in (past, replace(config, data=replace(config.data, global_batch_size=16))):
         save_config(other, run / "config.yaml")
         with pytest.raises(DataError, match="gives other rows before step 60"):
             open_audit(run)

@@ -51,7 +51,7 @@ def flip(file: Path, at: int, bit: int = 0) -> None:
 def run_of(root: Path, *names: str) -> Config:
     sources = [SourceConfig(name, "en", 1 / len(names)) for name in names]
     return Config(name="mine", model=ModelConfig(vocab_size=VOCABULARY),
-                  data=DataConfig(root=str(root), row_tokens=64, sources=sources),
+                  data=DataConfig(root=str(root), sequence_length=64, sources=sources),
                   optim=OptimConfig(total_tokens=64, warmup_tokens=0))
 
 

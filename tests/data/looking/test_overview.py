@@ -44,7 +44,7 @@ def config_of(root: Path, *changes: WeightChange, tokens: int = 100 * ROWS * LEN
     sources = [SourceConfig(name, domain, weight, caps.get(name, 0))
                for name, domain, weight in (("web", "en", 0.5), ("law", "zh", 0.3), ("books", "en", 0.2))]
     return Config(name="mine", seed=4, model=ModelConfig(vocab_size=VOCABULARY),
-                  data=DataConfig(root=str(root), row_tokens=LENGTH, rows_per_step=ROWS, block_rows=BLOCK,
+                  data=DataConfig(root=str(root), sequence_length=LENGTH, global_batch_size=ROWS, block_rows=BLOCK,
                                   sources=sources, shuffle_shards=2, weight_changes=list(changes)),
                   optim=OptimConfig(total_tokens=tokens, warmup_tokens=0))
 
