@@ -41,8 +41,8 @@ from tqdm import tqdm
 from benchmarks.peers.stopwatch import Opened, Task, run
 from dlcm_lightning.config import DataConfig, SourceConfig, TrainConfig
 from dlcm_lightning.data import manifest
-from dlcm_lightning.data.building import writer
 from dlcm_lightning.data.loader import TrainingBatches
+from dlcm_lightning.data.preprocessing import writer
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer, train_bpe
 from dlcm_lightning.training.device import describe_hardware
@@ -111,7 +111,8 @@ def write_ours(folder: Path, tokenizer: Tokenizer, source: str, split: str, docu
 def ours(task: Task, state: Any) -> Opened:
     """An optimizer step of this project's loader is one batch here."""
     config = DataConfig(
-        corpus="shards", root=str(Path(task.corpus) / "ours"), sequence_length=task.sequence_length, global_batch_size=task.rows,
+        corpus="shards", root=str(Path(task.corpus) / "ours"), sequence_length=task.sequence_length,
+                        global_batch_size=task.rows,
         micro_batch_size=task.rows, workers=task.workers,
         sources=[SourceConfig(source, source, weight) for source, weight in task.sources.items()])
     reader = Reader(config, SEED, VOCABULARY)
@@ -213,7 +214,8 @@ def prepare(contender: Contender, blank: Task, cache: Path) -> str:
     for sequence_length in contender.written_for:
         made = Path(blank.corpus) / f"{contender.name}-{sequence_length}.made"
         if not made.is_file():
-            perform(replace(blank, loader=contender.name, action="write", sequence_length=sequence_length), interpreter, cache)
+            perform(replace(blank, loader=contender.name, action="write", sequence_length=sequence_length),
+                    interpreter, cache)
             made.touch()
     return interpreter
 
@@ -313,7 +315,8 @@ def table(summary: Summary, failed: dict[str, str], versions: dict[str, str]) ->
     lines = []
     for sequence_length in ROW_TOKENS:
         places = [f"{sequence_length} tokens, {workers} workers" for workers in WORKERS]
-        lines += ["", f"{f'rows of {sequence_length}':<24}" + "".join(f"{place.split(', ')[1]:>40}" for place in places),
+        lines += ["", f"{f'rows of {sequence_length}':<24}" + "".join(f"{place.split(', ')[1]:>40}"
+                                                                      for place in places),
                   " " * 24 + "".join(f"{head:>10}" for head, _ in columns.values()) * len(places)]
         for loader, numbers in summary.items():
             cells = "".join(f"{numbers[f'{name}, {place}']:>10.{digits}f}"

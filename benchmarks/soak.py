@@ -31,8 +31,8 @@ from tqdm import tqdm
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data import store
-from dlcm_lightning.data.building.writer import ShardWriter, finish_split
 from dlcm_lightning.data.loader import TrainingBatches
+from dlcm_lightning.data.preprocessing.writer import ShardWriter, finish_split
 from dlcm_lightning.data.reader import Reader, micro_batches_per_step
 from dlcm_lightning.data.tokenizer import Tokenizer, train_bpe
 
@@ -73,7 +73,7 @@ class Account:
     masked: int = 0
     wrong: int = 0
     """Samples that came twice, differ from what was written, or were masked without need."""
-    lives: int = 0
+    attempts: int = 0
 
 
 def write(root: Path, name: str, tokens: int, shard_bytes: int, tokenizer: Tokenizer, seed: int) -> np.ndarray:
@@ -178,19 +178,19 @@ def soak(root: Path, tokens: int, seed: int) -> tuple[Account, int, int, float]:
     step, began = 0, time.perf_counter()
     with tqdm(total=steps * ROWS * ROW, desc="reading", unit="token", unit_scale=True) as bar:
         while step < steps:
-            life = min(steps - step, dice.randint(1, 120))
+            attempt = min(steps - step, dice.randint(1, 120))
             world, workers = dice.choice((1, 2, 3, 4, 8)), dice.choice((0, 0, 1, 2))
             place = str(root) if dice.random() < 0.5 else f"unreliable:/{root}"
             reader = Reader(replace(local, root=place), seed, VOCABULARY, verify_all=False, report=lambda _: None)
             for rank in range(world):
                 per_step = micro_batches_per_step(ROWS, local.micro_batch_size, world)
-                coming = TrainingBatches(reader, rank, world, step, step + life, workers)
+                coming = TrainingBatches(reader, rank, world, step, step + attempt, workers)
                 for number, batch in enumerate(coming):
                     check(reader, batch, truth, seen, account)
                     if number % per_step == 0:  # every micro-batch names the rows of its whole step
                         check_masked(reader, batch, bad, seen, account)
-            step, account.lives = step + life, account.lives + 1
-            bar.update(life * ROWS * ROW)
+            step, account.attempts = step + attempt, account.attempts + 1
+            bar.update(attempt * ROWS * ROW)
     return account, steps * ROWS, expected, time.perf_counter() - began
 
 
@@ -208,12 +208,12 @@ def main() -> int:
         shutil.rmtree(root)
     good = account.wrong == 0 and account.exact + account.masked == samples and account.masked == expected
     result = {"tokens": samples * ROW, "samples": samples, "exact": account.exact, "masked": account.masked,
-              "had to be masked": expected, "wrong": account.wrong, "lives": account.lives, "seconds": seconds,
+              "had to be masked": expected, "wrong": account.wrong, "attempts": account.attempts, "seconds": seconds,
               "seed": arguments.seed,
               "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
     if arguments.tokens >= 10**8:
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{samples * ROW:,} tokens in {samples:,} samples over {account.lives} lives: {account.exact:,} exact, "
+    print(f"{samples * ROW:,} tokens in {samples:,} samples over {account.attempts} attempts: {account.exact:,} exact, "
           f"{account.masked:,} masked where {expected:,} had to be, {account.wrong:,} wrong: "
           f"{'every one accounted for' if good else 'NOT ACCOUNTED FOR'}")
     return 0 if good else 1

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from dlcm_lightning.compose import load_config
-from dlcm_lightning.data.building.prepare import prepare_sample_corpus
+from dlcm_lightning.data.preprocessing.prepare import prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.flops import training_flops_per_token
 from dlcm_lightning.ops.attention import choose_backend

@@ -34,9 +34,9 @@ import tokenizers
 import zstandard
 from tqdm import tqdm
 
-from dlcm_lightning.data.building.crew import cores
-from dlcm_lightning.data.building.tasks import BATCH_CHARACTERS
-from dlcm_lightning.data.building.wheels import DEEPSEEK, DOWNLOADS, fetch
+from dlcm_lightning.data.preprocessing.tasks import BATCH_CHARACTERS
+from dlcm_lightning.data.preprocessing.wheels import DEEPSEEK, DOWNLOADS, fetch
+from dlcm_lightning.data.preprocessing.worker_pool import cores
 from dlcm_lightning.data.tokenizer import Tokenizer
 
 RESULTS = Path("benchmarks/results/tokenize.json")

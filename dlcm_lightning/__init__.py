@@ -10,15 +10,7 @@ LightningModule and a LightningDataModule for a Trainer of one's own, which `tra
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from dlcm_lightning.compose import load_config
-    from dlcm_lightning.export.portable import load_model
-    from dlcm_lightning.training.contract import trainer_arguments
-    from dlcm_lightning.training.datamodule import PretrainData
-    from dlcm_lightning.training.module import PretrainModule
-    from dlcm_lightning.training.run import pretrain
+from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["PretrainData", "PretrainModule", "load_config", "load_model", "pretrain", "trainer_arguments"]

@@ -16,8 +16,8 @@ from torch import Tensor
 from dlcm_lightning.ops.noise import uniform
 from dlcm_lightning.ops.segments import Segments
 
-NO_TARGET = -100
-"""Target of a token that predicts nothing: the last of its document, and every token of a filler row."""
+IGNORE_INDEX = -100
+"""Target of a token that predicts nothing: the last of its document, and every token of a padding row."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What one rank reads for one optimizer step, all its micro-batches together, filler rows left out."""
+    """What one rank reads for one optimizer step, all its micro-batches together, padding rows left out."""
 
     targets: int = 0
     tokens: int = 0
     documents: int = 0
     """Pieces counted as such."""
     unreadable: tuple[Unreadable, ...] = ()
-    """Rows that could not be read and are fillers instead."""
+    """Rows that could not be read and are padding rows instead."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Batch:
     domains: Tensor
     """(B,) int64: index of each row's domain in `DataConfig.domains`."""
     samples: Tensor
-    """(B,) int64: index of each row in the global sequence; -1 for filler rows, which count in no statistic."""
+    """(B,) int64: index of each row in the global sequence; -1 for padding rows, which count in no statistic."""
     step: StepCounts
     """Of the optimizer step it belongs to."""
     following: StepCounts = StepCounts()
@@ -75,9 +75,9 @@ class Batch:
 
     @cached_property
     def targets(self) -> Tensor:
-        """(T,) int64, on the batch's device: the next token of the same document, or NO_TARGET."""
-        following = self.stream[:, 1:].long().masked_fill_((self.samples < 0)[:, None], NO_TARGET)
-        return following.view(-1).index_fill_(0, self.ends, NO_TARGET)
+        """(T,) int64, on the batch's device: the next token of the same document, or IGNORE_INDEX."""
+        following = self.stream[:, 1:].long().masked_fill_((self.samples < 0)[:, None], IGNORE_INDEX)
+        return following.view(-1).index_fill_(0, self.ends, IGNORE_INDEX)
 
     @cached_property
     def noise(self) -> Tensor:
@@ -90,7 +90,7 @@ class Batch:
         return self.domains.repeat_interleave(self.sequence_length)
 
     def counted(self) -> Tensor:
-        """(T,) bool: whether a token counts in statistics, i.e. is not of a filler row."""
+        """(T,) bool: whether a token counts in statistics, i.e. is not of a padding row."""
         return (self.samples >= 0).repeat_interleave(self.sequence_length)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -101,7 +101,7 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        documents = Segments(change(self.documents.starts), self.documents.longest)
+        documents = Segments(change(self.documents.cu_seqlens), self.documents.max_seqlen)
         return replace(
             self, stream=change(self.stream), ends=change(self.ends), documents=documents,
             noise_keys=change(self.noise_keys), domains=change(self.domains), samples=change(self.samples),

@@ -24,7 +24,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -37,6 +37,14 @@ from dlcm_lightning.config import Config, ConfigError, DataConfig, SourceConfig
 from dlcm_lightning.shipped import RUNS, find, names, root
 
 COMMAND_LINE = "command line"
+RENAMED = {
+    "data.row_tokens": "data.sequence_length", "data.rows_per_step": "data.global_batch_size",
+    "data.micro_batch_rows": "data.micro_batch_size", "train.runs": "train.output_dir",
+    "optim.eta_token": "optim.lr_token", "optim.eta_concept": "optim.lr_concept",
+    "optim.eta_other": "optim.lr_other", "optim.eta_boundary": "optim.lr_boundary",
+    "optim.clip_norm": "optim.max_grad_norm", "job.lives_without_progress": "job.max_restarts_without_progress",
+}
+"""Fields by the names that they once had: refused where they are written, understood where a run has saved them."""
 LARGEST_INT = 2**63 - 1
 """What arrays can hold. What makes sense of a field is bounded closer, by its own check."""
 
@@ -65,22 +73,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path: of a file, or the name of one that is shipped, such as quickstart. ConfigError: the field, its value, where it
     was written, and the remedy.
     """
-    tree = _blank_config()
-    for origin, written in _layers(find(str(path), RUNS), ()):
-        _assign_section(tree, Config, written, "", origin)
-    for override in overrides:
-        _assign_section(tree, Config, _parse_override(override), "", COMMAND_LINE)
-    return _frozen(tree, str(path))
+    return _composed(_layers(find(str(path), RUNS), ()), overrides)
+
+
+def load_saved_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a run has saved, of this version or an earlier one; otherwise as `load_config`."""
+    written = _read_yaml(Path(path))
+    for old, new in RENAMED.items():
+        (section, old_key), (_, new_key) = old.split("."), new.split(".")
+        for tree in (written.values, written.texts):
+            if isinstance(fields := tree.get(section), dict) and old_key in fields:
+                fields[new_key] = fields.pop(old_key)
+    return _composed([(str(path), written)], overrides)
 
 
 def config_from(plain: Mapping[str, Any], origin: str = "a checkpoint") -> Config:
     """A Config from its plain form, as `dataclasses.asdict` gives it; what is left out keeps its default."""
-    tree = _blank_config()
-    _assign_section(tree, Config, Written(plain, plain), "", origin)
-    return _frozen(tree, origin)
+    return _composed([(origin, Written(plain, plain))], ())
 
 
-def _frozen(tree: DictConfig, origin: str) -> Config:
+def _composed(layers: Iterable[tuple[str, Written]], overrides: Sequence[str]) -> Config:
+    """Of layers, each with where it stands, the last one being the run file."""
+    tree, origin = _blank_config(), ""
+    for origin, written in layers:
+        _assign_section(tree, Config, written, "", origin)
+    for override in overrides:
+        _assign_section(tree, Config, _parse_override(override), "", COMMAND_LINE)
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere, or a value left at ???
@@ -233,6 +251,9 @@ def _assign_section(node: DictConfig, section: type, written: Written, name: str
     types = get_type_hints(section)
     for key, value in written.values.items():
         field_name = _join(name, str(key))
+        if key not in types and field_name in RENAMED:
+            raise ConfigError(f"{field_name} = {value!r} ({_where(origin)}): the field is called {RENAMED[field_name]} "
+                              "now; write that")
         if key not in types:
             raise ConfigError(f"{field_name} = {value!r} ({_where(origin)}): there is no such field; "
                               f"{_suggest_field(field_name, name, types)}")

@@ -1,4 +1,4 @@
-# What differs between clusters, and nowhere else. Read where jobs are submitted and at the start of every life.
+# What differs between clusters, and nowhere else. Read where jobs are submitted and at the start of every attempt.
 
 # Of sbatch. These count when a template is started with bash, which submits itself. Before a plain sbatch, read this file
 # into the shell: . slurm/site.sh

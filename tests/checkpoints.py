@@ -10,7 +10,7 @@ from dlcm_lightning.checkpoint import tensors
 from dlcm_lightning.checkpoint.folder import CALLBACKS, CONFIG, Fingerprint, Identity, Manifest, complete, describe_file
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config
-from dlcm_lightning.layout import unfinished
+from dlcm_lightning.run_directory import unfinished
 
 STATE, OTHER = (tensors.file_name(number, 2) for number in range(2))
 IDENTITY = Identity("rows", "float32")

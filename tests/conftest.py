@@ -17,7 +17,7 @@ from dlcm_lightning.config import (
     SourceConfig,
     TrainConfig,
 )
-from dlcm_lightning.data.building.build import tokenize_documents
+from dlcm_lightning.data.preprocessing.build import tokenize_documents
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer, train_bpe
 from tests.synthetic import VOCABULARY, make_texts

@@ -38,10 +38,10 @@ from dlcm_lightning.config import BoundaryConfig, ModelConfig
 State = dict[str, Tensor]
 
 COSINE_EPSILON = 1e-8
-"""Floor under the PRODUCT of the two norms (not under each of them) in every cosine."""
+"""NgramBaseline under the PRODUCT of the two norms (not under each of them) in every cosine."""
 GATE_EPSILON = 1e-4
 """The smoothing gate is clamped to [GATE_EPSILON, 1 - GATE_EPSILON]."""
-NO_TARGET = -100
+IGNORE_INDEX = -100
 """Target of a token that predicts nothing. Any negative target is read this way."""
 
 
@@ -375,7 +375,7 @@ def dense_forward(state: State, config: ModelConfig, tokens: Tensor) -> Tensor:
 
 def next_tokens(tokens: Tensor) -> Tensor:
     """Targets of a whole document: the next token, none for the last. (T,) -> (T,)."""
-    return torch.cat([tokens[1:], tokens.new_tensor([NO_TARGET])])
+    return torch.cat([tokens[1:], tokens.new_tensor([IGNORE_INDEX])])
 
 
 def cross_entropy(logits: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -396,7 +396,7 @@ def rate_loss(mean_b: Tensor, mean_p: Tensor, ratio: float) -> Tensor:
 
 def losses(outputs: Sequence[ReferenceOutput], targets: Sequence[Tensor], config: ModelConfig,
            previous_rate: float | None = None) -> ReferenceLosses:
-    """Losses of a global batch given as its documents (a piece of a document in a row is one; no filler rows).
+    """Losses of a global batch given as its documents (a piece of a document in a row is one; no padding rows).
 
     rate_scope `global` (the "Global Parser"): F and G are means over all tokens of the batch, Eq. 8-9.
     rate_scope `document` ("Normal"): Eq. 10 per document, then the mean over documents, short and long alike.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dlcm_lightning.data.building.writer import ShardWriter, finish_split
 from dlcm_lightning.data.manifest import Manifest
+from dlcm_lightning.data.preprocessing.writer import ShardWriter, finish_split
 
 VOCABULARY = 360
 ENGLISH = "the cat sat on a mat while rain fell over seven hills and nobody spoke"

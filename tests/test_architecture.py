@@ -18,19 +18,20 @@ PACKAGE = "dlcm_lightning"
 FLOORS = (
     {"errors", "paths"},
     {"config", "shipped"},
-    {"compose", "flops", "durable", "layout", "progress"},
+    {"compose", "flops", "atomic_io", "run_directory", "progress"},
     {"ops", "scaling"},
     {"batch"},
     {"model", "data"},
     {"checkpoint", "cluster"},
     {"export", "training"},
     {"inference"},
-    {"evaluation", "rehearsal"},
+    {"evaluation", "dry_run"},
     {"cli", "benchmarks"},
     {"__main__"},
 )
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-WITHOUT_TORCH = {"errors", "paths", "config", "shipped", "compose", "flops", "durable", "layout", "progress", "scaling"}
+WITHOUT_TORCH = {"errors", "paths", "config", "shipped", "compose", "flops", "atomic_io", "run_directory", "progress",
+                 "scaling"}
 USING_A_MODEL = {"export", "inference", "evaluation"}
 TRAINING_ONLY = {"lightning", "pytorch_lightning", "lightning_utilities", "torchmetrics", "deepspeed"}
 MAY_IMPORT_INSIDE_FUNCTIONS = {"cli"}  # refuses a wrong configuration before anything heavy loads

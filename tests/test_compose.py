@@ -297,16 +297,19 @@ def test_a_home_and_variables_in_a_path_are_replaced_and_addresses_are_no_folder
     config = load_config(SMOKE, ["train.output_dir=~/runs", "data.root=$SCRATCH/shards"])
     assert (config.train.output_dir, config.data.root) == (f"{Path.home()}/runs", "/scratch/shards")
     assert load_config(SMOKE, ["data.root=s3://bucket/$SCRATCH"]).data.root == "s3://bucket//scratch"
-    for override, said in (("data.root=$NOT_SET/x", "NOT_SET is not set"), ("train.output_dir=s3://b/x", "file systems"),
+    for override, said in (("data.root=$NOT_SET/x", "NOT_SET is not set"),
+                           ("train.output_dir=s3://b/x", "file systems"),
                            ("train.output_dir=file:x", "file systems"), ("train.output_dir=s3:/b/x", "file systems"),
-                           ("train.output_dir=", "give a path"), ("train.output_dir=~nobody-of-that-name/x", "no home folder")):
+                           ("train.output_dir=", "give a path"),
+                           ("train.output_dir=~nobody-of-that-name/x", "no home folder")):
         with pytest.raises(ConfigError, match=said):
             load_config(SMOKE, [override])
 
 
 @pytest.mark.parametrize("override", [
     "optim.total_tokens=10000000000000000000000", "optim.total_tokens=1000000000000000001", "data.sequence_length=0",
-    "data.sequence_length=99999999999", "data.global_batch_size=-1", "model.vocab_size=99999999999", "model.head_dim=1000000000",
+    "data.sequence_length=99999999999", "data.global_batch_size=-1", "model.vocab_size=99999999999",
+                                      "model.head_dim=1000000000",
     "model.encoder_layers=100000", "data.workers=100000", "seed=-1", "optim.max_grad_norm=1e300", "optim.lr_token=1e9",
     "model.rope_base=-1", "model.rope_base=0", "job.step_minutes=1e9", "train.keep_every_tokens=-1",
     "data.sources[0].max_epochs=1e30", "model.boundary.target_ratio=1e300", "train.devices=1000000", "train.nodes=-1",

@@ -19,7 +19,7 @@ from dlcm_lightning.config import BoundaryConfig, ModelConfig, MupConfig
 from tests.reference import (
     COSINE_EPSILON,
     GATE_EPSILON,
-    NO_TARGET,
+    IGNORE_INDEX,
     ReferenceOutput,
     State,
     attend,
@@ -444,7 +444,7 @@ def test_global_and_document_rates_by_hand() -> None:
     """R = 2: L = 2 (F G + (1-F)(1-G)) - 1. Documents of 1 and 3 tokens: globally F = 1/2, G = 5/8, so L = 0;
     apart (F, G) = (1, 1) gives 1 and (1/3, 1/2) gives 0."""
     outputs = [fake([1.0], [True]), fake([1.0, 0.25, 0.25], [True, False, False])]
-    targets = [torch.tensor([0]), torch.tensor([1, NO_TARGET, NO_TARGET])]
+    targets = [torch.tensor([0]), torch.tensor([1, IGNORE_INDEX, IGNORE_INDEX])]
     parser = losses(outputs, targets, tiny("paper", target_ratio=2.0, rate_weight=0.5))
     assert (parser.mean_b.item(), parser.mean_p.item(), parser.rate.item()) == (0.5, 0.625, 0)
     assert parser.cross_entropy.item() == pytest.approx(math.log(2))
@@ -456,7 +456,7 @@ def test_global_and_document_rates_by_hand() -> None:
 def test_gradient_on_p() -> None:
     """Every token gets lambda R/(R-1) (RF - 1) / T, T counting all tokens of the batch; F may be the last step's."""
     outputs = [fake([1.0, 0.3], [True, True]), fake([1.0, 0.2, 0.6], [True, False, True])]
-    targets = [torch.tensor([0, NO_TARGET]), torch.tensor([1, 0, NO_TARGET])]
+    targets = [torch.tensor([0, IGNORE_INDEX]), torch.tensor([1, 0, IGNORE_INDEX])]
     config = tiny("paper", target_ratio=4.0, rate_weight=0.03)
     for previous, rate in ((None, 4 / 5), (0.1, 0.1), (0.25, 0.25)):
         total = losses(outputs, targets, config, previous_rate=previous).total
@@ -469,8 +469,8 @@ def test_cross_entropy_against_torch() -> None:
     generator = torch.Generator().manual_seed(3)
     logits = [torch.randn(n, 40, generator=generator, dtype=torch.float64) for n in (3, 1, 6)]
     targets = [next_tokens(torch.randint(40, (n,), generator=generator)) for n in (3, 1, 6)]
-    assert targets[1].tolist() == [NO_TARGET]
-    expected = F.cross_entropy(torch.cat(logits), torch.cat(targets), ignore_index=NO_TARGET)
+    assert targets[1].tolist() == [IGNORE_INDEX]
+    expected = F.cross_entropy(torch.cat(logits), torch.cat(targets), ignore_index=IGNORE_INDEX)
     torch.testing.assert_close(cross_entropy(logits, targets), expected)
 
 

@@ -12,7 +12,7 @@ from dlcm_lightning import shipped
 from dlcm_lightning.cli import main
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import ConfigError
-from dlcm_lightning.data.building.recipe import load_recipe
+from dlcm_lightning.data.preprocessing.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 

@@ -110,7 +110,8 @@ def mosaicml(task: Task, state: Any) -> Opened:
     folder = Path(task.corpus) / f"mosaicml-{task.sequence_length}"
     streams = [streaming.Stream(local=str(folder / source), proportion=weight)
                for source, weight in task.sources.items()]
-    ahead = max(2**12, 4 * task.sequence_length)  # fastest of those tried; with the default, 8 batches, it mostly sleeps
+    ahead = max(2**12,
+                4 * task.sequence_length)  # fastest of those tried; with the default, 8 batches, it mostly sleeps
     dataset = streaming.StreamingDataset(streams=streams, epoch_size=task.epoch * task.rows, predownload=ahead,
                                          shuffle=True, batch_size=rows_at_once(task), shuffle_seed=SEED)
     loader = streaming.StreamingDataLoader(dataset, batch_size=rows_at_once(task), num_workers=task.workers)

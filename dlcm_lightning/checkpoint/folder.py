@@ -26,12 +26,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dlcm_lightning.atomic_io import flush, sha256_of, write_atomically
 from dlcm_lightning.checkpoint.tensors import SUFFIX, Tensors
-from dlcm_lightning.compose import load_config
+from dlcm_lightning.compose import load_saved_config
 from dlcm_lightning.config import Config
-from dlcm_lightning.durable import flush, sha256_of, write_atomically
 from dlcm_lightning.errors import CheckpointError, DamagedCheckpoint
-from dlcm_lightning.layout import CHECKPOINTS, UNFINISHED, finished, folders, unfinished
+from dlcm_lightning.run_directory import CHECKPOINTS, UNFINISHED, finished, folders, unfinished
 
 DAMAGED = "damaged-"
 CALLBACKS = "callbacks.json"
@@ -138,7 +138,7 @@ class Checkpoint:
     @property
     def config(self) -> Config:
         """Of the run that wrote it."""
-        return load_config(self.folder / CONFIG)
+        return load_saved_config(self.folder / CONFIG)
 
     @property
     def callbacks(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from dlcm_lightning.batch import NO_TARGET
+from dlcm_lightning.batch import IGNORE_INDEX
 from dlcm_lightning.checkpoint.folder import Fingerprint
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.model.dlcm import LanguageModel
@@ -33,7 +33,7 @@ class Probe:
         pieces = [torch.as_tensor(ids, dtype=torch.long) for ids in tokenizer.encode_documents(list(TEXTS))]
         self.lengths = [len(piece) for piece in pieces]
         self.tokens = torch.cat(pieces)
-        ends = torch.full((1,), NO_TARGET)
+        ends = torch.full((1,), IGNORE_INDEX)
         self.targets = torch.cat([torch.cat([piece[1:], ends]) for piece in pieces])
 
     @torch.no_grad()

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dlcm_lightning.cli.arguments import QUICKSTART, is_override, parser
+from dlcm_lightning.cluster.attempts import this_attempt
 from dlcm_lightning.cluster.launch import leave
-from dlcm_lightning.cluster.lives import this_life
-from dlcm_lightning.data.looking.table import harmless
+from dlcm_lightning.data.inspection.table import escape_control_characters
 from dlcm_lightning.errors import DONE, FAILED, INTERRUPTED, STOPPED, USER_ERROR, Stopped, UserError
 
 
@@ -37,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED
     except UserError as error:
-        print(f"dlcm: {_rank()}{harmless(str(error))}", file=sys.stderr)
+        print(f"dlcm: {_rank()}{escape_control_characters(str(error))}", file=sys.stderr)
         if not isinstance(error, Stopped):
             return USER_ERROR
         # A job reads how its run left; another code would end the ranks that are still leaving.
-        return DONE if this_life() is not None else STOPPED
+        return DONE if this_attempt() is not None else STOPPED
     return DONE
 
 

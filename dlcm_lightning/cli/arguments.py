@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
 
     configured("pretrain", commands.pretrain, "train, or continue an unfinished run")
-    configured("job", commands.job, "one life of a run inside a SLURM job; what slurm/*.sh call")
+    configured("job", commands.job, "one attempt of a run inside a SLURM job; what slurm/*.sh call")
     command = subcommands.add_parser("submit", help="what slurm/*.sh call where they are started without sbatch",
                                   description="Check a configuration, copy the code into the run's directory, sbatch.")
     command.add_argument("script", type=_path, help="such as slurm/dlcm_1t.sh")

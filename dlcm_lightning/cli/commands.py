@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dlcm_lightning.cluster.lives import recorded
+from dlcm_lightning.cluster.attempts import recorded
 from dlcm_lightning.cluster.signals import print_stacks_when_asked
 from dlcm_lightning.cluster.world import place
 from dlcm_lightning.config import Config, ConfigError
@@ -39,19 +39,19 @@ def pretrain(arguments: argparse.Namespace) -> None:
 
 
 def job(arguments: argparse.Namespace) -> None:
-    raise SystemExit(load("cluster.job", "run_job")(arguments.config, arguments.overrides))
+    raise SystemExit(load("cluster.supervisor", "run_job")(arguments.config, arguments.overrides))
 
 
 def submit(arguments: argparse.Namespace) -> None:
-    number = load("cluster.snapshot", "submit")(arguments.script, arguments.config, arguments.overrides,
+    number = load("cluster.submit", "submit")(arguments.script, arguments.config, arguments.overrides,
                                                  arguments.sbatch)
     print(f"Submitted batch job {number}")
 
 
 def doctor(arguments: argparse.Namespace) -> None:
     if arguments.in_job:
-        _say_all(load("training.doctor", "answer_in_job")(arguments.config).lines())
-    elif not load("training.doctor", "examine")(place(load_config(arguments.config, arguments.overrides))[0], _say):
+        _say_all(load("training.preflight", "answer_in_job")(arguments.config).lines())
+    elif not load("training.preflight", "examine")(place(load_config(arguments.config, arguments.overrides))[0], _say):
         raise SystemExit(1)
 
 
@@ -76,10 +76,11 @@ def estimate(arguments: argparse.Namespace) -> None:
         arguments.nodes, arguments.gpus_per_node, arguments.gpu_gigabytes * 1e9, arguments.peak_tflops * 1e12,
         arguments.mfu)
     lines = load("scaling.estimate", "estimate")(
-        config, hardware, arguments.document_tokens or config.data.sequence_length, arguments.config, arguments.overrides)
+        config, hardware, arguments.document_tokens or config.data.sequence_length, arguments.config,
+                                                 arguments.overrides)
     _say_all(lines)
     if arguments.dry_run:
-        _say_all(load("rehearsal", "dry_run")(config))
+        _say_all(load("dry_run", "dry_run")(config))
 
 
 def verify_resume(arguments: argparse.Namespace) -> None:
@@ -112,15 +113,15 @@ def tokenize(arguments: argparse.Namespace) -> None:
     given = {"name": arguments.source, "domain": arguments.domain, "glob": arguments.glob,
              "text_field": arguments.text_field, "format": arguments.format}
     given = {key: value for key, value in given.items() if value is not None}
-    recipe_type = load("data.building.recipe", "Recipe")
+    recipe_type = load("data.preprocessing.recipe", "Recipe")
     if arguments.recipe:
-        recipe = replace(load("data.building.recipe", "load_recipe")(arguments.recipe), **given)
+        recipe = replace(load("data.preprocessing.recipe", "load_recipe")(arguments.recipe), **given)
     elif "name" in given and "domain" in given:
         recipe = recipe_type(**given)
     else:
         raise ConfigError("--source and --domain name what is built; give both, or --recipe with a file that does")
     megabyte, began = 1024**2, time.monotonic()
-    built = load("data.building.build", "tokenize")(
+    built = load("data.preprocessing.build", "tokenize")(
         arguments.inputs, arguments.out, recipe, tokenizer_folder=arguments.tokenizer, workers=arguments.workers,
         array=arguments.array, validation_share=arguments.validation_share,
         shard_bytes=max(1, int(arguments.shard_megabytes * megabyte)),
@@ -131,11 +132,11 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    _say_built(load("data.building.merge", "merge")(arguments.out, arguments.source))
+    _say_built(load("data.preprocessing.merge", "merge")(arguments.out, arguments.source))
 
 
 def _say_built(built: Any, seconds: float | None = None) -> None:
-    first, *others = load("data.building.account", "told")(built.account, seconds)
+    first, *others = load("data.preprocessing.account", "told")(built.account, seconds)
     _say(f"data: {built.folder} holds {first}")
     _say_all(f"data:   {line}" for line in others)
 
@@ -145,9 +146,9 @@ def verify(arguments: argparse.Namespace) -> None:
     if "://" in place or Path(place).is_dir():
         if arguments.overrides:
             raise ConfigError(f"{arguments.overrides[0]}: overrides go with a run file, and {place} is a folder")
-        found = load("data.looking.inventory", "verify_folder")(place, workers, _say)
+        found = load("data.inspection.inventory", "verify_folder")(place, workers, _say)
     else:
-        found = load("data.looking.inventory", "verify_run")(load_config(place, arguments.overrides), workers, _say)
+        found = load("data.inspection.inventory", "verify_run")(load_config(place, arguments.overrides), workers, _say)
     what = f"{found.shards:,d} shards of {found.sources:,d} sources, {found.bytes:,d} bytes"
     if found.damaged:
         damages = f"{found.damaged:,d} damage{'s' * (found.damaged != 1)}"
@@ -157,28 +158,28 @@ def verify(arguments: argparse.Namespace) -> None:
 
 def inspect(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    reader = load("data.looking.overview", "open_run")(config, _say)
-    _say_all(load("data.looking.overview", "overview")(config, reader))
-    _say_all(load("data.looking.overview", "documents")(reader, arguments.documents, arguments.characters))
+    reader = load("data.inspection.overview", "open_run")(config, _say)
+    _say_all(load("data.inspection.overview", "overview")(config, reader))
+    _say_all(load("data.inspection.overview", "documents")(reader, arguments.documents, arguments.characters))
     reader.check_lasts(config.total_steps * config.data.global_batch_size)
 
 
 def audit(arguments: argparse.Namespace) -> None:
-    open_audit = load("data.looking.audit", "open_audit")
+    open_audit = load("data.inspection.audit", "open_audit")
     opened = open_audit(arguments.run_folder, arguments.overrides, arguments.at_step, _say)
     identity, places = None, []
     if arguments.document:
         content = sys.stdin.buffer.read() if arguments.document == "-" else _content(arguments.document)
-        identity, places = load("data.looking.account", "find_text")(opened, content)
+        identity, places = load("data.inspection.account", "find_text")(opened, content)
     elif arguments.md5:
-        identity = load("data.looking.account", "parse_md5")(arguments.md5)
-        places = load("data.looking.account", "find_md5")(opened, identity)
+        identity = load("data.inspection.account", "parse_md5")(arguments.md5)
+        places = load("data.inspection.account", "find_md5")(opened, identity)
     elif arguments.number:
-        places = [load("data.looking.account", "find_number")(opened, arguments.number)]
+        places = [load("data.inspection.account", "find_number")(opened, arguments.number)]
     else:
-        _say_all(load("data.looking.account", "account")(opened))
+        _say_all(load("data.inspection.account", "account")(opened))
         return
-    _say_all(load("data.looking.account", "story")(opened, identity, places))
+    _say_all(load("data.inspection.account", "story")(opened, identity, places))
 
 
 def _content(file: str) -> bytes:
@@ -205,4 +206,4 @@ def _say(line: str) -> None:
 
 def prepare(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    load("data.building.prepare", "prepare_sample_corpus")(config.data, config.model.vocab_size)
+    load("data.preprocessing.prepare", "prepare_sample_corpus")(config.data, config.model.vocab_size)

@@ -1,9 +1,9 @@
 """What is asked before the first step, and what follows from the answers: a mistake of the user ends the job with its
-remedy; a bad node is left out of the next life. A node is bad where it has not answered, or found something that most
-others have not, or is much slower than the median: one slow node makes all of them slow.
+remedy; a bad node is left out of the next attempt. A node is bad where it has not answered, or found something that
+most others have not, or is much slower than the median: one slow node makes all of them slow.
 
 Ranks answer on their standard output, which srun carries to the job: that works where the file system or the network
-is what is broken. The measuring itself is in training/doctor.py.
+is what is broken. The measuring itself is in training/preflight.py.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from statistics import median
 from types import MappingProxyType
 
 from dlcm_lightning.config import Config
-from dlcm_lightning.layout import CHECKPOINTS
+from dlcm_lightning.run_directory import CHECKPOINTS
 from dlcm_lightning.scaling.memory import checkpoint_bytes, kept_bytes
 
 MARK = "DLCM-CHECK "
 """Before an answer, among whatever else a rank prints."""
 LONGEST_WORDS = 250
-LOOK = "look at srun.txt of this life; is the environment there on this node?"
+LOOK = "look at srun.txt of this attempt; is the environment there on this node?"
 FOLLOWS = ("answer", "all-reduce", "rank 0")
 """What may be missing on a good node because of another."""
 OF_THE_FIRST = ("shared directory", "first node")
@@ -48,7 +48,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CheckResult:
     """Of one rank."""
 
     rank: int
@@ -68,10 +68,10 @@ class Answer:
         return [MARK + json.dumps(one) for one in [*found, closing]]
 
 
-def answers_in(text: bytes) -> list[Answer]:
+def answers_in(text: bytes) -> list[CheckResult]:
     """Those that are complete, among whatever else ranks print."""
     findings: dict[int, list[Finding]] = {}
-    answers: dict[int, Answer] = {}
+    answers: dict[int, CheckResult] = {}
     for line in text[:text.rfind(b"\n") + 1].decode(errors="replace").splitlines():
         if MARK not in line:
             continue
@@ -80,7 +80,7 @@ def answers_in(text: bytes) -> list[Answer]:
         if "finding" in said:
             mine.append(Finding(**said["finding"]))
         else:
-            answers[said["rank"]] = Answer(findings=mine, **said)
+            answers[said["rank"]] = CheckResult(findings=mine, **said)
     return list(answers.values())
 
 
@@ -104,11 +104,11 @@ class Verdict:
         return lines
 
 
-def judge(answers: Iterable[Answer], nodes: Sequence[str], tasks: int, slowest_share: float,
+def judge(answers: Iterable[CheckResult], nodes: Sequence[str], tasks: int, slowest_share: float,
           ended: Mapping[str, str] = MappingProxyType({})) -> Verdict:
     """answers: those that came. tasks: of every node. ended: nodes whose tasks ended by themselves without one."""
     verdict = Verdict()
-    of_node: dict[str, list[Answer]] = {node: [] for node in nodes}
+    of_node: dict[str, list[CheckResult]] = {node: [] for node in nodes}
     for answer in answers:
         of_node.setdefault(answer.node, []).append(answer)
     for node, found in of_node.items():
@@ -150,7 +150,7 @@ def _are_bad(blamed: Mapping[str, Finding], nodes: Sequence[str]) -> bool:
     return 2 * len(blamed) <= len(nodes)
 
 
-def _speeds(of_node: dict[str, list[Answer]], slowest_share: float) -> Iterator[tuple[str, Finding]]:
+def _speeds(of_node: dict[str, list[CheckResult]], slowest_share: float) -> Iterator[tuple[str, Finding]]:
     """A node is as fast as its slowest rank."""
     products = {node: min(answer.product_flops for answer in found) for node, found in of_node.items() if found}
     reduces = {node: max(answer.reduce_seconds for answer in found) for node, found in of_node.items() if found}

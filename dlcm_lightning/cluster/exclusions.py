@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dlcm_lightning.durable import write_atomically
+from dlcm_lightning.atomic_io import write_atomically
 
 EXCLUDED = "excluded.json"
 
@@ -44,7 +44,7 @@ def record_exclusions(folder: Path, bad: Mapping[str, Sequence[str]], now: float
 
 
 def to_leave_out(folder: Path, given: Iterable[str], now: float | None = None, hours: float = 0) -> list[str]:
-    """Nodes that the next life does without. given: those that this one did without; what is not in the record among
+    """Nodes that the next attempt does without. given: those that this one did without; what is not in the record among
     them a person has excluded."""
     record = load_exclusions(folder)
     moment = time.time() if now is None else now

@@ -1,4 +1,4 @@
-"""Signs of life. A rank that hangs looks, from outside, like one that computes: it keeps its processor, or its GPU,
+"""Signs of attempt. A rank that hangs looks, from outside, like one that computes: it keeps its processor, or its GPU,
 busy waiting for a peer. So each says, every few seconds, in which phase of which step it is and for how long.
 
 A thread of the rank publishes what the main thread has noted. Where the whole process stands still, so does the thread,
@@ -34,7 +34,7 @@ def limits(job: JobConfig) -> Mapping[str, float]:
     return {phase: 60 * value for phase, value in minutes.items()}
 
 
-class Pulse:
+class HeartbeatWriter:
     """Of one rank. Without a folder it is only noted."""
 
     def __init__(self, folder: Path | None = None, rank: int = 0, seconds: float = 5.0) -> None:
@@ -82,7 +82,7 @@ class Pulse:
 
 
 @dataclass
-class Heard:
+class RankStatus:
     """The last that was heard of a rank."""
 
     rank: int
@@ -99,12 +99,12 @@ class Heard:
         return self.silent + now - self.at
 
 
-class Listener:
+class HangDetector:
     """The job's side: reads what the ranks publish."""
 
     def __init__(self, folder: Path, ranks: int, job: JobConfig, now: float) -> None:
         self.folder, self.limits, self.patience = folder, limits(job), 3 * job.heartbeat_seconds
-        self.heard = [Heard(rank, at=now) for rank in range(ranks)]
+        self.heard = [RankStatus(rank, at=now) for rank in range(ranks)]
 
     def listen(self, now: float) -> None:
         """Reads all. now: of a monotonic clock."""
@@ -114,9 +114,9 @@ class Listener:
             except (FileNotFoundError, ValueError, OSError):
                 continue
             if said["beat"] != before.beat:
-                self.heard[rank] = Heard(**said, at=now)
+                self.heard[rank] = RankStatus(**said, at=now)
 
-    def hung(self, now: float) -> Heard | None:
+    def hung(self, now: float) -> RankStatus | None:
         """The rank to blame, where one has been silent for longer than its phase may last; of several, the one whose
         process stands still altogether, then the one that is furthest behind."""
         silent = [one for one in self.heard if one.silence(now) > self.limits[one.phase]]
@@ -125,12 +125,12 @@ class Listener:
 
         present = [one for one in self.heard if one.phase != "left"]
 
-        def behind(one: Heard) -> tuple[bool, int, int, float]:
+        def behind(one: RankStatus) -> tuple[bool, int, int, float]:
             still = one.beat > 0 and now - one.at > self.patience
             return (not still, one.step, ORDER[one.phase], -one.silence(now))
 
         return min(present, key=behind)
 
-    def as_far_as(self, one: Heard) -> int:
+    def as_far_as(self, one: RankStatus) -> int:
         """Other ranks that stand where this one stands: from outside they look the same."""
         return sum((other.step, other.phase) == (one.step, one.phase) for other in self.heard) - 1

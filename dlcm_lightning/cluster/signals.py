@@ -82,7 +82,7 @@ class StopRequest:
         self._tell.close()  # which ends the thread
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._process:  # a process that was forked from this one has its own life
+        if os.getpid() == self._process:  # a process that was forked from this one has its own attempt
             self._signal = number
 
     def _forget(self) -> None:

@@ -2,8 +2,8 @@
 
 - A job that was preempted runs on as RUNNING until its notice is over; if its tasks leave before, it ends as COMPLETED
   and is *not* queued again: it has to do that itself. A job that was cancelled is COMPLETING at once, and `scontrol
-  requeue` would bring it back to life: it must stay dead. So a job asks for another life only while it is RUNNING, or
-  when its time is over, which SLURM does not requeue either.
+  requeue` would bring it back to attempt: it must stay dead. So a job asks for another attempt only while it is
+  RUNNING, or when its time is over, which SLURM does not requeue either.
 - `scontrol requeue` keeps the number of the job and the copy of its script. Where a site forbids it, another job that
   waits for this one does the same.
 """
@@ -83,7 +83,7 @@ class JobInfo:
 
     @property
     def may_go_on(self) -> bool:
-        """Whether this job may ask for another life: nobody has cancelled or requeued it meanwhile."""
+        """Whether this job may ask for another attempt: nobody has cancelled or requeued it meanwhile."""
         return self.fields.get("JobState") == "RUNNING" or self.fields.get("Reason") == "TimeLimit"
 
     @property

@@ -308,7 +308,7 @@ def _port(environment: Mapping[str, str], world: World) -> int:
 
 
 def step_port(job: str, number: int) -> int:
-    """The first of the ports of step (or life) `number` of a job."""
+    """The first of the ports of step (or attempt) `number` of a job."""
     return (int(job) * 101 + PORTS_OF_A_STEP * number) % PORTS + FIRST_PORT if job.isdecimal() else FIRST_PORT
 
 

@@ -59,6 +59,6 @@ class Config:
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes of every rank in one optimizer step; filler rows complete the last where rows are short."""
+        """Forward passes of every rank in one optimizer step; padding rows complete the last where rows are short."""
         rows = -(-self.data.global_batch_size // self.train.ranks)
         return -(-rows // self.data.micro_batch_size)

@@ -16,7 +16,8 @@ from dlcm_lightning.config.checks import (
 )
 
 BOUNDS = (
-    ("sequence_length", 1, 2**24), ("global_batch_size", 1, 2**24), ("micro_batch_size", 1, 2**20), ("block_rows", 1, 2**26),
+    ("sequence_length", 1, 2**24), ("global_batch_size", 1, 2**24), ("micro_batch_size", 1, 2**20),
+          ("block_rows", 1, 2**26),
     ("validation_rows", 1, 2**24), ("shuffle_shards", 1, 2**20), ("cache_megabytes", 1, 2**24), ("workers", 0, 1024),
     ("read_ahead_steps", 0, 4096),
 )

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dlcm_lightning.durable import write_atomically
+from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.errors import DataError
 
 FORMAT = 3

@@ -85,7 +85,8 @@ class Mixture:
         self.names = [part.name for part in parts]
         for part in parts:
             if part.order.rows < 1:
-                raise DataError(f"source {part.name!r}: no full row; lower data.sequence_length or leave the source out")
+                raise DataError(f"source {part.name!r}: no full row; lower data.sequence_length or leave the source "
+                                f"out")
         self.stretches: list[Stretch] = []
         self.samples: int | None = None
         """Until every source is used up; None where that never happens."""

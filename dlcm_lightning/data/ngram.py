@@ -27,7 +27,7 @@ from dlcm_lightning.data.source import Source
 
 
 @dataclass(frozen=True)
-class Floor:
+class NgramBaseline:
     """Bits per byte on one domain's validation rows."""
 
     domain: str
@@ -52,7 +52,7 @@ FITTED_TOKENS = 2**25
 counting sorts in memory."""
 
 
-def floors(reader: Reader, fitted_on: Literal["domain", "mixture"] = "domain") -> list[Floor]:
+def floors(reader: Reader, fitted_on: Literal["domain", "mixture"] = "domain") -> list[NgramBaseline]:
     """One per domain that has a source in use, in the order of `Reader.domains`."""
     vocabulary = len(reader.token_bytes)
     domains = [domain for domain in reader.domains if reader.training_stream(domain)]
@@ -69,7 +69,7 @@ def floors(reader: Reader, fitted_on: Literal["domain", "mixture"] = "domain") -
         training = fitted([domain]) if everything is None else everything
         unigram, trigram = log2_probabilities(training, validation, vocabulary)
         size = int(reader.token_bytes[validation.target].sum())
-        found.append(Floor(domain, float(-unigram.sum() / size), float(-trigram.sum() / size),
+        found.append(NgramBaseline(domain, float(-unigram.sum() / size), float(-trigram.sum() / size),
                            len(validation.target), size))
     return found
 

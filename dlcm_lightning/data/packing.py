@@ -35,13 +35,13 @@ class Rows:
     begins: np.ndarray
     """(B + 1,) int64: the starts of row b are starts[begins[b]:begins[b + 1]]."""
     samples: np.ndarray
-    """(B,) int64; -1 for fillers."""
+    """(B,) int64; -1 for padding rows."""
     domains: np.ndarray
     """(B,) int64."""
     noise_keys: np.ndarray
     """(B,) int64."""
     unreadable: tuple[tuple[int, Unreadable], ...]
-    """Rows that could not be read, by their place, where the configuration allows for it: fillers stand there."""
+    """Rows that could not be read, by their place, where the configuration allows for it: padding rows stand there."""
 
 
 def batches(rows: Rows, steps: int, micro_batch_size: int) -> Iterator[Batch]:
@@ -54,7 +54,8 @@ def batches(rows: Rows, steps: int, micro_batch_size: int) -> Iterator[Batch]:
     first_documents = np.searchsorted(documents, grid)
     longest = np.maximum.reduceat(np.diff(documents), first_documents[:-1:micro_batch_size]).tolist()
     real = np.add.reduceat(rows.samples >= 0, np.arange(0, count, per_step), dtype=np.int64)
-    # A document, or a piece of one, begins with every row, fillers too, and others inside; each start ends a document.
+    # A document, or a piece of one, begins with every row, padding rows too, and others inside; each start ends a
+    # document.
     of_steps = [real * length - np.diff(rows.begins[::per_step]), real * length,
                 np.diff(first_documents[::per_step]) - (per_step - real)]
     counts = [StepCounts(targets, tokens, among,

@@ -1,15 +1,16 @@
 """The corpus as a model sees it: global samples, their split over ranks and micro-batches, validation.
 
-Global step s consumes the samples [s * B, (s + 1) * B), B = global_batch_size, whatever the number of ranks. Rank r of W
-takes the contiguous part [r * B // W, (r + 1) * B // W) of them and cuts it into micro-batches of m rows; where that
-does not come out even, filler rows complete the last ones, so that every rank runs the same number of forward passes.
+Global step s consumes the samples [s * B, (s + 1) * B), B = global_batch_size, whatever the number of ranks. Rank r of
+W takes the contiguous part [r * B // W, (r + 1) * B // W) of them and cuts it into micro-batches of m rows; where that
+does not come out even, padding rows complete the last ones, so that every rank runs the same number of forward passes.
 The state of the reader is therefore one integer, the number of samples consumed, the same on every rank and for every
 number of ranks.
 
     reader = Reader(config.data, config.seed, config.model.vocab_size)
     for batch in TrainingBatches(reader, rank, world, first_step=100, last_step=200): ...  # loader.py
 
-A row that cannot be read is an error that names shard and sample, or, by configuration, a filler in the same place.
+A row that cannot be read is an error that names shard and sample, or, by configuration, a padding row in the same
+place.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def corpus_folder(config: DataConfig, vocab_size: int) -> Path:
 
 
 def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world: int) -> int:
-    """Forward passes of every rank in a step, fillers included."""
+    """Forward passes of every rank in a step, padding rows included."""
     rows = math.ceil(global_batch_size / world)
     return math.ceil(rows / micro_batch_size)
 
@@ -154,7 +155,7 @@ class Reader:
         return self._read(self._train, samples, sources, rows, self._noise_key)
 
     def validation_batch(self, samples: list[int]) -> Batch:
-        """Validation rows, indices into validation_rows; -1 gives a filler."""
+        """Validation rows, indices into validation_rows; -1 gives a padding row."""
         wanted = np.array([self.validation_rows[sample] if sample >= 0 else (-1, -1) for sample in samples])
         rows = self._read(self._validation, np.array(samples), wanted[:, 0], wanted[:, 1],
                           key(NOISE, key(self.seed, VALIDATION)))
@@ -194,7 +195,7 @@ class Reader:
 
     def _read(self, streams: list[Source], samples: np.ndarray, sources: np.ndarray, rows: np.ndarray, noise_key: int
               ) -> Rows:
-        """samples, sources, rows: (B,) int64, -1 for fillers."""
+        """samples, sources, rows: (B,) int64, -1 for padding rows."""
         length = self.config.sequence_length
         stream = np.empty((len(samples), length + 1), dtype=streams[0].dtype)
         found: list[np.ndarray] = []
@@ -206,22 +207,22 @@ class Reader:
             except DataError as error:
                 missed[place] = error
                 found.append(NO_STARTS)
-        fillers = samples < 0
-        fillers[list(missed)] = True
-        stream[fillers] = self.bos_id
+        padding = samples < 0
+        padding[list(missed)] = True
+        stream[padding] = self.bos_id
         if stream.max() >= len(self.token_bytes):
             self._find_wrong_ids(streams, asked, stream, missed)
-            fillers[list(missed)] = True
-            stream[fillers] = self.bos_id
+            padding[list(missed)] = True
+            stream[padding] = self.bos_id
         unreadable = tuple((place, self._unreadable(int(samples[place]), *asked[place], error))
                            for place, error in sorted(missed.items()))
         places, inside = np.repeat(np.arange(len(found)), [len(one) for one in found]), np.concatenate(found)
-        kept = (inside > 0) & ~fillers[places]
+        kept = (inside > 0) & ~padding[places]
         places, inside = places[kept], inside[kept]
         begins = np.searchsorted(places, np.arange(len(found) + 1))
         noise_keys = keys_of(noise_key, samples).view(np.int64)
-        return Rows(stream, inside + places * length, begins, np.where(fillers, -1, samples),
-                    np.where(fillers, 0, self._domains[sources]), noise_keys, unreadable)
+        return Rows(stream, inside + places * length, begins, np.where(padding, -1, samples),
+                    np.where(padding, 0, self._domains[sources]), noise_keys, unreadable)
 
     def _find_wrong_ids(self, streams: list[Source], asked: list[tuple[int, int]], stream: np.ndarray,
                         missed: dict[int, DataError]) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.data.byte_level import (
     byte_alphabet,
     bytes_of_signs,
@@ -36,7 +37,6 @@ from dlcm_lightning.data.byte_level import (
 )
 from dlcm_lightning.data.encoder import Encoder
 from dlcm_lightning.data.store import Store, store_at
-from dlcm_lightning.durable import write_atomically
 from dlcm_lightning.errors import DataError
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"

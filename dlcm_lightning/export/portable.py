@@ -26,12 +26,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dlcm_lightning.atomic_io import flush, sha256_of, write_atomically
 from dlcm_lightning.checkpoint import tensors
 from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, open_checkpoint
 from dlcm_lightning.checkpoint.probe import Probe, difference
-from dlcm_lightning.compose import load_config
+from dlcm_lightning.compose import load_saved_config
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.durable import flush, sha256_of, write_atomically
 from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.model.dlcm import LanguageModel, assemble
 from dlcm_lightning.ops.attention import choose_backend
@@ -146,7 +146,7 @@ def load_model(folder: str | Path, compute_dtype: torch.dtype = torch.float32, d
         raise CheckpointError(f"{folder}: not a whole exported model ({error!r}); export it again") from error
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read ({error}); correct the permissions") from error
-    config = load_config(folder / CONFIG).model
+    config = load_saved_config(folder / CONFIG).model
     where = torch.device(device)
     model = assemble(config, compute_dtype, choose_backend(config.attention, where, compute_dtype))
     try:

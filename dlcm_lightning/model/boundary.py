@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlcm_lightning.config import BoundaryConfig
-from dlcm_lightning.model.mup import Matrix, Role
+from dlcm_lightning.model.mup import MupLinear, Role
 from dlcm_lightning.ops.scan import linear_scan
 from dlcm_lightning.ops.segments import Segments
 
@@ -60,8 +60,8 @@ class Segmentation:
 
 def document_starts(documents: Segments, tokens: int) -> Tensor:
     """(T,) bool: whether a token is the first of its document."""
-    first = torch.zeros(tokens, dtype=torch.bool, device=documents.starts.device)
-    first[documents.starts[:-1].long()] = True
+    first = torch.zeros(tokens, dtype=torch.bool, device=documents.cu_seqlens.device)
+    first[documents.cu_seqlens[:-1].long()] = True
     return first
 
 
@@ -101,8 +101,8 @@ class LearnedBoundary(Boundary):
     def __init__(self, width: int, config: BoundaryConfig) -> None:
         super().__init__()
         self.config = config
-        self.query = Matrix(Role.BOUNDARY, width, width)
-        self.key = Matrix(Role.BOUNDARY, width, width)
+        self.query = MupLinear(Role.BOUNDARY, width, width)
+        self.key = MupLinear(Role.BOUNDARY, width, width)
         self.register_buffer("rate_bias", torch.zeros(()), persistent=config.biased)
         self.register_buffer("prior_mean", torch.zeros(width), persistent=config.centred)
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlcm_lightning.model.boundary import document_starts
-from dlcm_lightning.model.mup import Matrix, Role
-from dlcm_lightning.ops.pooling import mean_pool
+from dlcm_lightning.model.mup import MupLinear, Role
+from dlcm_lightning.ops.pool_and_replicate import mean_pool
 from dlcm_lightning.ops.scan import linear_scan
 from dlcm_lightning.ops.segments import Concepts, Segments
 
@@ -34,7 +34,7 @@ class Pool(nn.Module):
 
     def __init__(self, d_token: int, d_concept: int) -> None:
         super().__init__()
-        self.up = Matrix(Role.TOKEN_TO_CONCEPT, d_token, d_concept)
+        self.up = MupLinear(Role.TOKEN_TO_CONCEPT, d_token, d_concept)
 
     def forward(self, hidden: Tensor, concepts: Concepts, multiple: int) -> Tensor:
         """Returns (M rounded up to `multiple`, E); the added rows are zero."""
@@ -58,5 +58,5 @@ def round_up(documents: Segments, concepts: int, multiple: int) -> Segments:
     added = -concepts % multiple
     if added == 0:
         return documents
-    end = documents.starts.new_full((1,), concepts + added)
-    return Segments(torch.cat([documents.starts, end]), max(documents.longest, added))
+    end = documents.cu_seqlens.new_full((1,), concepts + added)
+    return Segments(torch.cat([documents.cu_seqlens, end]), max(documents.max_seqlen, added))

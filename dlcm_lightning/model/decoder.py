@@ -14,9 +14,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dlcm_lightning.model.layers import RMSNorm
-from dlcm_lightning.model.mup import Matrix, Role
+from dlcm_lightning.model.mup import MupLinear, Role
 from dlcm_lightning.ops.attention import attention
-from dlcm_lightning.ops.pooling import replicate
+from dlcm_lightning.ops.pool_and_replicate import replicate
 from dlcm_lightning.ops.segments import Concepts, Segments
 
 
@@ -30,10 +30,10 @@ class CrossAttention(nn.Module):
         self.head_dim = head_dim
         self.token_norm = RMSNorm(Role.NORM_TOKEN, d_token, norm_epsilon)
         self.concept_norm = RMSNorm(Role.NORM_CONCEPT, d_concept, norm_epsilon)
-        self.query = Matrix(Role.TOKEN, d_token, heads * head_dim)
-        self.key = Matrix(Role.CONCEPT_TO_TOKEN, d_concept, kv_heads * head_dim)
-        self.value = Matrix(Role.CONCEPT_TO_TOKEN, d_concept, kv_heads * head_dim)
-        self.out = Matrix(Role.TOKEN, heads * head_dim, d_token)
+        self.query = MupLinear(Role.TOKEN, d_token, heads * head_dim)
+        self.key = MupLinear(Role.CONCEPT_TO_TOKEN, d_concept, kv_heads * head_dim)
+        self.value = MupLinear(Role.CONCEPT_TO_TOKEN, d_concept, kv_heads * head_dim)
+        self.out = MupLinear(Role.TOKEN, heads * head_dim, d_token)
         self.query_head_norm = RMSNorm(Role.NORM_TOKEN, head_dim, norm_epsilon)
         self.key_head_norm = RMSNorm(Role.NORM_TOKEN, head_dim, norm_epsilon)
 

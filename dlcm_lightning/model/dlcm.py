@@ -26,7 +26,7 @@ from dlcm_lightning.model.boundary import Segmentation, build_boundary
 from dlcm_lightning.model.concepts import Pool, round_up, smooth
 from dlcm_lightning.model.decoder import CrossAttention
 from dlcm_lightning.model.layers import Stack, StackShape
-from dlcm_lightning.model.mup import Matrix, Role, Tagged
+from dlcm_lightning.model.mup import MupLinear, Role, RoleModule
 from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
 from dlcm_lightning.ops.segments import Concepts, Segments, concepts_from_boundaries
 
@@ -50,7 +50,7 @@ class Output:
     """None for the dense model."""
 
 
-class Embedding(Tagged):
+class Embedding(RoleModule):
     """(T,) ids -> (T, D)."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
@@ -77,7 +77,7 @@ def concept_stack(config: ModelConfig, recompute: str) -> StackShape:
     )
 
 
-class Unembedding(Matrix):
+class Unembedding(MupLinear):
     """The head. Called, it gives the loss and never holds the (T, V) logits of a whole batch."""
 
     def __init__(self, width: int, vocab_size: int, scale: float) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dlcm_lightning.model.mup import Matrix, Role, Tagged
+from dlcm_lightning.model.mup import MupLinear, Role, RoleModule
 from dlcm_lightning.ops.attention import attention
 from dlcm_lightning.ops.rope import Rotation, rotate, rotation
 from dlcm_lightning.ops.segments import Segments
@@ -47,7 +47,7 @@ def norm_role(role: Role) -> Role:
     return Role.NORM_CONCEPT if role is Role.CONCEPT else Role.NORM_TOKEN
 
 
-class RMSNorm(Tagged):
+class RMSNorm(RoleModule):
     """x / rms(x) * gain over the last axis, in at least fp32, returned in the dtype of x."""
 
     def __init__(self, role: Role, width: int, epsilon: float) -> None:
@@ -85,8 +85,8 @@ class SelfAttention(nn.Module):
     def __init__(self, shape: StackShape) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
-        self.qkv = Matrix(shape.role, shape.width, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
-        self.out = Matrix(shape.role, shape.heads * shape.head_dim, shape.width)
+        self.qkv = MupLinear(shape.role, shape.width, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+        self.out = MupLinear(shape.role, shape.heads * shape.head_dim, shape.width)
 
     def forward(self, x: Tensor, segments: Segments, angles: Rotation, backend: str) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, d)
@@ -101,8 +101,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, shape: StackShape) -> None:
         super().__init__()
-        self.gate_up = Matrix(shape.role, shape.width, 2 * shape.ffn)
-        self.down = Matrix(shape.role, shape.ffn, shape.width)
+        self.gate_up = MupLinear(shape.role, shape.width, 2 * shape.ffn)
+        self.down = MupLinear(shape.role, shape.ffn, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(_SwiGLU.apply(self.gate_up(x)))

@@ -44,7 +44,7 @@ class Role(Enum):
     BOUNDARY = "boundary"
 
 
-class Tagged(nn.Module):
+class RoleModule(nn.Module):
     """A module that holds exactly one parameter, `weight`, and knows its role."""
 
     def __init__(self, role: Role, *shape: int) -> None:
@@ -54,7 +54,7 @@ class Tagged(nn.Module):
         """An engine may cut it or take it away; `shape` remains."""
 
 
-class Matrix(Tagged):
+class MupLinear(RoleModule):
     """y = x W^T without bias, in the dtype of x. The stored weight keeps its own (fp32 when training)."""
 
     def __init__(self, role: Role, fan_in: int, fan_out: int) -> None:
@@ -93,7 +93,7 @@ def _deviation(role: Role, model: ModelConfig) -> float | None:
     return model.mup.sigma * (min(1.0, s_out / s_in) / s_in) ** 0.5
 
 
-def rule(role: Role, model: ModelConfig, optim: OptimConfig) -> Rule:
+def hyperparameters_of(role: Role, model: ModelConfig, optim: OptimConfig) -> Rule:
     """The line of the table for one role at one size."""
     s = _reads(role, model)
     epsilon = optim.epsilon / s
@@ -113,15 +113,15 @@ def logit_scale(model: ModelConfig) -> float:
     return 1 / model.s_token
 
 
-def tagged_parameters(module: nn.Module) -> Iterator[tuple[str, Tagged]]:
+def role_parameters(module: nn.Module) -> Iterator[tuple[str, RoleModule]]:
     """Every parameter's name and the module that holds it.
 
-    Raises ValueError for a parameter outside a Tagged module: it would train at nobody's learning rate.
+    Raises ValueError for a parameter outside a RoleModule module: it would train at nobody's learning rate.
     """
-    owners = {f"{name}.weight": child for name, child in module.named_modules() if isinstance(child, Tagged)}
+    owners = {f"{name}.weight": child for name, child in module.named_modules() if isinstance(child, RoleModule)}
     for name, _ in module.named_parameters():
         if name not in owners:
-            raise ValueError(f"parameter {name} has no role: hold it in a Tagged module")
+            raise ValueError(f"parameter {name} has no role: hold it in a RoleModule module")
         yield name, owners[name]
 
 
@@ -136,7 +136,7 @@ def initialise(module: nn.Module, model: ModelConfig, seed: int,
     that neither the order of construction, nor the device, nor the split over ranks enters. place: writes a whole
     tensor into a parameter of which this process may hold a part."""
     host = torch.device("cpu")
-    for name, owner in tagged_parameters(module):
+    for name, owner in role_parameters(module):
         deviation = _deviation(owner.role, model)
         if deviation is not None:
             generator = torch.Generator(host).manual_seed((seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**63)

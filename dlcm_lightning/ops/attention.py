@@ -57,7 +57,8 @@ def flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tens
     """flash_attn's varlen kernel. CUDA, fp16 or bf16. It does not ask for torch's deterministic mode, and unless it is
     told adds up the gradient of the queries in any order."""
     assert _flash_varlen is not None
-    return _flash_varlen(query, key, value, segments.starts, segments.starts, segments.longest, segments.longest,
+    return _flash_varlen(query, key, value, segments.cu_seqlens, segments.cu_seqlens, segments.max_seqlen,
+                         segments.max_seqlen,
                          causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
 
 
@@ -74,7 +75,8 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Ten
     else:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    return _torch_varlen(query, key, value, segments.starts, segments.starts, segments.longest, segments.longest,
+    return _torch_varlen(query, key, value, segments.cu_seqlens, segments.cu_seqlens, segments.max_seqlen,
+                         segments.max_seqlen,
                          **options)
 
 
@@ -123,7 +125,7 @@ def _sdpa_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
     """scaled_dot_product_attention over documents grouped by padded length. Any device and dtype."""
-    starts = segments.starts.long()
+    starts = segments.cu_seqlens.long()
     lengths = starts[1:] - starts[:-1]
     padded = (lengths + BUCKET - 1) // BUCKET * BUCKET  # (N,)
     padded_sorted, order = padded.sort(stable=True)
@@ -154,7 +156,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> 
     """One document at a time with an explicit score matrix. Any device and dtype; slow."""
     repeats = query.shape[1] // key.shape[1]
     outputs = []
-    bounds = segments.starts.tolist()
+    bounds = segments.cu_seqlens.tolist()
     for begin, end in pairwise(bounds):
         q = query[begin:end].transpose(0, 1)  # (H, L, d)
         k, v = (x[begin:end].repeat_interleave(repeats, dim=1).transpose(0, 1) for x in (key, value))

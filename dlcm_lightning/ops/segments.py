@@ -28,13 +28,13 @@ from torch import Tensor
 class Segments:
     """A partition of an axis into consecutive pieces, none of them empty."""
 
-    starts: Tensor
+    cu_seqlens: Tensor
     """(N + 1,) int32: the first position of every piece, and the length of the axis as last entry."""
-    longest: int
+    max_seqlen: int
     """An upper bound of the longest piece, known on the host: kernels size their grids by it without a sync."""
 
     def __len__(self) -> int:
-        return self.starts.shape[0] - 1
+        return self.cu_seqlens.shape[0] - 1
 
     @staticmethod
     def from_lengths(lengths: list[int], device: torch.device | str = "cpu") -> Segments:
@@ -46,20 +46,20 @@ class Segments:
         return Segments(starts.to(device), max(lengths))
 
     def to(self, device: torch.device | str) -> Segments:
-        return Segments(self.starts.to(device), self.longest)
+        return Segments(self.cu_seqlens.to(device), self.max_seqlen)
 
     def lengths(self) -> Tensor:
         """(N,) int32 length of every piece."""
-        return self.starts[1:] - self.starts[:-1]
+        return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
 
     def ids(self, size: int) -> Tensor:
         """(size,) int64: the piece each position lies in; `size` is the length of the axis, known on the host."""
-        pieces = torch.arange(len(self), device=self.starts.device)
+        pieces = torch.arange(len(self), device=self.cu_seqlens.device)
         return pieces.repeat_interleave(self.lengths(), output_size=size)
 
     def positions(self, size: int) -> Tensor:
         """(size,) int64: offset of each position within its piece."""
-        return torch.arange(size, device=self.starts.device) - self.starts.long()[self.ids(size)]
+        return torch.arange(size, device=self.cu_seqlens.device) - self.cu_seqlens.long()[self.ids(size)]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def concepts_from_boundaries(boundaries: Tensor, documents: Segments) -> Concept
     tokens = boundaries.shape[0]
     closing = boundaries.nonzero().squeeze(1)  # (M,)
     count = boundaries.long().cumsum(0)  # (T,) j(t) over the whole batch, inclusive
-    starts = documents.starts.long()
+    starts = documents.cu_seqlens.long()
     before = torch.cat([count.new_zeros(1), count])[starts]  # (N + 1,) concepts that lie before each document
     last_closing = closing[before[1:] - 1]  # (N,) the last boundary of every document
     ids = documents.ids(tokens)
@@ -103,5 +103,5 @@ def concepts_from_boundaries(boundaries: Tensor, documents: Segments) -> Concept
         pooled=pooled,
         pooled_tokens=kept,
         newest=count - 1,
-        documents=Segments(before.to(torch.int32), documents.longest),
+        documents=Segments(before.to(torch.int32), documents.max_seqlen),
     )

@@ -42,8 +42,9 @@ def estimate(config: Config, hardware: Hardware, document_tokens: float, run_fil
     """Lines. document_tokens: mean length, weighted by tokens. ConfigError: more ranks than rows of a step."""
     rows = config.data.global_batch_size
     if hardware.ranks > rows:
-        raise ConfigError(f"data.global_batch_size = {rows}: fewer than {hardware.ranks} ranks, so that some would only "
-                          "compute fillers; take fewer nodes, or more rows a step")
+        raise ConfigError(f"data.global_batch_size = {rows}: fewer than {hardware.ranks} ranks, so that some would "
+                          f"only "
+                          "compute padding rows; take fewer nodes, or more rows a step")
     yield from _model(config, document_tokens)
     yield ""
     yield from _time(config, hardware, document_tokens)

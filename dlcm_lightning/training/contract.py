@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from dlcm_lightning.config import Config, ConfigError
-from dlcm_lightning.training.strategies.engine import Engine
+from dlcm_lightning.training.strategies.full_state import FullStateStrategy
 
 
 def trainer_arguments(config: Config) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def check_trainer(trainer: Trainer, config: Config, fitting: bool) -> Config:
     fitting: it will train, and not only validate or test.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, (Engine, SingleDeviceStrategy, DDPStrategy)):
+    if not isinstance(strategy, (FullStateStrategy, SingleDeviceStrategy, DDPStrategy)):
         raise ConfigError(f"Trainer(strategy={type(strategy).__name__}): one device and DDP are known here; to spread "
                           "the model use train.strategy = fsdp2, zero1, zero2 or zero3 with `dlcm pretrain` or "
                           "`dlcm_lightning.pretrain`")
@@ -69,16 +69,20 @@ def _check_steps(trainer: Trainer, config: Config) -> None:
     micro_batches, data = config.micro_batches, config.data
     if any(isinstance(callback, GradientAccumulationScheduler)
            for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ConfigError("GradientAccumulationScheduler: a step has data.global_batch_size rows from first to last; leave "
+        raise ConfigError("GradientAccumulationScheduler: a step has data.global_batch_size rows from first to last; "
+                          "leave "
                           "the callback out")
     if trainer.accumulate_grad_batches != micro_batches:
-        raise ConfigError(f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): data.global_batch_size = "
-                          f"{data.global_batch_size} in micro-batches of {data.micro_batch_size} are {micro_batches} on "
+        raise ConfigError(f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): "
+                          f"data.global_batch_size = "
+                          f"{data.global_batch_size} in micro-batches of {data.micro_batch_size} are {micro_batches} "
+                          f"on "
                           f"{config.train.ranks} ranks; set accumulate_grad_batches={micro_batches}, or "
                           "Trainer(**trainer_arguments(config), ...)")
     clip, wanted = trainer.gradient_clip_val, config.optim.max_grad_norm
     if clip is not None and float(clip) != (wanted or math.inf):
-        raise ConfigError(f"Trainer(gradient_clip_val={clip}): optim.max_grad_norm = {wanted} clips; leave the argument "
+        raise ConfigError(f"Trainer(gradient_clip_val={clip}): optim.max_grad_norm = {wanted} clips; leave the "
+                          f"argument "
                           "out, or change the field")
     if trainer.gradient_clip_algorithm == "value":
         raise ConfigError("Trainer(gradient_clip_algorithm='value'): gradients are clipped by their global norm; leave "

@@ -20,8 +20,8 @@ from lightning.pytorch import LightningDataModule
 from dlcm_lightning.batch import Batch, StepCounts
 from dlcm_lightning.compose import config_from
 from dlcm_lightning.config import Config, ConfigError
-from dlcm_lightning.data.building.prepare import prepare_sample_corpus
 from dlcm_lightning.data.loader import TrainingBatches, ValidationBatches
+from dlcm_lightning.data.preprocessing.prepare import prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.ops.collectives import rank, world_size

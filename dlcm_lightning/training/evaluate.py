@@ -20,22 +20,22 @@ from typing import Any
 
 import torch
 
+from dlcm_lightning.atomic_io import sha256_of, write_atomically
 from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, open_checkpoint
 from dlcm_lightning.checkpoint.probe import Probe
-from dlcm_lightning.compose import differences, load_config
+from dlcm_lightning.compose import differences, load_saved_config
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.data.loader import ValidationBatches
-from dlcm_lightning.data.ngram import Floor, floors
+from dlcm_lightning.data.ngram import NgramBaseline, floors
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.durable import sha256_of, write_atomically
 from dlcm_lightning.errors import DataError
-from dlcm_lightning.layout import TOKENIZER_FILE
 from dlcm_lightning.ops.attention import choose_backend
+from dlcm_lightning.run_directory import TOKENIZER_FILE
+from dlcm_lightning.training.checkpoint_manager import check_fingerprint, load_weights
 from dlcm_lightning.training.device import choose_device, resolve_precision
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.persistence import check_fingerprint, load_weights
 from dlcm_lightning.training.report import validation_table
 from dlcm_lightning.training.validation import validate
 
@@ -60,8 +60,8 @@ def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Call
     load_weights(checkpoint, module)
     module.to(where)
     check_fingerprint(checkpoint, Probe(Tokenizer.load(reader.store)), module)
-    tally = validate(module, ValidationBatches(reader), progress=True)
-    metrics = metrics_of(tally, config.data.domains, module.boundary)
+    sums = validate(module, ValidationBatches(reader), progress=True)
+    metrics = metrics_of(sums, config.data.domains, module.boundary)
     counted = _floors(reader, report)
     report(validation_table(metrics, counted))
     question = {"overrides": asked, "precision": str(dtype).removeprefix("torch."), "attention": backend,
@@ -75,7 +75,7 @@ def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Call
 
 def _asked(checkpoint: Checkpoint, overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
     """The configuration to evaluate by, and the fields in which it differs from the run's own, with their values."""
-    config = load_config(checkpoint.folder / CONFIG, overrides)
+    config = load_saved_config(checkpoint.folder / CONFIG, overrides)
     fields = differences(checkpoint.config, config)
     refused = [name for name in fields if not name.startswith(MAY_BE_ASKED)]
     if refused:
@@ -127,7 +127,7 @@ def _question_of(file: Path) -> dict[str, Any] | None:
         return {}
 
 
-def _floors(reader: Reader, report: Callable[[str], None]) -> list[Floor]:
+def _floors(reader: Reader, report: Callable[[str], None]) -> list[NgramBaseline]:
     try:
         return floors(reader)
     except DataError as error:

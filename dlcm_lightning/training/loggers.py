@@ -26,8 +26,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
+from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.config import Config
-from dlcm_lightning.durable import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 KINDS = {"train": "train", "val": "validation", "test": "test"}
@@ -39,7 +39,7 @@ DIGESTS = ("samples", "noise")
 GROUPS = {
     "boundary": ("F", "G", "R_sampled", "R_thresholded", "p_sd", "p_near_half", "rate_loss", "concept_imbalance",
                  "concept_length"),
-    "optimizer": ("gradient_norm", "clipped", "lr_"),
+    "optimizer": ("grad_norm", "clipped", "lr_"),
     "system": ("tokens_per_second", "step_seconds", "data_wait", "peak_memory_gib", "unreadable_rows", "step",
                "save_seconds", "validation_seconds", "attempts"),
 }
@@ -188,7 +188,7 @@ def custom_scalars(config: Config) -> dict[str, dict[str, list[Any]]]:
         "loss by domain": by_domain("train", "loss"),
     }
     optimizer = {
-        "gradient norm": together("train/gradient_norm"),
+        "gradient norm": together("train/grad_norm"),
         "share of clipped steps": together("train/clipped"),
         "learning rates": ["Multiline", ["train_optimizer/lr_.*"]],
     }

@@ -1,6 +1,6 @@
-"""From a tally to the numbers people look at.
+"""From a sums to the numbers people look at.
 
-They are computed where the tally is, so that logging them waits for no device: `metric_tensors` for Lightning's
+They are computed where the sums is, so that logging them waits for no device: `metric_tensors` for Lightning's
 `self.log`, `metrics_of` for files and tables, which reads them.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dlcm_lightning.config import BoundaryConfig
-from dlcm_lightning.training.objective import COLUMNS, Tally, rate_loss
+from dlcm_lightning.training.objective import COLUMNS, MetricSums, rate_loss
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -41,30 +41,30 @@ def _describe(sums: Tensor, segmented: bool) -> dict[str, Tensor]:
     return metrics
 
 
-def _of_the_batch(tally: Tally, boundary: BoundaryConfig) -> dict[str, Tensor]:
+def _of_the_batch(sums: MetricSums, boundary: BoundaryConfig) -> dict[str, Tensor]:
     """What only the whole batch has."""
     metrics = {}
     if boundary.learned and boundary.rate_scope == "global":
-        metrics["rate_loss"] = rate_loss(tally.rate, tally.mean_probability, boundary.target_ratio)
+        metrics["rate_loss"] = rate_loss(sums.rate, sums.mean_probability, boundary.target_ratio)
     elif boundary.learned:
-        metrics["rate_loss"] = _ratio(tally.scalar("document_rate_loss"), tally.scalar("documents"))
-    metrics["concept_imbalance"] = _ratio(tally.scalar("imbalance"), tally.scalar("steps"))
+        metrics["rate_loss"] = _ratio(sums.scalar("document_rate_loss"), sums.scalar("documents"))
+    metrics["concept_imbalance"] = _ratio(sums.scalar("imbalance"), sums.scalar("steps"))
     return metrics
 
 
-def metric_tensors(tally: Tally, domains: list[str], boundary: BoundaryConfig | None) -> dict[str, Tensor]:
-    """() float64 each, on the tally's device: the numbers of `metrics_of` as NAME and NAME/DOMAIN. nan where a domain
+def metric_tensors(sums: MetricSums, domains: list[str], boundary: BoundaryConfig | None) -> dict[str, Tensor]:
+    """() float64 each, on the sums's device: the numbers of `metrics_of` as NAME and NAME/DOMAIN. nan where a domain
     has no tokens. No collective, no host sync."""
-    sums = torch.cat([tally.domains.sum(0, keepdim=True), tally.domains])  # (1 + domains, C)
-    by_name = {name: values.unbind() for name, values in _describe(sums, boundary is not None).items()}
+    rows = torch.cat([sums.domains.sum(0, keepdim=True), sums.domains])  # (1 + domains, C)
+    by_name = {name: values.unbind() for name, values in _describe(rows, boundary is not None).items()}
     metrics = {name: values[0] for name, values in by_name.items()}
     if boundary is not None:
-        metrics |= _of_the_batch(tally, boundary)
+        metrics |= _of_the_batch(sums, boundary)
     return metrics | {f"{name}/{domain}": value for name, values in by_name.items()
                       for domain, value in zip(domains, values[1:], strict=True)}
 
 
-def metrics_of(tally: Tally, domains: list[str], boundary: BoundaryConfig | None) -> dict[str, Any]:
+def metrics_of(sums: MetricSums, domains: list[str], boundary: BoundaryConfig | None) -> dict[str, Any]:
     """Numbers of all domains together, and under "domains" of each that has tokens.
 
     loss in nats per target, bits_per_byte, F and G, R_sampled and R_thresholded in tokens per concept, p_sd,
@@ -72,10 +72,10 @@ def metrics_of(tally: Tally, domains: list[str], boundary: BoundaryConfig | None
     mean of all, averaged over steps, and rate_loss by the formula that is optimised: of the whole batch, or the mean of
     the documents'. Forms without one (rule, fixed) have none. boundary: None for a dense model, which has none of this.
     """
-    tally = tally.to(torch.device("cpu"))
+    sums = sums.to(torch.device("cpu"))
     metrics: dict[str, Any] = {"domains": {}}
-    present = [domain for domain, row in zip(domains, tally.domains, strict=True) if row[COLUMNS.index("tokens")] > 0]
-    for name, value in metric_tensors(tally, domains, boundary).items():
+    present = [domain for domain, row in zip(domains, sums.domains, strict=True) if row[COLUMNS.index("tokens")] > 0]
+    for name, value in metric_tensors(sums, domains, boundary).items():
         name, _, domain = name.partition("/")
         if not domain:
             metrics[name] = value.item()

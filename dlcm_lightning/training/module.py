@@ -10,11 +10,12 @@ The model is made there, so that its weights never lie where they are not wanted
 Nothing here draws random numbers, reads clocks or depends on how the batch was split: a step is a function of
 (weights, optimizer state, buffers, batch). Beside the model's own state are kept: the boundaries and tokens of the
 previous step, whose F serves where a step has several micro-batches; what the step under way has to be divided by; its
-running tally; and the last whole one for whoever logs.
+running sums; and the last whole one for whoever logs.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -37,29 +38,29 @@ from dlcm_lightning.ops.segments import Concepts, Segments
 from dlcm_lightning.training.contract import check_trainer
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.device import BY_NAME, DTYPES, resolve_precision
-from dlcm_lightning.training.directory import check_same_configuration
+from dlcm_lightning.training.lr_schedule import TokenSchedule
 from dlcm_lightning.training.metrics import metric_tensors
 from dlcm_lightning.training.objective import (
     COLUMNS,
     COUNTS,
     SCALARS,
-    Tally,
+    MetricSums,
+    all_reduce_sums,
     counts_of,
-    measure,
-    over_ranks,
-    probability_sum,
+    measure_batch,
+    rate_loss_surrogate,
 )
-from dlcm_lightning.training.optim import build_optimizer
+from dlcm_lightning.training.optimizer import build_optimizer
 from dlcm_lightning.training.position import at_optimizer_step
-from dlcm_lightning.training.schedule import TokenSchedule
-from dlcm_lightning.training.strategies.engine import Engine, whole, whole_model
+from dlcm_lightning.training.run_lock import check_same_configuration
+from dlcm_lightning.training.strategies.full_state import FullStateStrategy, whole, whole_model
 
 LENGTHS = 32
 """Concept lengths that are told apart; longer ones count as the last."""
 
 
 def count_lengths(concepts: Concepts, batch: Batch) -> Tensor:
-    """(LENGTHS,) int64: entry i counts the concepts of i + 1 tokens, those of filler rows left out; no host sync."""
+    """(LENGTHS,) int64: entry i counts the concepts of i + 1 tokens, those of padding rows left out; no host sync."""
     lengths = concepts.pooled.diff().clamp(max=LENGTHS)  # (M,)
     bins = torch.arange(1, LENGTHS + 1, device=lengths.device)
     return ((lengths[:, None] == bins) & batch.counted()[concepts.closing, None]).sum(0)
@@ -70,7 +71,7 @@ class PretrainModule(LightningModule):
 
     Logged under `train/`, of every optimizer step over all ranks: loss, bits_per_byte, F, G, R_sampled, R_thresholded,
     p_sd, p_near_half, rate_loss, concept_imbalance (see metrics.py), each but the last two also as NAME/DOMAIN;
-    gradient_norm; lr_ROLE. Under `val/` and `test/` the same of all validation rows, with thresholded boundaries.
+    grad_norm; lr_ROLE. Under `val/` and `test/` the same of all validation rows, with thresholded boundaries.
     """
 
     model: LanguageModel
@@ -97,25 +98,28 @@ class PretrainModule(LightningModule):
         """Whether every `log_every_n_steps`-th step is sent to loggers. `dlcm pretrain` sends means over all steps
         instead (callbacks/metrics.py), under the same names; callbacks can monitor them either way."""
         self.counts: Tensor | None = None
-        """(len(COUNTS),) what the optimizer step under way has, over all ranks; None before the first of this life."""
-        self.step_tally: Tally | None = None
+        """(len(COUNTS),) what the optimizer step under way has, over all ranks; None before the first of this
+        attempt."""
+        self.step_sums: MetricSums | None = None
         """Sum over its micro-batches so far, of this rank; over all ranks from the last one's forward on."""
         self.next_counts: Tensor | None = None
         """Of the step behind it, known from then on too."""
-        self.last_step: Tally | None = None
-        """The tally of the last whole optimizer step, over all ranks."""
+        self.last_step: MetricSums | None = None
+        """The sums of the last whole optimizer step, over all ranks."""
         self.concept_lengths: Tensor | None = None
         """(LENGTHS,) int64: concepts of this rank's last micro-batch by the number of tokens they pool."""
-        self.gradient_norm: Tensor = torch.zeros(())
+        self.grad_norm: Tensor = torch.zeros(())
         """() Global norm before clipping, of the last optimizer step."""
         self.learning_rates: dict[str, float] = {}
         """By role, of the last optimizer step."""
-        self.evaluated: Tally | None = None
+        self.evaluated: MetricSums | None = None
         """Of the validation or test that is under way, this rank's; when it has ended, over all ranks."""
 
     def setup(self, stage: str) -> None:
         """ConfigError: the Trainer would compute something else than the configuration says."""
         self.config = check_trainer(self.trainer, self.config, fitting=stage == "fit")
+        # Advice that is not for these: they are the same on every rank, and a mean over ranks would be another number.
+        warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('(val|test)/")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self._wants_token_bytes and isinstance(data, PretrainData):
             self.token_bytes = torch.from_numpy(data.reader.token_bytes)
@@ -136,7 +140,8 @@ class PretrainModule(LightningModule):
         make = partial(assemble, self.config.model, dtype, backend, self.config.train.recompute)
         fill = partial(mup.initialise, model=self.config.model, seed=self.config.seed)
         strategy = trainer.strategy if trainer is not None else None
-        self.model = strategy.construct(make, fill) if isinstance(strategy, Engine) else whole_model(make, fill)
+        construct = strategy.construct if isinstance(strategy, FullStateStrategy) else whole_model
+        self.model = construct(make, fill)
 
     def forward(self, tokens: Tensor, documents: Segments | None = None) -> Tensor:
         """tokens (T,) int64; documents: where each begins and ends, None for one of all tokens -> logits (T, V) of the
@@ -164,11 +169,11 @@ class PretrainModule(LightningModule):
         """Tokens of all optimizer steps so far, over all ranks."""
         return self.trainer.global_step * self.config.data.tokens_per_step
 
-    def tally(self, batch: Batch, noise: Tensor | None) -> tuple[Tally, Output]:
-        """Forward: this rank's tally, and the model's output, whose loss carries the gradient."""
+    def measure(self, batch: Batch, noise: Tensor | None) -> tuple[MetricSums, Output]:
+        """Forward: this rank's sums, and the model's output, whose loss carries the gradient."""
         output: Output = self.model(batch.tokens, batch.documents, noise, batch.targets)
         domains = len(self.config.data.domains)
-        return measure(output, batch, self.config.model.boundary, domains, self.token_bytes), output
+        return measure_batch(output, batch, self.config.model.boundary, domains, self.token_bytes), output
 
     @property
     def previous_rate(self) -> Tensor:
@@ -180,27 +185,27 @@ class PretrainModule(LightningModule):
         """The loss whose average over ranks and micro-batches has the gradient of the whole step's loss."""
         if self.counts is None:
             self.counts = all_reduce_sum(counts_of(batch.step, self.device))
-        local, output = self.tally(batch, batch.noise)
-        self.step_tally = local if self.step_tally is None else self.step_tally + local
+        local, output = self.measure(batch, batch.noise)
+        self.step_sums = local if self.step_sums is None else self.step_sums + local
         if self.finishes_step(batch_idx):
-            self.step_tally.scalars[SCALARS.index("unreadable")] = len(batch.step.unreadable)
-            self.step_tally, self.next_counts = over_ranks(self.step_tally, batch.following)
+            self.step_sums.scalars[SCALARS.index("unreadable")] = len(batch.step.unreadable)
+            self.step_sums, self.next_counts = all_reduce_sums(self.step_sums, batch.following)
         loss = output.nll_sum / self.counts[COUNTS.index("targets")].clamp(min=1).to(output.nll_sum.dtype)
         boundary = self.config.model.boundary
         if output.segmentation is not None and boundary.learned:  # with a weight of 0 too: engines miss gradients
-            rate = self.previous_rate if self.config.uses_previous_rate else self.step_tally.rate
-            loss = loss + boundary.rate_weight * probability_sum(output, batch, self.counts, boundary, rate)
+            rate = self.previous_rate if self.config.uses_previous_rate else self.step_sums.rate
+            loss = loss + boundary.rate_weight * rate_loss_surrogate(output, batch, self.counts, boundary, rate)
         if output.concepts is not None:
             self.concept_lengths = count_lengths(output.concepts, batch)
         if self._trainer is not None and self.finishes_step(batch_idx):
-            self._log_step(self.step_tally)
+            self._log_step(self.step_sums)
         return loss * (world_size() * self.config.micro_batches)
 
-    def _log_step(self, tally: Tally) -> None:
+    def _log_step(self, sums: MetricSums) -> None:
         """Of the whole step, known in its last forward; the gradient's norm follows when it is clipped."""
         self.learning_rates = {group["name"]: group["lr"] for group in self.trainer.optimizers[0].param_groups}
         metrics: dict[str, Any] = {f"train/{name}": value for name, value in metric_tensors(
-            tally, self.config.data.domains, self.boundary).items()}
+            sums, self.config.data.domains, self.boundary).items()}
         metrics |= {f"train/lr_{role}": rate for role, rate in self.learning_rates.items()}
         self.log_dict(metrics, logger=self._to_loggers)
 
@@ -228,7 +233,7 @@ class PretrainModule(LightningModule):
         if self._own_gradient_norm is None:
             parameters = [one for group in optimizer.param_groups for one in group["params"]]
             norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm or float("inf"))
-            self.gradient_norm = whole(norm).detach()
+            self.grad_norm = whole(norm).detach()
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any,
                        optimizer_closure: Callable[[], Any] | None = None) -> None:
@@ -236,8 +241,8 @@ class PretrainModule(LightningModule):
         if not self.finishes_step(batch_idx):  # DeepSpeed is asked after every micro-batch
             return
         if (norm := self._own_gradient_norm) is not None:
-            self.gradient_norm = norm
-        self.log("train/gradient_norm", self.gradient_norm, logger=self._to_loggers)
+            self.grad_norm = norm
+        self.log("train/grad_norm", self.grad_norm, logger=self._to_loggers)
         self.after_step()
 
     @property
@@ -248,7 +253,7 @@ class PretrainModule(LightningModule):
     @property
     def _own_gradient_norm(self) -> Tensor | None:
         strategy = self.trainer.strategy
-        return strategy.own_gradient_norm if isinstance(strategy, Engine) else None
+        return strategy.own_grad_norm if isinstance(strategy, FullStateStrategy) else None
 
     def on_train_epoch_end(self) -> None:
         """An epoch is what is left of the run; there is no other behind it."""
@@ -263,8 +268,8 @@ class PretrainModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Boundaries thresholded, as at inference. The count of sampled ones uses the rows' noise and the same p."""
-        tally = self.tally(batch, None)[0]
-        self.evaluated = tally if self.evaluated is None else self.evaluated + tally
+        sums = self.measure(batch, None)[0]
+        self.evaluated = sums if self.evaluated is None else self.evaluated + sums
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As validation: no rows are kept apart from both."""
@@ -277,10 +282,9 @@ class PretrainModule(LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, kind: str) -> None:
-        whole_tally = over_ranks(self.evaluated or self.empty_tally(), StepCounts())[0]
-        self.evaluated = whole_tally
-        metrics = metric_tensors(whole_tally, self.config.data.domains, self.boundary)
-        # The same on every rank already: a sum over ranks, which Lightning would advise, would be another number.
+        whole_sums = all_reduce_sums(self.evaluated or self.empty_sums(), StepCounts())[0]
+        self.evaluated = whole_sums
+        metrics = metric_tensors(whole_sums, self.config.data.domains, self.boundary)
         self.log_dict({f"{kind}/{name}": value for name, value in metrics.items()}, logger=self._to_loggers,
                       batch_size=1)
 
@@ -307,8 +311,8 @@ class PretrainModule(LightningModule):
     def after_step(self) -> None:
         """Closes the step: F for the next one, the rate bias, the prior mean. All stay as they are after a step none
         of whose rows could be read."""
-        assert self.step_tally is not None
-        step, self.step_tally, self.counts = self.step_tally, None, self.next_counts
+        assert self.step_sums is not None
+        step, self.step_sums, self.counts = self.step_sums, None, self.next_counts
         self.last_step = step
         if isinstance(self.model, DLCM):
             tokens = step.total("tokens")
@@ -319,8 +323,8 @@ class PretrainModule(LightningModule):
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(torch.where(tokens > 0, buffer, old))  # decided on the device
 
-    def empty_tally(self) -> Tally:
-        """A tally of nothing, on this module's device."""
+    def empty_sums(self) -> MetricSums:
+        """Sums of nothing, on this module's device."""
         domains = torch.zeros(len(self.config.data.domains), len(COLUMNS), dtype=torch.float64, device=self.device)
         scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=self.device)
-        return Tally(domains, scalars, torch.zeros((), dtype=torch.float64, device=self.device))
+        return MetricSums(domains, scalars, torch.zeros((), dtype=torch.float64, device=self.device))

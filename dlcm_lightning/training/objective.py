@@ -8,10 +8,10 @@ dL_rate/dG = R/(R-1) (R F - 1): only the number F must be known before the backw
 constant. So the rate loss is back-propagated as `coefficient * sum of p`, while its value is computed for the log.
 
 Everything that ranks have to know of each other travels in one small vector, summed over ranks once a step, in its
-last micro-batch between forward and backward: the step's `Tally`, and how many targets, tokens and documents the *next*
-step has, which every loss of that step is divided by. A rank back-propagates W x (its local sum) / (global count), W
-ranks, because every engine averages gradients over ranks; and K times that, K micro-batches, because Lightning divides
-by K.
+last micro-batch between forward and backward: the step's `MetricSums`, and how many targets, tokens and documents the
+*next* step has, which every loss of that step is divided by. A rank back-propagates W x (its local sum) / (global
+count), W ranks, because every engine averages gradients over ranks; and K times that, K micro-batches, because
+Lightning divides by K.
 
 With one micro-batch a step, F is the step's own. With several it is not known at the first backward: then F of the
 *previous* step is used (nothing at step 0), which gives the same gradient for every split of the batch.
@@ -36,20 +36,20 @@ COLUMNS = ("tokens", "sampled", "thresholded", "p", "p_squared", "near_half", "n
 """What is summed per domain. near_half counts |p - 1/2| < 0.05; nll is in nats."""
 SCALARS = ("squared_lengths", "concepts", "samples", "noise", "unreadable", "steps", "imbalance", "documents",
            "document_rate_loss")
-"""What is summed once. squared_lengths: of documents, which attention's cost follows. concepts: fillers included, they
-are work too. samples, noise: digests of which rows these are and of what their noise is a function of, the same for
-every split and order. unreadable: rows. Of whole steps only: their number, and the sum over them of the most concepts
-that a rank had over the mean, this model's own straggler. documents, document_rate_loss: pieces, and the sum of the
-rate losses of each, where the loss is taken by document."""
+"""What is summed once. squared_lengths: of documents, which attention's cost follows. concepts: padding rows included,
+they are work too. samples, noise: digests of which rows these are and of what their noise is a function of, the same
+for every split and order. unreadable: rows. Of whole steps only: their number, and the sum over them of the most
+concepts that a rank had over the mean, this model's own straggler. documents, document_rate_loss: pieces, and the sum
+of the rate losses of each, where the loss is taken by document."""
 COUNTS = ("targets", "tokens", "documents")
-"""Of a whole step over all ranks, filler rows left out."""
+"""Of a whole step over all ranks, padding rows left out."""
 NEAR_HALF = 0.05
 _MIX = 6364136223846793005
 
 
 @dataclass(frozen=True)
-class Tally:
-    """Sums over tokens. Adding two tallies, or summing over ranks, gives the tally of the tokens together."""
+class MetricSums:
+    """Sums over tokens. Adding two sums, or summing over ranks, gives the sums of the tokens together."""
 
     domains: Tensor
     """(number of domains, len(COLUMNS)) float64."""
@@ -58,11 +58,11 @@ class Tally:
     features: Tensor
     """(D,) or (0,) float64: sum of hidden states, for the boundary's prior mean."""
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(self.domains + other.domains, self.scalars + other.scalars, self.features + other.features)
+    def __add__(self, other: MetricSums) -> MetricSums:
+        return MetricSums(self.domains + other.domains, self.scalars + other.scalars, self.features + other.features)
 
-    def to(self, device: torch.device) -> Tally:
-        return Tally(self.domains.to(device), self.scalars.to(device), self.features.to(device))
+    def to(self, device: torch.device) -> MetricSums:
+        return MetricSums(self.domains.to(device), self.scalars.to(device), self.features.to(device))
 
     def total(self, column: str) -> Tensor:
         """() float64: a column summed over domains."""
@@ -88,17 +88,17 @@ def counts_of(step: StepCounts, device: torch.device) -> Tensor:
     return torch.stack([torch.full((), number, dtype=torch.float64, device=device) for number in numbers])
 
 
-def over_ranks(tally: Tally, following: StepCounts) -> tuple[Tally, Tensor]:
-    """The sum over ranks of a step's tally, and (len(COUNTS),) the counts of the step behind it: one collective."""
-    concepts = torch.zeros(world_size(), dtype=torch.float64, device=tally.scalars.device)
-    concepts[rank()] = tally.scalar("concepts")
-    parts = (tally.domains.flatten(), tally.scalars, tally.features, counts_of(following, concepts.device), concepts)
+def all_reduce_sums(sums: MetricSums, following: StepCounts) -> tuple[MetricSums, Tensor]:
+    """The sum over ranks of a step's sums, and (len(COUNTS),) the counts of the step behind it: one collective."""
+    concepts = torch.zeros(world_size(), dtype=torch.float64, device=sums.scalars.device)
+    concepts[rank()] = sums.scalar("concepts")
+    parts = (sums.domains.flatten(), sums.scalars, sums.features, counts_of(following, concepts.device), concepts)
     domains, scalars, features, counts, concepts = all_reduce_sum(torch.cat(parts)).split(
         [part.numel() for part in parts])
     scalars = scalars.clone()
     scalars[SCALARS.index("steps")] = 1
     scalars[SCALARS.index("imbalance")] = concepts.max() / concepts.mean().clamp(min=1)
-    return Tally(domains.view_as(tally.domains), scalars, features), counts
+    return MetricSums(domains.view_as(sums.domains), scalars, features), counts
 
 
 def rate_loss(rate: Tensor, mean_probability: Tensor, ratio: float) -> Tensor:
@@ -114,7 +114,7 @@ def rate_slope(rate: Tensor, ratio: float) -> Tensor:
 
 def _by_document(values: Tensor, batch: Batch) -> Tensor:
     """(T,) -> (N,) sums over documents."""
-    offsets = batch.documents.starts.long()
+    offsets = batch.documents.cu_seqlens.long()
     return torch.segment_reduce(values, "sum", offsets=offsets, axis=0)
 
 
@@ -125,10 +125,10 @@ def digest(numbers: Tensor, counted: Tensor) -> Tensor:
     return (((mixed >> 33) & 0xFFFFFF) * counted).sum().double()
 
 
-def measure(
+def measure_batch(
     output: Output, batch: Batch, config: BoundaryConfig, domains: int, token_bytes: Tensor
-) -> Tally:
-    """The tally of one micro-batch of one rank. token_bytes (V,): UTF-8 bytes of every id."""
+) -> MetricSums:
+    """The sums of one micro-batch of one rank. token_bytes (V,): UTF-8 bytes of every id."""
     counted, device = batch.counted(), output.nll.device
     columns = torch.zeros(len(COLUMNS), *batch.tokens.shape, dtype=torch.float64, device=device)  # (C, T)
     columns[COLUMNS.index("tokens")] = 1
@@ -136,7 +136,7 @@ def measure(
     columns[COLUMNS.index("targets")] = batch.targets >= 0
     columns[COLUMNS.index("bytes")] = token_bytes[batch.targets.clamp(min=0)] * (batch.targets >= 0)
     scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=device)
-    real = counted[batch.documents.starts[:-1].long()]  # (N,)
+    real = counted[batch.documents.cu_seqlens[:-1].long()]  # (N,)
     scalars[SCALARS.index("squared_lengths")] = (batch.documents.lengths().double().square() * real).sum()
     if output.concepts is not None:
         scalars[SCALARS.index("concepts")] = len(output.concepts)
@@ -161,10 +161,10 @@ def measure(
             features = (counted.to(states.dtype) @ states).double()
     rows = (columns * counted).view(len(COLUMNS), -1, batch.sequence_length).sum(-1).t()  # (B, C)
     sums = torch.zeros(domains, len(COLUMNS), dtype=torch.float64, device=device)
-    return Tally(sums.index_add(0, batch.domains, rows), scalars, features)
+    return MetricSums(sums.index_add(0, batch.domains, rows), scalars, features)
 
 
-def probability_sum(output: Output, batch: Batch, counts: Tensor, config: BoundaryConfig, rate: Tensor) -> Tensor:
+def rate_loss_surrogate(output: Output, batch: Batch, counts: Tensor, config: BoundaryConfig, rate: Tensor) -> Tensor:
     """() The rate loss as it is back-propagated: sum over this rank's tokens of (dL_rate / dp_t) p_t.
 
     counts: of the step, over all ranks. rate: () F, negative where there is none yet.

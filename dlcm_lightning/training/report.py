@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.config import Config
-from dlcm_lightning.data.ngram import Floor
-from dlcm_lightning.durable import write_atomically
+from dlcm_lightning.data.ngram import NgramBaseline
 from dlcm_lightning.flops import training_flops_per_token
 from dlcm_lightning.training.callbacks.metrics import Metrics
 
@@ -60,7 +60,7 @@ class Report:
     parameters: int
     validation: dict[str, Any]
     """Metrics of all domains, and of each under "domains"."""
-    floors: list[Floor]
+    floors: list[NgramBaseline]
     speed: Speed | None
 
     def save(self, run: Path) -> None:
@@ -74,14 +74,14 @@ class Report:
             return None
         try:
             fields = json.loads(file.read_text())
-            fields["floors"] = [Floor(**floor) for floor in fields["floors"]]
+            fields["floors"] = [NgramBaseline(**floor) for floor in fields["floors"]]
             fields["speed"] = Speed(**fields["speed"]) if fields["speed"] else None
             return Report(**fields)
         except (ValueError, TypeError, KeyError):  # of another version, or edited: the run makes it again
             return None
 
 
-def validation_table(validation: dict[str, Any], counted: Iterable[Floor]) -> str:
+def validation_table(validation: dict[str, Any], counted: Iterable[NgramBaseline]) -> str:
     """Per domain: bits per byte beside the floors of the same rows, tokens per concept."""
     floors = {floor.domain: floor for floor in counted}
     segmented = "R_sampled" in validation

@@ -1,6 +1,6 @@
 """One run from its configuration to its report: `pretrain` begins it, continues it, or says that it is finished.
 
-What stands in the run's directory is described in layout.py.
+What stands in the run's directory is described in run_directory.py.
 
 Everything random is a function of the seed (initialisation), of the sample's index (order, noise) or of nothing, so
 that continuing from a checkpoint is the same computation as never having stopped, bit for bit on the same machine. How
@@ -26,23 +26,23 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
 from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, Identity, Manifest
-from dlcm_lightning.cluster.heartbeat import HEARTBEATS, Pulse
+from dlcm_lightning.cluster.attempts import NOTICE, this_attempt
+from dlcm_lightning.cluster.heartbeat import HEARTBEATS, HeartbeatWriter
 from dlcm_lightning.cluster.launch import OtherRanks
-from dlcm_lightning.cluster.lives import NOTICE, this_life
 from dlcm_lightning.cluster.signals import StopRequest
 from dlcm_lightning.cluster.world import World, place
 from dlcm_lightning.config import Config
 from dlcm_lightning.errors import DamagedCheckpoint, RunError
-from dlcm_lightning.layout import STOP, folders
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.ops.collectives import ControlGroup
+from dlcm_lightning.run_directory import STOP, folders
 from dlcm_lightning.training.callbacks.boundaries import ShowBoundaries
 from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
-from dlcm_lightning.training.callbacks.conclusion import Conclude
+from dlcm_lightning.training.callbacks.final_report import FinalReport
 from dlcm_lightning.training.callbacks.heartbeat import Heartbeat
 from dlcm_lightning.training.callbacks.metrics import Metrics
-from dlcm_lightning.training.callbacks.opening import OpenRun
 from dlcm_lightning.training.callbacks.progress import Progress
+from dlcm_lightning.training.callbacks.resume import ResumeRun
 from dlcm_lightning.training.callbacks.unreadable import WatchUnreadable
 from dlcm_lightning.training.callbacks.validate import Validate
 from dlcm_lightning.training.contract import trainer_arguments
@@ -55,16 +55,16 @@ from dlcm_lightning.training.device import (
     matrix_product_rate,
     resolve_precision,
 )
-from dlcm_lightning.training.directory import RunLock, check_same_run
 from dlcm_lightning.training.extensions import build_all
 from dlcm_lightning.training.loggers import JsonLinesLogger, RunTensorBoardLogger
 from dlcm_lightning.training.loop import install
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.rendezvous import leave_group, meet
 from dlcm_lightning.training.report import Report, summary
+from dlcm_lightning.training.run_lock import RunLock, check_same_run
 from dlcm_lightning.training.stopwatch import Stopwatch
-from dlcm_lightning.training.strategies.choice import RunEnvironment, choose_engine, needs_group
-from dlcm_lightning.training.strategies.engine import Engine
+from dlcm_lightning.training.strategies.choice import RunEnvironment, choose_strategy, needs_group
+from dlcm_lightning.training.strategies.full_state import FullStateStrategy
 
 Say = Callable[[str], None]
 LOGGER: type[Any] = Logger  # an abstract class, which may be asked for none the less
@@ -76,9 +76,11 @@ def quiet_libraries() -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     deprecated = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
     warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
 
 
-def build_trainer(config: Config, where: torch.device, engine: Engine, world: World, callbacks: list[Callback],
+def build_trainer(config: Config, where: torch.device, engine: FullStateStrategy, world: World,
+                  callbacks: list[Callback],
                   loggers: list[Logger] | None = None) -> Trainer:
     """Lightning's loop over the whole run as one epoch. What it would do for a checkpoint, a progress bar or a signal
     is done by callbacks here. Each process has one device, whatever others its node has."""
@@ -131,10 +133,10 @@ def pretrain(config: Config, report: Say = print, *, callbacks: Sequence[Callbac
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     run = Path(config.train.output_dir) / config.name
     say = report if world.rank == 0 else _nothing
-    life = this_life()
-    files = [*([life / NOTICE] if life else []), run / STOP]
+    attempt = this_attempt()
+    files = [*([attempt / NOTICE] if attempt else []), run / STOP]
     with (OtherRanks(world), StopRequest(*files, speaks=world.rank == 0) as stop, RunLock(run) as lock,
-          _pulse(config, life, world.rank) as pulse):
+          _pulse(config, attempt, world.rank) as pulse):
         world, group = meet(world, config, needs_group(config.train))
         try:
             train = replace(config.train, devices=world.local_size or 1, nodes=world.nodes)
@@ -145,7 +147,8 @@ def pretrain(config: Config, report: Say = print, *, callbacks: Sequence[Callbac
             leave_group()
 
 
-def _run(config: Config, run: Path, world: World, group: ControlGroup, lock: RunLock, stop: StopRequest, pulse: Pulse,
+def _run(config: Config, run: Path, world: World, group: ControlGroup, lock: RunLock, stop: StopRequest,
+         pulse: HeartbeatWriter,
          say: Say, extra: Extra) -> Report:
     """The run, when all its processes have met."""
     group.on_rank_zero(lock.acquire)
@@ -187,9 +190,9 @@ def _check_devices(group: ControlGroup, where: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _pulse(config: Config, life: Path | None, rank: int) -> Iterator[Pulse]:
-    """Heard by the job, where there is one."""
-    pulse = Pulse(life / HEARTBEATS if life else None, rank, config.job.heartbeat_seconds)
+def _pulse(config: Config, attempt: Path | None, rank: int) -> Iterator[HeartbeatWriter]:
+    """RankStatus by the job, where there is one."""
+    pulse = HeartbeatWriter(attempt / HEARTBEATS if attempt else None, rank, config.job.heartbeat_seconds)
     yield pulse
     pulse.end()
 
@@ -212,7 +215,7 @@ def _begun(run: Path) -> tuple[Checkpoint | None, Report | None]:
 
 
 def _train(config: Config, run: Path, world: World, group: ControlGroup, where: torch.device, dtype: torch.dtype,
-           backend: str, stop: StopRequest, pulse: Pulse, say: Say, extra: Extra) -> Report:
+           backend: str, stop: StopRequest, pulse: HeartbeatWriter, say: Say, extra: Extra) -> Report:
     precision = str(dtype).removeprefix("torch.")
     stopwatch = Stopwatch(pulse)
     data = PretrainData(config, stopwatch, say)
@@ -225,9 +228,9 @@ def _train(config: Config, run: Path, world: World, group: ControlGroup, where: 
     module.steps_go_to_loggers = False
     metrics = Metrics(stopwatch)
     checkpoints = Checkpoints(stopwatch, stop)
-    conclude = Conclude(run, data, metrics, partial(matrix_product_rate, dtype, where), say)
-    opening = OpenRun(run, Identity(data.reader.fingerprint, precision), data, checkpoints, group, say)
-    trainer = build_trainer(config, where, choose_engine(config.train, where), world, [
+    conclude = FinalReport(run, data, metrics, partial(matrix_product_rate, dtype, where), say)
+    opening = ResumeRun(run, Identity(data.reader.fingerprint, precision), data, checkpoints, group, say)
+    trainer = build_trainer(config, where, choose_strategy(config.train, where), world, [
         Heartbeat(pulse), opening, metrics, Progress(metrics), Validate(stopwatch),
         ShowBoundaries(data.reader, stopwatch), WatchUnreadable(run, say), *extra.callbacks, checkpoints, conclude,
     ], [JsonLinesLogger(run, config.data.tokens_per_step), RunTensorBoardLogger(run, config), *extra.loggers])

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from dlcm_lightning.cluster.heartbeat import Phase, Pulse
+from dlcm_lightning.cluster.heartbeat import HeartbeatWriter, Phase
 
 
 class Stopwatch:
@@ -17,8 +17,8 @@ class Stopwatch:
     What is not training (validation, checkpoints) runs inside `paused`; what is waiting for data inside `waiting`.
     """
 
-    def __init__(self, pulse: Pulse | None = None) -> None:
-        self.pulse = pulse or Pulse()
+    def __init__(self, pulse: HeartbeatWriter | None = None) -> None:
+        self.pulse = pulse or HeartbeatWriter()
         self._mark = time.perf_counter()
         self._waited = 0.0
         self.pauses: dict[Phase, float] = {}

@@ -9,13 +9,13 @@ import torch
 from dlcm_lightning.batch import Batch, StepCounts
 from dlcm_lightning.progress import progress_bar
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.objective import Tally, over_ranks
+from dlcm_lightning.training.objective import MetricSums, all_reduce_sums
 
 
 @torch.no_grad()
-def validate(module: PretrainModule, batches: Iterable[Batch], progress: bool = False) -> Tally:
-    """The tally of `batches` over all ranks. The count of sampled boundaries uses the rows' noise and the same p."""
-    whole = module.empty_tally()
+def validate(module: PretrainModule, batches: Iterable[Batch], progress: bool = False) -> MetricSums:
+    """The sums of `batches` over all ranks. The count of sampled boundaries uses the rows' noise and the same p."""
+    whole = module.empty_sums()
     for batch in progress_bar(batches, desc="validate", unit="batch", disable=not progress):
-        whole = whole + module.tally(batch.to(module.device), None)[0]
-    return over_ranks(whole, StepCounts())[0]
+        whole = whole + module.measure(batch.to(module.device), None)[0]
+    return all_reduce_sums(whole, StepCounts())[0]

@@ -26,29 +26,29 @@ from typing import Any
 
 import torch
 
+from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
 from dlcm_lightning.cluster.local import LocalRanks
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config
-from dlcm_lightning.data.building.prepare import prepare_sample_corpus
-from dlcm_lightning.durable import write_atomically
+from dlcm_lightning.data.preprocessing.prepare import prepare_sample_corpus
 from dlcm_lightning.errors import STOPPED
-from dlcm_lightning.layout import CHECKPOINTS, UNFINISHED, folders
 from dlcm_lightning.progress import progress_bar
+from dlcm_lightning.run_directory import CHECKPOINTS, UNFINISHED, folders
 from dlcm_lightning.training.callbacks.metrics import TIMED
 
 STEPS_TO_SPARE = 6
 """For each disturbance, so that the run does not end before them."""
 LONGEST_DELAY_SECONDS = 0.6
 START_SECONDS = 120.0
-"""How long a life may take to its first step."""
-LIFE_SECONDS = 600.0
+"""How long an attempt may take to its first step."""
+ATTEMPT_SECONDS = 600.0
 RESULT = "verify-resume.json"
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What happens to one life."""
+    """What happens to one attempt."""
 
     signal: int
     in_save: bool = False
@@ -69,7 +69,7 @@ class Verdict:
     ranks: int
     steps: int
     micro_batches: int
-    lives: int = 1
+    attempts: int = 1
     disturbances: dict[str, int] = field(default_factory=dict)
     """By kind, those that hit a run that was under way."""
     compared: dict[str, int] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Verdict:
 
     def table(self) -> str:
         lines = [f"{self.strategy}, {self.ranks} processes, {self.steps} steps of {self.micro_batches} micro-batches, "
-                 f"{self.lives} lives", ""]
+                 f"{self.attempts} attempts", ""]
         lines += [f"  {count:5d} x {what}" for what, count in self.disturbances.items()]
         lines += ["", f"  {'compared':<28}{'number':>8}{'differing':>12}"]
         for what, count in self.compared.items():
@@ -122,13 +122,13 @@ def verify_resume(config: Config, folder: Path, kills: int, seed: int, report: C
     if config.data.corpus == "sample":
         prepare_sample_corpus(config.data, config.model.vocab_size, report)
     verdict = Verdict(config.train.strategy, config.train.ranks, steps, base.micro_batches)
-    straight, disturbed = (Life(replace(base, name=name), folder) for name in ("straight", "disturbed"))
+    straight, disturbed = (Attempt(replace(base, name=name), folder) for name in ("straight", "disturbed"))
     report(f"straight through: {steps} steps")
     straight.finish()
     hit: Counter[str] = Counter()
-    for disturbance in progress_bar(disturbances, desc="disturbed", unit="life"):
-        hit[str(disturbance)] += disturbed.disturb(disturbance, random.Random(hash((seed, verdict.lives))))
-        verdict.lives += 1
+    for disturbance in progress_bar(disturbances, desc="disturbed", unit="attempt"):
+        hit[str(disturbance)] += disturbed.disturb(disturbance, random.Random(hash((seed, verdict.attempts))))
+        verdict.attempts += 1
     disturbed.finish()
     verdict.disturbances = dict(hit)
     compare(straight.run, disturbed.run, verdict)
@@ -136,8 +136,8 @@ def verify_resume(config: Config, folder: Path, kills: int, seed: int, report: C
     return verdict
 
 
-class Life:
-    """One run and its lives."""
+class Attempt:
+    """One run and its attempts."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.file = config, folder / f"{config.name}.yaml"
@@ -153,7 +153,7 @@ class Life:
     def finish(self) -> None:
         """Lets it run to its end. RuntimeError: it ends otherwise."""
         with self._start() as ranks:
-            codes = ranks.wait(LIFE_SECONDS)
+            codes = ranks.wait(ATTEMPT_SECONDS)
             if any(codes):
                 raise RuntimeError(f"{self.run} ended with {codes}:\n{ranks.tail()}")
 
@@ -175,9 +175,9 @@ class Life:
                 if disturbance.rank is None:
                     ranks.kill()
                 else:
-                    ranks.wait(LIFE_SECONDS)
+                    ranks.wait(ATTEMPT_SECONDS)
                 return hit
-            codes = ranks.wait(LIFE_SECONDS)
+            codes = ranks.wait(ATTEMPT_SECONDS)
             return running and all(code == STOPPED for code in codes)
 
     def _saving(self) -> bool:
@@ -208,7 +208,7 @@ def compare(straight: Path, disturbed: Path, verdict: Verdict) -> None:
     verdict.compared["steps logged"] = len(lines[0])
     verdict.differing["steps logged"] = [f"{len(lines[1])} of {len(lines[0])}"] * (len(lines[0]) != len(lines[1]))
     keys = {"samples": "samples of a step", "noise": "noise of a step", "loss": "losses",
-            "gradient_norm": "gradient norms"}
+            "grad_norm": "gradient norms"}
     keys |= {key: "learning rates" for key in lines[0][0] if key.startswith("learning_rate")}
     for key in lines[0][0]:
         what = keys.get(key, "other numbers of a step")

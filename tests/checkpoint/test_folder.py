@@ -27,7 +27,7 @@ from dlcm_lightning.checkpoint.folder import (
 )
 from dlcm_lightning.config import Config, DataConfig, SourceConfig
 from dlcm_lightning.errors import CheckpointError, DamagedCheckpoint
-from dlcm_lightning.layout import CHECKPOINTS, finished, folders, unfinished
+from dlcm_lightning.run_directory import CHECKPOINTS, finished, folders, unfinished
 from tests.checkpoints import OTHER, STATE, leave_checkpoint
 from tests.permissions import of_any_user
 

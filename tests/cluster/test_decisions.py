@@ -1,4 +1,4 @@
-"""What follows a life, and what follows from the answers of nodes."""
+"""What follows an attempt, and what follows from the answers of nodes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from dlcm_lightning.cluster.checks import Answer, Finding, Verdict, answers_in, judge, room
+from dlcm_lightning.cluster.attempts import Attempt, How, Outcome, fruitless_in_a_row, load_attempts, save_attempts
+from dlcm_lightning.cluster.checks import CheckResult, Finding, Verdict, answers_in, judge, room
 from dlcm_lightning.cluster.exclusions import load_exclusions, record_exclusions, to_leave_out
-from dlcm_lightning.cluster.job import Job, decide
-from dlcm_lightning.cluster.lives import How, Life, Outcome, fruitless_in_a_row, load_lives, save_lives
-from dlcm_lightning.cluster.steps import complaints_in
+from dlcm_lightning.cluster.requeue import decide_requeue
+from dlcm_lightning.cluster.srun import complaints_in
+from dlcm_lightning.cluster.supervisor import Supervisor
 from dlcm_lightning.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
 from dlcm_lightning.scaling.memory import kept_bytes
 
 
-def life(how: How, before: int = 10, after: int | None = 10) -> Life:
-    return Life("7", "now", ["n1"], before, after, "now", how, "why")
+def attempt(how: How, before: int = 10, after: int | None = 10) -> Attempt:
+    return Attempt("7", "now", ["n1"], before, after, "now", how, "why")
 
 
 @pytest.mark.parametrize(("how", "stop", "may_go_on", "fruitless", "action", "code"), [
@@ -34,31 +35,31 @@ def life(how: How, before: int = 10, after: int | None = 10) -> Life:
     ("crashed", False, False, 3, "leave", 0),
 ])
 def test_what_follows_a_life(how: How, stop: bool, may_go_on: bool, fruitless: int, action: str, code: int) -> None:
-    decision = decide(life(how), stop, may_go_on, fruitless, 3)
+    decision = decide_requeue(attempt(how), stop, may_go_on, fruitless, 3)
     assert (decision.action, decision.code) == (action, code)
 
 
 def test_only_bad_ends_without_a_newer_checkpoint_are_counted() -> None:
     assert fruitless_in_a_row([]) == 0
-    assert fruitless_in_a_row([life("crashed"), life("hung"), life("vanished"), life("unfit")]) == 4
-    assert fruitless_in_a_row([life("crashed"), life("crashed", 10, 20), life("hung", 20, 20)]) == 1
-    assert fruitless_in_a_row([life("crashed"), life("taken")]) == 0
-    assert fruitless_in_a_row([life("crashed"), life("stopped", 10, 10)]) == 0
-    assert life("vanished", 10, None).fruitless
+    assert fruitless_in_a_row([attempt("crashed"), attempt("hung"), attempt("vanished"), attempt("unfit")]) == 4
+    assert fruitless_in_a_row([attempt("crashed"), attempt("crashed", 10, 20), attempt("hung", 20, 20)]) == 1
+    assert fruitless_in_a_row([attempt("crashed"), attempt("taken")]) == 0
+    assert fruitless_in_a_row([attempt("crashed"), attempt("stopped", 10, 10)]) == 0
+    assert attempt("vanished", 10, None).fruitless
 
 
 def test_a_time_limit_that_is_too_short_for_a_step_is_not_tried_for_ever() -> None:
-    short = [replace(life(how, 10, 10), out_of_time=True) for how in ("taken", "stopped", "taken")]
+    short = [replace(attempt(how, 10, 10), out_of_time=True) for how in ("taken", "stopped", "taken")]
     assert fruitless_in_a_row(short) == 3
-    assert decide(short[-1], False, True, 3, 3).action == "end"
-    assert fruitless_in_a_row([*short, replace(life("stopped", 10, 12), out_of_time=True)]) == 0
+    assert decide_requeue(short[-1], False, True, 3, 3).action == "end"
+    assert fruitless_in_a_row([*short, replace(attempt("stopped", 10, 12), out_of_time=True)]) == 0
 
 
 def test_lives_and_outcomes_survive_as_files(tmp_path: Path) -> None:
-    assert load_lives(tmp_path) == [] and Outcome.load(tmp_path) is None
-    lives = [life("crashed"), replace(life("stopped"), decision="again")]
-    save_lives(tmp_path, lives)
-    assert load_lives(tmp_path) == lives
+    assert load_attempts(tmp_path) == [] and Outcome.load(tmp_path) is None
+    attempts = [attempt("crashed"), replace(attempt("stopped"), decision="again")]
+    save_attempts(tmp_path, attempts)
+    assert load_attempts(tmp_path) == attempts
     Outcome("stopped", "SIGTERM").save(tmp_path)
     assert Outcome.load(tmp_path) == Outcome("stopped", "SIGTERM")
 
@@ -67,9 +68,9 @@ NODES = ["n1", "n2", "n3", "n4"]
 BAD = Finding("device", False, "gone", "mend it")
 
 
-def answers(**changed: list[Answer]) -> list[Answer]:
-    good = {node: [Answer(2 * index, node, [Finding("device", True, "there")], 1e12, 0.01),
-                   Answer(2 * index + 1, node, [], 1.1e12, 0.01)] for index, node in enumerate(NODES)}
+def answers(**changed: list[CheckResult]) -> list[CheckResult]:
+    good = {node: [CheckResult(2 * index, node, [Finding("device", True, "there")], 1e12, 0.01),
+                   CheckResult(2 * index + 1, node, [], 1.1e12, 0.01)] for index, node in enumerate(NODES)}
     return [answer for found in {**good, **changed}.values() for answer in found]
 
 
@@ -80,27 +81,27 @@ def test_good_answers_leave_nothing_to_say() -> None:
 
 
 def test_a_node_that_fails_alone_is_bad_and_what_all_find_is_a_mistake() -> None:
-    one = judge(answers(n2=[Answer(2, "n2", [BAD]), Answer(3, "n2")]), NODES, 2, 0.5)
+    one = judge(answers(n2=[CheckResult(2, "n2", [BAD]), CheckResult(3, "n2")]), NODES, 2, 0.5)
     assert one.bad_nodes == {"n2": "device: gone"} and not one.mistakes
-    everyone = judge([Answer(rank, node, [BAD]) for rank, node in enumerate(NODES)], NODES, 1, 0.5)
+    everyone = judge([CheckResult(rank, node, [BAD]) for rank, node in enumerate(NODES)], NODES, 1, 0.5)
     assert not everyone.bad_nodes and everyone.mistakes[0] == BAD
 
 
 def test_a_cause_is_blamed_even_where_what_follows_from_it_was_noticed_first() -> None:
-    found = [Answer(0, "n1", [Finding("all-reduce", False, "timed out"), BAD]),
-             Answer(1, "n2", [Finding("all-reduce", False, "timed out")])]
+    found = [CheckResult(0, "n1", [Finding("all-reduce", False, "timed out"), BAD]),
+             CheckResult(1, "n2", [Finding("all-reduce", False, "timed out")])]
     assert judge(found, ["n1", "n2"], 1, 0.5).bad_nodes == {"n1": "device: gone"}
 
 
 def test_what_one_rank_found_of_the_run_is_a_mistake_and_no_node_is_blamed() -> None:
     full = Finding("room", False, "none", "make some", of_run=True)
-    verdict = judge([Answer(0, "n1", [BAD, full])], NODES, 1, 0.5)
+    verdict = judge([CheckResult(0, "n1", [BAD, full])], NODES, 1, 0.5)
     assert not verdict.bad_nodes and verdict.mistakes == [full]
 
 
 def test_a_node_that_does_not_answer_is_blamed_and_not_those_that_waited_for_it() -> None:
     waited = Finding("all-reduce", False, "timed out")
-    found = [Answer(rank, node, [waited]) for rank, node in enumerate(NODES) if node != "n3"]
+    found = [CheckResult(rank, node, [waited]) for rank, node in enumerate(NODES) if node != "n3"]
     assert list(judge(found, NODES, 1, 0.5).bad_nodes) == ["n3"]
 
 
@@ -110,33 +111,36 @@ def test_a_node_whose_tasks_ended_at_once_is_blamed_before_those_that_were_ended
 
 
 def test_a_slow_node_is_bad_and_slow_nodes_among_equals_are_not() -> None:
-    slow = judge(answers(n4=[Answer(6, "n4", [], 1e12, 0.01), Answer(7, "n4", [], 0.4e12, 0.01)]), NODES, 2, 0.5)
+    slow = judge(answers(n4=[CheckResult(6, "n4", [], 1e12, 0.01), CheckResult(7, "n4", [], 0.4e12, 0.01)]), NODES, 2,
+                 0.5)
     assert list(slow.bad_nodes) == ["n4"] and "0.40 of the median" in slow.bad_nodes["n4"]
-    wire = judge(answers(n1=[Answer(0, "n1", [], 1e12, 0.03), Answer(1, "n1", [], 1e12, 0.01)]), NODES, 2, 0.5)
+    wire = judge(answers(n1=[CheckResult(0, "n1", [], 1e12, 0.03), CheckResult(1, "n1", [], 1e12, 0.01)]), NODES, 2,
+                 0.5)
     assert list(wire.bad_nodes) == ["n1"]
-    assert not judge(answers(n4=[Answer(6, "n4", [], 0.4e12, 0.01), Answer(7, "n4", [], 1e12, 0.01)]), NODES, 2,
+    assert not judge(answers(n4=[CheckResult(6, "n4", [], 0.4e12, 0.01), CheckResult(7, "n4", [], 1e12, 0.01)]), NODES,
+                     2,
                      0.0).bad_nodes
 
 
 def test_a_single_node_is_left_out_for_what_is_its_own_and_not_for_a_mistake() -> None:
-    assert list(judge([Answer(0, "n1", [BAD])], ["n1"], 1, 0.5).bad_nodes) == ["n1"]
+    assert list(judge([CheckResult(0, "n1", [BAD])], ["n1"], 1, 0.5).bad_nodes) == ["n1"]
     asked = Finding("tasks", False, "two", "one")
-    verdict = judge([Answer(0, "n1", [asked])], ["n1"], 1, 0.5)
+    verdict = judge([CheckResult(0, "n1", [asked])], ["n1"], 1, 0.5)
     assert not verdict.bad_nodes and verdict.mistakes == [asked] and asked.certain and not BAD.certain
 
 
 def test_what_all_but_the_first_node_find_is_the_first_ones_fault() -> None:
     for what in ("shared directory", "first node"):
         blind = Finding(what, False, "not seen")
-        found = [Answer(0, "n1", [Finding(what, True, "seen")]), Answer(1, "n2", [blind])]
+        found = [CheckResult(0, "n1", [Finding(what, True, "seen")]), CheckResult(1, "n2", [blind])]
         verdict = judge(found, ["n1", "n2"], 1, 0.5)
         assert not verdict.bad_nodes and verdict.mistakes == [blind]
-    some = judge(answers(n3=[Answer(4, "n3", [blind]), Answer(5, "n3")]), NODES, 2, 0.5)
+    some = judge(answers(n3=[CheckResult(4, "n3", [blind]), CheckResult(5, "n3")]), NODES, 2, 0.5)
     assert list(some.bad_nodes) == ["n3"]
 
 
 def test_answers_are_found_among_what_ranks_print_when_they_are_complete() -> None:
-    answer, other = Answer(3, "n2", [BAD, BAD], 1.0, 2.0), Answer(0, "n1", [Finding("x", True, "y" * 5000)])
+    answer, other = CheckResult(3, "n2", [BAD, BAD], 1.0, 2.0), CheckResult(0, "n1", [Finding("x", True, "y" * 5000)])
     mixed = [line for pair in zip(answer.lines(), [*other.lines(), "a warning"], strict=True) for line in pair]
     text = "\n".join(mixed) + "\n"
     found = {one.rank: one for one in answers_in(text.encode())}
@@ -184,9 +188,9 @@ def test_a_node_is_blamed_for_what_is_its_own_and_not_for_what_srun_killed(said:
 
 def looked(monkeypatch: pytest.MonkeyPatch, *verdicts: Verdict) -> tuple[Verdict, dict[str, list[str]]]:
     """What two looks come to; no third one is there."""
-    job, looks = object.__new__(Job), iter(verdicts)
-    job.lives, job.signals = [], []
-    monkeypatch.setattr(Job, "_check", lambda self: next(looks))
+    job, looks = object.__new__(Supervisor), iter(verdicts)
+    job.attempts, job.signals = [], []
+    monkeypatch.setattr(Supervisor, "_check", lambda self: next(looks))
     return job._check_twice()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dlcm_lightning.cluster.heartbeat import Listener, Pulse
+from dlcm_lightning.cluster.heartbeat import HangDetector, HeartbeatWriter
 from dlcm_lightning.config import JobConfig
 
 JOB = JobConfig(heartbeat_seconds=5, step_minutes=1, data_minutes=2, start_minutes=10, save_minutes=30)
@@ -21,30 +21,30 @@ def say(folder: Path, rank: int, phase: str, step: int, silent: float, beat: int
 
 
 @pytest.fixture
-def listener(tmp_path: Path) -> Listener:
-    return Listener(tmp_path, 3, JOB, now=0.0)
+def listener(tmp_path: Path) -> HangDetector:
+    return HangDetector(tmp_path, 3, JOB, now=0.0)
 
 
-def all_say(listener: Listener, now: float, *said: tuple[str, int, float], beat: int = 1) -> None:
+def all_say(listener: HangDetector, now: float, *said: tuple[str, int, float], beat: int = 1) -> None:
     for rank, (phase, step, silent) in enumerate(said):
         say(listener.folder, rank, phase, step, silent, beat)
     listener.listen(now)
 
 
-def test_nobody_is_blamed_within_the_limits_of_the_phases(listener: Listener) -> None:
+def test_nobody_is_blamed_within_the_limits_of_the_phases(listener: HangDetector) -> None:
     all_say(listener, 100.0, ("forward", 7, 59), ("data", 7, 119), ("save", 7, 1700))
     assert listener.hung(100.5) is None
     assert listener.hung(101.5) is not None  # forward may last a minute
 
 
-def test_of_ranks_that_wait_for_each_other_the_one_behind_is_blamed(listener: Listener) -> None:
+def test_of_ranks_that_wait_for_each_other_the_one_behind_is_blamed(listener: HangDetector) -> None:
     all_say(listener, 100.0, ("backward", 7, 90), ("data", 7, 90), ("backward", 7, 91))
     assert (blamed := listener.hung(100.0)) is not None and (blamed.rank, blamed.phase) == (1, "data")
     all_say(listener, 101.0, ("backward", 7, 90), ("update", 6, 90), ("forward", 7, 91), beat=2)
     assert (blamed := listener.hung(101.0)) is not None and (blamed.rank, blamed.node, blamed.step) == (1, "n1", 6)
 
 
-def test_a_process_that_stands_still_is_blamed_before_those_that_wait(listener: Listener) -> None:
+def test_a_process_that_stands_still_is_blamed_before_those_that_wait(listener: HangDetector) -> None:
     all_say(listener, 100.0, ("forward", 7, 0), ("update", 7, 0), ("forward", 7, 0))
     for beat in range(2, 16):
         for rank in (0, 2):
@@ -55,7 +55,7 @@ def test_a_process_that_stands_still_is_blamed_before_those_that_wait(listener: 
     assert blamed.silence(170.0) == pytest.approx(70.0)
 
 
-def test_a_rank_that_has_left_is_not_blamed_while_another_concludes(listener: Listener) -> None:
+def test_a_rank_that_has_left_is_not_blamed_while_another_concludes(listener: HangDetector) -> None:
     all_say(listener, 100.0, ("end", 9, 0), ("left", 9, 0), ("left", 9, 0))
     for beat in range(2, 40):
         say(listener.folder, 0, "end", 9, 300.0 * beat, beat)
@@ -65,7 +65,7 @@ def test_a_rank_that_has_left_is_not_blamed_while_another_concludes(listener: Li
     assert blamed is not None
 
 
-def test_a_rank_that_never_spoke_is_blamed_after_the_time_for_starting(listener: Listener) -> None:
+def test_a_rank_that_never_spoke_is_blamed_after_the_time_for_starting(listener: HangDetector) -> None:
     for beat in (1, 2):
         for rank in (0, 2):
             say(listener.folder, rank, "start", 0, 300.0 * beat, beat)
@@ -75,7 +75,7 @@ def test_a_rank_that_never_spoke_is_blamed_after_the_time_for_starting(listener:
     assert blamed is not None and blamed.phase == "start"
 
 
-def test_a_file_that_is_being_written_is_read_the_next_time(listener: Listener) -> None:
+def test_a_file_that_is_being_written_is_read_the_next_time(listener: HangDetector) -> None:
     all_say(listener, 10.0, ("forward", 1, 0), ("forward", 1, 0), ("forward", 1, 0))
     (listener.folder / "rank-00001").write_text('{"rank": 1, "no')
     listener.listen(11.0)
@@ -83,8 +83,8 @@ def test_a_file_that_is_being_written_is_read_the_next_time(listener: Listener) 
 
 
 def test_a_pulse_says_what_the_main_thread_does_while_that_is_busy(tmp_path: Path) -> None:
-    pulse = Pulse(tmp_path, rank=2, seconds=0.02)
-    listener = Listener(tmp_path, 3, JOB, now=time.monotonic())
+    pulse = HeartbeatWriter(tmp_path, rank=2, seconds=0.02)
+    listener = HangDetector(tmp_path, 3, JOB, now=time.monotonic())
     pulse.enter("backward", 41)
     deadline = time.monotonic() + 20
     while listener.heard[2].phase != "backward" or listener.heard[2].silent < 0.1:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from dlcm_lightning.data import encoder as module
-from dlcm_lightning.data.building.build import tokenize_documents
 from dlcm_lightning.data.byte_level import byte_alphabet, proof_page
+from dlcm_lightning.data.preprocessing.build import tokenize_documents
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import DataError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlcm_lightning.batch import NO_TARGET
+from dlcm_lightning.batch import IGNORE_INDEX
 from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data.loader import ValidationBatches
 from dlcm_lightning.data.ngram import Histories, floors, log2_probabilities
@@ -55,7 +55,7 @@ def test_floors_score_the_targets_the_model_is_scored_on(reader: Reader) -> None
     for number, floor in enumerate(floors(reader)):
         mine = [(batch.token_domains() == number) & batch.counted() for batch in batches]
         assert floor.domain == reader.domains[number]
-        assert floor.targets == sum(int((batch.targets[kept] != NO_TARGET).sum())
+        assert floor.targets == sum(int((batch.targets[kept] != IGNORE_INDEX).sum())
                                     for batch, kept in zip(batches, mine, strict=True))
         assert floor.target_bytes == sum(int(reader.token_bytes[batch.targets[kept & (batch.targets >= 0)]].sum())
                                          for batch, kept in zip(batches, mine, strict=True))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from dlcm_lightning.data.building.build import tokenize_documents
 from dlcm_lightning.data.pipeline import documents
+from dlcm_lightning.data.preprocessing.build import tokenize_documents
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import DataError

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlcm_lightning.batch import NO_TARGET, Batch
+from dlcm_lightning.batch import IGNORE_INDEX, Batch
 from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data.loader import TrainingBatches, ValidationBatches
 from dlcm_lightning.data.order import NOISE, key
@@ -34,7 +34,7 @@ def noise(seed: int, sample: int) -> list[float]:
 
 
 def by_sample(batches: list[Batch]) -> dict[int, tuple[list[int], list[int], list[float]]]:
-    """Tokens, targets and noise of every sample that is no filler; none may come twice."""
+    """Tokens, targets and noise of every sample that is no padding; none may come twice."""
     found: dict[int, tuple[list[int], list[int], list[float]]] = {}
     for batch in batches:
         parts = [part.reshape(len(batch.samples), -1).tolist() for part in (batch.tokens, batch.targets, batch.noise)]
@@ -49,16 +49,16 @@ def test_rows_are_full_and_targets_are_the_next_tokens_of_the_same_document(read
     for batch in TrainingBatches(reader, 0, 1, 0, STEPS):
         assert batch.tokens.shape == batch.targets.shape == batch.noise.shape == (128,)
         assert batch.tokens.dtype == batch.targets.dtype == torch.int64
-        starts = batch.documents.starts.tolist()
+        starts = batch.documents.cu_seqlens.tolist()
         assert starts[0] == 0 and starts[-1] == 128 and 64 in starts
-        assert batch.documents.longest == max(np.diff(starts))
+        assert batch.documents.max_seqlen == max(np.diff(starts))
         assert all(batch.tokens[start] == reader.bos_id for start in starts[1:-1] if start % 64)
         inner_bos = (batch.tokens == reader.bos_id).nonzero().squeeze(1).tolist()
         assert set(inner_bos) <= set(starts)
         for start, end in itertools.pairwise(starts):
             assert batch.targets[start:end - 1].tolist() == batch.tokens[start + 1:end].tolist()
             if end % 64:  # a document ends inside the row: its last token predicts nothing
-                assert batch.targets[end - 1] == NO_TARGET
+                assert batch.targets[end - 1] == IGNORE_INDEX
         assert not (batch.targets == reader.bos_id).any()
 
 
@@ -77,9 +77,9 @@ def test_rows_are_windows_of_their_source_and_batches_know_their_documents(confi
             assert batch.tokens[inside].tolist() == tokens[:-1].tolist()
             ends = set((starts[(starts > 0) & (starts <= 64)] - 1).tolist())
             assert batch.targets[inside].tolist() == [
-                NO_TARGET if offset in ends else token for offset, token in enumerate(tokens[1:].tolist())]
+                IGNORE_INDEX if offset in ends else token for offset, token in enumerate(tokens[1:].tolist())]
             begins = {0, *starts[(starts > 0) & (starts < 64)].tolist()}
-            found = batch.documents.starts[:-1].numpy() - inside.start
+            found = batch.documents.cu_seqlens[:-1].numpy() - inside.start
             assert set(found[(found >= 0) & (found < 64)].tolist()) == begins
             targets, documents = targets + 64 - len(ends), documents + len(begins)
         assert {(batch.step.targets, batch.step.documents, batch.step.tokens) for batch in batches} == {
@@ -94,11 +94,11 @@ def test_an_epoch_feeds_every_token_once_and_predicts_every_target_once(config: 
     stream, starts = (source := Source(Path(config.root) / "a" / "train", tokenizer)).read(0, source.tokens)
     rows = source.rows(64)
     batches = [reader.step_batches(step)[0] for step in range(rows)]
-    assert sum(batch.documents.starts[-1] for batch in batches) == rows * 64
+    assert sum(batch.documents.cu_seqlens[-1] for batch in batches) == rows * 64
     fed = np.concatenate([batch.tokens.numpy() for batch in batches])
     assert np.bincount(fed).tolist() == np.bincount(stream[:rows * 64]).tolist()
     within = int(((starts > 0) & (starts <= rows * 64)).sum())
-    assert sum(int((batch.targets != NO_TARGET).sum()) for batch in batches) == rows * 64 - within
+    assert sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches) == rows * 64 - within
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 8), (2, 2), (3, 1), (3, 2), (4, 1), (8, 1), (5, 4), (16, 1)])
@@ -111,18 +111,18 @@ def test_any_split_over_ranks_gives_the_same_global_sequence(config: DataConfig,
     assert len({len(batches) for steps in ranks for batches in steps}) == 1
     for steps in ranks:
         for batches in steps:
-            targets = sum(int((batch.targets != NO_TARGET).sum()) for batch in batches)
+            targets = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
             tokens = sum(int(batch.counted().sum()) for batch in batches)
             assert {(batch.step.targets, batch.step.tokens) for batch in batches} == {(targets, tokens)}
 
 
 def test_filler_rows_predict_nothing_and_count_nowhere(config: DataConfig) -> None:
     reader = Reader(replace(config, micro_batch_size=2), 7, VOCABULARY)
-    batches = reader.step_batches(0, 1, 3)  # 3 of 8 rows, and one filler
+    batches = reader.step_batches(0, 1, 3)  # 3 of 8 rows, and one padding
     assert [batch.samples.tolist() for batch in batches] == [[2, 3], [4, -1]]
-    filler = batches[1]
-    assert (filler.targets[64:] == NO_TARGET).all() and (filler.tokens[64:] == reader.bos_id).all()
-    assert not filler.counted()[64:].any() and filler.step.tokens == 3 * 64
+    padding = batches[1]
+    assert (padding.targets[64:] == IGNORE_INDEX).all() and (padding.tokens[64:] == reader.bos_id).all()
+    assert not padding.counted()[64:].any() and padding.step.tokens == 3 * 64
 
 
 def test_batches_that_start_in_the_middle_continue_the_sequence(reader: Reader) -> None:

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dlcm_lightning.batch import NO_TARGET, Batch
+from dlcm_lightning.batch import IGNORE_INDEX, Batch
 from dlcm_lightning.config import DataConfig, SourceConfig, WeightChange
 from dlcm_lightning.data.loader import TrainingBatches
 from dlcm_lightning.data.reader import Reader
@@ -89,28 +89,29 @@ def corpora(draw: st.DrawFn) -> DataConfig:
         later = draw(st.integers(2, 18)) / 20
         changes.append(WeightChange(draw(st.integers(1, 300)) * sequence_length, {"a": later, "b": 1 - later}))
     return DataConfig(
-        sources=sources, sequence_length=sequence_length, global_batch_size=rows, micro_batch_size=draw(st.integers(1, min(rows, 4))),
+        sources=sources, sequence_length=sequence_length, global_batch_size=rows,
+                      micro_batch_size=draw(st.integers(1, min(rows, 4))),
         block_rows=draw(st.sampled_from([20, 37, 64])), shuffle_shards=draw(st.integers(1, 6)), weight_changes=changes,
         validation_rows=2)
 
 
-def lives(draw: st.DrawFn) -> list[tuple[int, int]]:
-    """(ranks, steps) of every life of the run, between two stops."""
+def attempts(draw: st.DrawFn) -> list[tuple[int, int]]:
+    """(ranks, steps) of every attempt of the run, between two stops."""
     return draw(st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 9)), min_size=1, max_size=5))
 
 
 def rows_of(batches: Iterator[Batch] | list[Batch]) -> Iterator[tuple[int, list[int], list[int]]]:
-    """(sample, tokens, targets) of every row that is no filler; fillers predict nothing."""
+    """(sample, tokens, targets) of every row that is no padding; padding rows predict nothing."""
     for batch in batches:
         parts = [part.view(len(batch.samples), -1) for part in (batch.tokens, batch.targets)]
         for place, sample in enumerate(batch.samples.tolist()):
             if sample >= 0:
                 yield sample, parts[0][place].tolist(), parts[1][place].tolist()
             else:
-                assert (parts[1][place] == NO_TARGET).all()
+                assert (parts[1][place] == IGNORE_INDEX).all()
 
 
-def check_life(reader: Reader, world: int, workers: int, first: int, last: int, seen: dict[int, list[int]],
+def check_attempt(reader: Reader, world: int, workers: int, first: int, last: int, seen: dict[int, list[int]],
                masked: dict[int, str]) -> None:
     """Reads the steps [first, last) as `world` ranks and adds what came to seen and masked."""
     lengths = set()
@@ -121,8 +122,8 @@ def check_life(reader: Reader, world: int, workers: int, first: int, last: int, 
             assert sample not in seen and sample not in masked, "a sample came twice"
             seen[sample] = [*tokens, targets[-1]]
         for batch in batches:
-            assert (batch.documents.lengths() > 0).all() and batch.documents.starts[-1] == len(batch.tokens)
-            assert batch.documents.longest == batch.documents.lengths().max()
+            assert (batch.documents.lengths() > 0).all() and batch.documents.cu_seqlens[-1] == len(batch.tokens)
+            assert batch.documents.max_seqlen == batch.documents.lengths().max()
             for missed in batch.step.unreadable:
                 assert missed.sample not in seen
                 masked[missed.sample] = missed.source
@@ -142,7 +143,7 @@ def check_all(reader: Reader, samples: int, seen: dict[int, list[int]], masked: 
             assert masked[sample] == name and touches_broken(name, row * length, (row + 1) * length + 1, truth)
         else:
             assert seen[sample][:-1] == window[:-1]
-            assert seen[sample][-1] in (window[-1], NO_TARGET)
+            assert seen[sample][-1] in (window[-1], IGNORE_INDEX)
     for source, part in enumerate(reader.mixture.parts):  # no row again before the others, but for one block's shuffle
         mine = [(int(drawn.epochs[i]), int(drawn.rows[i])) for i in np.flatnonzero(drawn.sources == source)]
         assert len(set(mine)) == len(mine)
@@ -161,11 +162,11 @@ def test_stops_and_resizes_never_change_the_sequence(data: st.DataObject, config
     seen: dict[int, list[int]] = {}
     masked: dict[int, str] = {}
     step = 0
-    for world, steps in data.draw(st.composite(lives)()):
+    for world, steps in data.draw(st.composite(attempts)()):
         reader = Reader(run, seed, VOCABULARY, verify_all=False, report=lambda _: None)
         if reader.mixture.samples is not None:
             steps = min(steps, reader.mixture.samples // run.global_batch_size - step)
-        check_life(reader, world, 0, step, step + steps, seen, masked)
+        check_attempt(reader, world, 0, step, step + steps, seen, masked)
         step += steps
     check_all(reader, step * run.global_batch_size, seen, masked, truth)
     assert bool(masked) <= broken
@@ -181,7 +182,7 @@ def test_loader_processes_under_faults_and_resizes_give_the_same_sequence(
     masked: dict[int, str] = {}
     for world, workers, first, last in ((1, 2, 0, 5), (3, 1, 5, 9), (2, 3, 9, 30)):
         reader = Reader(run, 11, VOCABULARY, verify_all=False, report=lambda _: None)
-        check_life(reader, world, workers, first, last, seen, masked)
+        check_attempt(reader, world, workers, first, last, seen, masked)
     check_all(reader, 30 * run.global_batch_size, seen, masked, truth)
     assert masked
 
@@ -193,7 +194,7 @@ def test_masked_are_exactly_the_rows_that_touch_what_is_broken(config: DataConfi
     steps = math.ceil(2 * sum(part.order.rows for part in reader.mixture.parts) / run.global_batch_size)
     seen: dict[int, list[int]] = {}
     masked: dict[int, str] = {}
-    check_life(reader, 1, 0, 0, steps, seen, masked)
+    check_attempt(reader, 1, 0, 0, steps, seen, masked)
     drawn = reader.mixture.draw(np.arange(steps * run.global_batch_size))
     expected = {sample for sample, (source, row) in enumerate(zip(drawn.sources, drawn.rows, strict=True))
                 if touches_broken("ab"[source], int(row) * 64, int(row) * 64 + 65, truth)}

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import webdataset
 
+from dlcm_lightning.atomic_io import sha256_of
 from dlcm_lightning.config import DataConfig
-from dlcm_lightning.data.building.build import tokenize_documents
 from dlcm_lightning.data.manifest import LARGEST, Manifest, build_index
+from dlcm_lightning.data.preprocessing.build import tokenize_documents
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.source import read_manifest as manifest_of
 from dlcm_lightning.data.store import LocalStore
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.data.verify import verify
-from dlcm_lightning.durable import sha256_of
 from dlcm_lightning.errors import DataError
 from tests.synthetic import VOCABULARY, make_texts, write_split
 

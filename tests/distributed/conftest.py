@@ -18,7 +18,7 @@ from tests.conftest import MODEL
 
 ROOT = Path(__file__).parents[2]
 ROWS = 11
-"""Of a step: no number of ranks here divides it, so that some ranks have fillers and all counts differ."""
+"""Of a step: no number of ranks here divides it, so that some ranks have padding rows and all counts differ."""
 STEPS = 3
 MICRO_ROWS = {(1, 1): 11, (1, 3): 4, (2, 1): 6, (2, 3): 2, (4, 1): 3, (4, 3): 1}
 """By ranks and micro-batches."""

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from dlcm_lightning.batch import StepCounts
 from dlcm_lightning.ops import collectives
-from dlcm_lightning.training import datamodule, module, persistence
-from dlcm_lightning.training.objective import Tally
-from dlcm_lightning.training.strategies import replicated, sharded
+from dlcm_lightning.training import checkpoint_manager, datamodule, module
+from dlcm_lightning.training.objective import MetricSums
+from dlcm_lightning.training.strategies.ddp import DdpStrategy
+from dlcm_lightning.training.strategies.fsdp2 import Fsdp2Strategy
+from dlcm_lightning.training.strategies.single import SingleStrategy
 
 
 def without_the_factor_w(patch: pytest.MonkeyPatch) -> None:
@@ -46,13 +48,13 @@ def deepspeed_divides_twice(patch: pytest.MonkeyPatch) -> None:
 
 def rate_of_one_rank(patch: pytest.MonkeyPatch) -> None:
     """F is what this rank sampled, not the global batch."""
-    honest = module.over_ranks
+    honest = module.all_reduce_sums
 
-    def local(tally: Tally, following: StepCounts) -> tuple[Tally, Tensor]:
-        whole, counts = honest(tally, following)
-        return Tally(tally.domains, whole.scalars, whole.features), counts
+    def local(sums: MetricSums, following: StepCounts) -> tuple[MetricSums, Tensor]:
+        whole, counts = honest(sums, following)
+        return MetricSums(sums.domains, whole.scalars, whole.features), counts
 
-    patch.setattr(module, "over_ranks", local)
+    patch.setattr(module, "all_reduce_sums", local)
 
 
 def counts_of_one_rank(patch: pytest.MonkeyPatch) -> None:
@@ -79,21 +81,21 @@ def cursor_of_one_rank(patch: pytest.MonkeyPatch) -> None:
 
 def a_dropped_shard(patch: pytest.MonkeyPatch) -> None:
     """The second moments that the last rank should write are zeros."""
-    honest = persistence.Persistence._mine
+    honest = checkpoint_manager.CheckpointManager._mine
 
     def dropping(self: Any, trainer: Any, module: Any) -> Iterator[tuple[str, Tensor]]:
         last = self.group.rank == self.group.ranks - 1
         for name, tensor in honest(self, trainer, module):
             yield name, torch.zeros_like(tensor) if last and name.startswith("exp_avg_sq/") else tensor
 
-    patch.setattr(persistence.Persistence, "_mine", dropping)
+    patch.setattr(checkpoint_manager.CheckpointManager, "_mine", dropping)
 
 
 def a_forgotten_count(patch: pytest.MonkeyPatch) -> None:
     """The moments are restored and AdamW's step count is not."""
-    for engine in (replicated.OneProcess, replicated.Replicated, sharded.Sharded):
-        honest = engine.begin
-        patch.setattr(engine, "begin", lambda self, steps, honest=honest: honest(self, 0))
+    for engine in (SingleStrategy, DdpStrategy, Fsdp2Strategy):
+        honest = engine.init_optim_state
+        patch.setattr(engine, "init_optim_state", lambda self, steps, honest=honest: honest(self, 0))
 
 
 MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

@@ -18,7 +18,7 @@ EXACT, ROUNDED = 1e-9, 2e-4
 RECOMPUTED = [f"{strategy}-{mode}" for strategy in STRATEGIES for mode in ("selective", "full")]
 PLANTED = {"without_the_factor_w": ("ddp", 1), "without_the_factor_k": ("ddp", 3), "rate_of_one_rank": ("ddp", 1),
            "counts_of_one_rank": ("ddp", 1), "rows_of_rank_0": ("ddp", 1), "deepspeed_divides_twice": ("zero2", 3)}
-"""Bugs of mutants.py, each with a strategy and a number of micro-batches under which it lives."""
+"""Bugs of mutants.py, each with a strategy and a number of micro-batches under which it attempts."""
 MATRIX = [pytest.param(ranks, micro, marks=() if ranks == 2 else pytest.mark.whole)
           for ranks in (1, 2, 4) for micro in (1, 3)]
 

@@ -14,7 +14,7 @@ import pytest
 from dlcm_lightning.cluster.world import free_port
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config, DataConfig
-from dlcm_lightning.layout import folders
+from dlcm_lightning.run_directory import folders
 from dlcm_lightning.training.rendezvous import Card, _local_places, _objection
 from dlcm_lightning.training.verify_resume import lines_of
 from tests.distributed.conftest import ROOT
@@ -57,7 +57,7 @@ def config(config: DataConfig, tmp_path: Path) -> Config:
 
 
 def start(folder: Path, *overrides: str, **variables: str) -> subprocess.Popen[str]:
-    outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "DLCM_LIFE"))}
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "DLCM_ATTEMPT"))}
     return subprocess.Popen(
         [sys.executable, "-m", "dlcm_lightning", "pretrain", str(folder / "run.yaml"), *overrides], text=True,
         env={**outside, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}, stdin=subprocess.DEVNULL,

@@ -23,7 +23,7 @@ from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import BoundaryConfig, Config, DataConfig, OptimConfig, TrainConfig
 from dlcm_lightning.errors import STOPPED
 from dlcm_lightning.export.portable import export, load_state
-from dlcm_lightning.layout import folders
+from dlcm_lightning.run_directory import folders
 from dlcm_lightning.training.verify_resume import Verdict, compare, lines_of, verify_resume
 from tests.conftest import MODEL
 from tests.distributed.conftest import ROOT, STRATEGIES
@@ -34,7 +34,7 @@ SECONDS = 180.0
 
 
 def long_config(data: DataConfig, runs: Path, name: str, steps: int = 40, **train: Any) -> Config:
-    """F of the previous step, so that a step may be split in any way. 7 rows: fillers on 2, 3 and 4 ranks."""
+    """F of the previous step, so that a step may be split in any way. 7 rows: padding rows on 2, 3 and 4 ranks."""
     data = replace(data, global_batch_size=7, micro_batch_size=2)
     tokens = steps * data.tokens_per_step
     return Config(
@@ -46,7 +46,7 @@ def long_config(data: DataConfig, runs: Path, name: str, steps: int = 40, **trai
 
 @dataclass(frozen=True)
 class Part:
-    """One life."""
+    """One attempt."""
 
     strategy: str
     ranks: int
@@ -54,7 +54,7 @@ class Part:
 
 
 def live(config: Config, part: Part, stop: bool) -> None:
-    """One life of a run; stopped by SIGTERM to one rank behind its first step, or to the end."""
+    """One attempt of a run; stopped by SIGTERM to one rank behind its first step, or to the end."""
     config = replace(config, train=replace(config.train, strategy=part.strategy, devices=part.ranks))
     run = Path(config.train.output_dir) / config.name
     file = run.with_suffix(".yaml")
@@ -172,7 +172,7 @@ def test_kills_and_signals_change_nothing(config: DataConfig, tmp_path: Path, st
     base = long_config(config, tmp_path, "base", strategy=strategy, devices=3)
     verdict = verify_resume(base, tmp_path / "proof", kills=6, seed=1, report=lambda _: None)
     assert verdict.good, verdict.table()
-    assert verdict.lives == 7 and verdict.micro_batches == 2
+    assert verdict.attempts == 7 and verdict.micro_batches == 2
     assert sum(verdict.disturbances.values()) >= 4, verdict.table()
     assert verdict.compared["weight"] > 20 and verdict.compared["steps logged"] == verdict.steps
     found = json.loads((tmp_path / "proof" / "verify-resume.json").read_text())
@@ -191,7 +191,7 @@ def test_a_run_that_leaves_the_number_of_processes_open_is_proved_on_one(config:
     base = long_config(config, tmp_path, "base")
     assert base.train.devices == base.train.nodes == 0
     verdict = verify_resume(base, tmp_path / "proof", kills=1, seed=1, report=lambda _: None)
-    assert verdict.good and verdict.ranks == 1 and verdict.lives == 2, verdict.table()
+    assert verdict.good and verdict.ranks == 1 and verdict.attempts == 2, verdict.table()
 
 
 def differing(run: Path, straight: Path) -> set[str]:

@@ -24,7 +24,7 @@ from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.loader import TrainingBatches
 from dlcm_lightning.data.reader import Reader
-from dlcm_lightning.model.mup import tagged_parameters
+from dlcm_lightning.model.mup import role_parameters
 from dlcm_lightning.ops.collectives import rank, world_size
 from dlcm_lightning.training import run
 from dlcm_lightning.training.datamodule import PretrainData
@@ -32,8 +32,8 @@ from dlcm_lightning.training.device import DTYPES
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.objective import rate_loss
 from dlcm_lightning.training.rendezvous import leave_group, meet
-from dlcm_lightning.training.strategies.choice import choose_engine
-from dlcm_lightning.training.strategies.engine import Engine
+from dlcm_lightning.training.strategies.choice import choose_strategy
+from dlcm_lightning.training.strategies.full_state import FullStateStrategy
 from tests.distributed.mutants import planted
 
 Found = dict[str, Tensor]
@@ -48,24 +48,24 @@ class Watch(Callback):
         self.found: Found = {}
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
-        assert isinstance(module, PretrainModule) and isinstance(trainer.strategy, Engine)
+        assert isinstance(module, PretrainModule) and isinstance(trainer.strategy, FullStateStrategy)
         if not module.finishes_step(trainer.fit_loop.epoch_loop.batch_idx):
             return
-        for name, owner in tagged_parameters(module.model):
-            gradient = trainer.strategy.gradient(owner.weight)
+        for name, owner in role_parameters(module.model):
+            gradient = trainer.strategy.full_grad(owner.weight)
             self.found[f"{trainer.global_step}/{name}"] = gradient.detach().clone()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch,
                            batch_idx: int) -> None:
-        assert isinstance(module, PretrainModule) and isinstance(trainer.strategy, Engine)
+        assert isinstance(module, PretrainModule) and isinstance(trainer.strategy, FullStateStrategy)
         if module.finishes_step(batch_idx):
             step = trainer.global_step - 1
-            self.found[f"{step}/norm"] = module.gradient_norm.clone()
+            self.found[f"{step}/norm"] = module.grad_norm.clone()
             assert module.last_step is not None
             self.found[f"{step}/rate"] = module.last_step.rate.clone()
-            trainer.strategy.settle()
-            for name, owner in tagged_parameters(module.model):
-                moment = trainer.strategy.moment(owner.weight, "exp_avg")
+            trainer.strategy.reshard()
+            for name, owner in role_parameters(module.model):
+                moment = trainer.strategy.full_optim_state(owner.weight, "exp_avg")
                 self.found[f"{step}/moment/{name}"] = moment.detach().clone()
 
 
@@ -80,7 +80,7 @@ def token_bytes(reader: Reader) -> Tensor:
 def gradients(config: Config, world: World) -> Found:
     """Of the real engine under the real Trainer."""
     dtype = DTYPES[config.train.precision]
-    reader, engine, watch = open_reader(config), choose_engine(config.train, HOST), Watch()
+    reader, engine, watch = open_reader(config), choose_strategy(config.train, HOST), Watch()
     module = PretrainModule(config, dtype, "sdpa", token_bytes(reader))
     trainer = run.build_trainer(config, HOST, engine, world, [watch])
     trainer.fit(module, datamodule=PretrainData(config, report=lambda _: None))
@@ -119,15 +119,15 @@ def by_autograd(config: Config, _: World) -> Found:
 
 def initial(config: Config, world: World) -> Found:
     """Weights and buffers before the first step."""
-    reader, engine = open_reader(config), choose_engine(config.train, HOST)
+    reader, engine = open_reader(config), choose_strategy(config.train, HOST)
     module = PretrainModule(config, torch.float32, "sdpa", token_bytes(reader))
     found: Found = {}
 
     class Look(Callback):
         def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-            assert isinstance(module, PretrainModule) and isinstance(trainer.strategy, Engine)
-            for name, owner in tagged_parameters(module.model):
-                found[name] = trainer.strategy.weight(owner.weight).detach().clone()
+            assert isinstance(module, PretrainModule) and isinstance(trainer.strategy, FullStateStrategy)
+            for name, owner in role_parameters(module.model):
+                found[name] = trainer.strategy.full_param(owner.weight).detach().clone()
             found.update({name: buffer.clone() for name, buffer in module.model.named_buffers()})
 
     trainer = run.build_trainer(config, HOST, engine, world, [Look()])

@@ -18,7 +18,7 @@ from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.export import portable
 from dlcm_lightning.export.portable import about, export, load_model, load_state, model_state
-from dlcm_lightning.layout import folders
+from dlcm_lightning.run_directory import folders
 from dlcm_lightning.training.run import pretrain
 
 WITHOUT = """

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dlcm_lightning.batch import NO_TARGET
+from dlcm_lightning.batch import IGNORE_INDEX
 from dlcm_lightning.model.dlcm import build_model
 from dlcm_lightning.ops.segments import Segments
 from dlcm_lightning.training.objective import rate_loss
@@ -49,7 +49,7 @@ def test_gradients_of_the_whole_loss_equal_those_of_the_loops(form: str) -> None
     state = oracle.random_state(config, seed=4)
     tokens, noise, documents = tokens_and_noise(LENGTHS)
     targets = torch.cat([oracle.next_tokens(piece) for piece in split(tokens)])
-    targets = torch.where(targets < 0, NO_TARGET, targets)
+    targets = torch.where(targets < 0, IGNORE_INDEX, targets)
 
     model = loaded(config, state)
     output = model(tokens, documents, noise, targets)

@@ -104,7 +104,7 @@ def visible_one_token_early(monkeypatch: pytest.MonkeyPatch) -> None:
     def mutant(boundaries: torch.Tensor, documents: Segments) -> Concepts:
         made = honest(boundaries, documents)
         closing = (made.closing - 1).clamp(min=0)
-        starts = documents.starts[:-1].long()
+        starts = documents.cu_seqlens[:-1].long()
         first = torch.isin(made.closing, starts)
         closing = torch.where(first, made.closing, closing)
         marks = torch.zeros(len(boundaries), dtype=torch.long).index_add(0, closing, torch.ones_like(closing))

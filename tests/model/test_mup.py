@@ -11,10 +11,10 @@ from torch import nn
 from dlcm_lightning.config import BoundaryConfig, ModelConfig, OptimConfig
 from dlcm_lightning.model.boundary import FixedBoundary
 from dlcm_lightning.model.dlcm import build_model
-from dlcm_lightning.model.mup import Role, Rule, rule, tagged_parameters
+from dlcm_lightning.model.mup import Role, Rule, hyperparameters_of, role_parameters
 from dlcm_lightning.ops.segments import Segments
 from dlcm_lightning.training import optim as optim_module
-from dlcm_lightning.training.optim import build_optimizer
+from dlcm_lightning.training.optimizer import build_optimizer
 from tests.model.conftest import SMALL
 
 WIDE = replace(SMALL, d_token=512, d_concept=1024, head_dim=64, heads_token=8, kv_heads_token=4, heads_concept=16,
@@ -36,7 +36,7 @@ OPTIM = OptimConfig(lr_token=1e-2, lr_concept=2e-2, lr_other=3e-3, lr_boundary=4
 def test_each_role_has_its_line(
     role: Role, deviation: float | None, learning_rate: float, decay: float, epsilon: float
 ) -> None:
-    line = rule(role, WIDE, OPTIM)
+    line = hyperparameters_of(role, WIDE, OPTIM)
     assert line.deviation == (deviation if deviation is None else pytest.approx(deviation))
     assert line.learning_rate == pytest.approx(learning_rate)
     assert line.weight_decay == pytest.approx(decay)
@@ -45,15 +45,17 @@ def test_each_role_has_its_line(
 
 def test_decay_times_rate_does_not_depend_on_width() -> None:
     for role in (Role.TOKEN, Role.CONCEPT, Role.TOKEN_TO_CONCEPT, Role.CONCEPT_TO_TOKEN):
-        products = {round(rule(role, size, OPTIM).learning_rate * rule(role, size, OPTIM).weight_decay, 12)
+        products = {round(hyperparameters_of(role, size, OPTIM).learning_rate * hyperparameters_of(role, size,
+                                                                                                   OPTIM).weight_decay,
+                          12)
                     for size in (SMALL, WIDE)}
         assert len(products) == 1
 
 
 def test_initialisation_draws_what_the_table_says() -> None:
     model = build_model(WIDE, torch.float32, "sdpa", seed=0)
-    for name, owner in tagged_parameters(model):
-        deviation = rule(owner.role, WIDE, OPTIM).deviation
+    for name, owner in role_parameters(model):
+        deviation = hyperparameters_of(owner.role, WIDE, OPTIM).deviation
         if deviation is not None:
             assert owner.weight.std().item() == pytest.approx(deviation, rel=0.03), name
             assert abs(owner.weight.mean().item()) < 0.05 * deviation, name
@@ -69,7 +71,7 @@ def test_every_parameter_is_in_exactly_one_group_with_its_roles_settings() -> No
     seen = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert len(seen) == len({id(parameter) for parameter in seen}) == len(list(model.parameters()))
     for group in optimizer.param_groups:
-        line = rule(Role(group["name"]), WIDE, OPTIM)
+        line = hyperparameters_of(Role(group["name"]), WIDE, OPTIM)
         assert (group["lr"], group["weight_decay"], group["eps"]) == (
             line.learning_rate, line.weight_decay, line.epsilon)
 
@@ -82,7 +84,7 @@ def test_logits_are_scaled_by_one_over_s_token() -> None:
 
 def test_a_parameter_without_a_role_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.weight has no role"):
-        list(tagged_parameters(nn.Sequential(nn.Linear(2, 2, bias=False))))
+        list(role_parameters(nn.Sequential(nn.Linear(2, 2, bias=False))))
 
 
 def coordinate_moves(axis: str, widths: tuple[int, ...]) -> list[float]:

@@ -10,7 +10,7 @@ import torch
 from dlcm_lightning.ops import attention as attention_module
 from dlcm_lightning.ops.attention import BACKENDS, attention, choose_backend
 from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
-from dlcm_lightning.ops.pooling import mean_pool, replicate
+from dlcm_lightning.ops.pool_and_replicate import mean_pool, replicate
 from dlcm_lightning.ops.scan import linear_scan
 from dlcm_lightning.ops.segments import Segments, concepts_from_boundaries
 from tests import varlen_cpu
@@ -35,7 +35,7 @@ def test_segments_know_their_pieces_and_refuse_empty_ones() -> None:
     segments = Segments.from_lengths([2, 1, 3])
     assert segments.ids(6).tolist() == [0, 0, 1, 2, 2, 2]
     assert segments.positions(6).tolist() == [0, 1, 0, 0, 1, 2]
-    assert (len(segments), segments.longest) == (3, 3)
+    assert (len(segments), segments.max_seqlen) == (3, 3)
     for lengths in ([], [1, 0]):
         with pytest.raises(ValueError, match="segment lengths"):
             Segments.from_lengths(lengths)
@@ -49,13 +49,13 @@ def test_the_boundary_token_closes_its_concept_and_document_tails_are_pooled_by_
     assert concepts.pooled_tokens.tolist() == [0, 1, 2, 3, 4, 6]
     assert concepts.pooled.tolist() == [0, 1, 3, 5, 6]
     assert concepts.newest.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3]
-    assert concepts.documents.starts.tolist() == [0, 3, 4]
+    assert concepts.documents.cu_seqlens.tolist() == [0, 3, 4]
 
 
 def some_concepts() -> tuple[int, object]:
     boundaries = torch.rand(50, generator=GENERATOR.manual_seed(5)) < 0.3
     documents = Segments.from_lengths([20, 1, 29])
-    boundaries[documents.starts[:-1].long()] = True
+    boundaries[documents.cu_seqlens[:-1].long()] = True
     return 50, concepts_from_boundaries(boundaries, documents)
 
 

@@ -61,10 +61,10 @@ class Desk:
                                                      **variables})
         return said.strip()
 
-    def lives(self) -> list[dict[str, Any]]:
-        found = sorted((self.run / "jobs").glob("*/lives.json"))
-        lives: list[dict[str, Any]] = json.loads(found[-1].read_text()) if found else []
-        return lives
+    def attempts(self) -> list[dict[str, Any]]:
+        found = sorted((self.run / "jobs").glob("*/attempts.json"))
+        attempts: list[dict[str, Any]] = json.loads(found[-1].read_text()) if found else []
+        return attempts
 
     def step(self) -> int:
         """The last that was logged; a line that is being written does not count."""
@@ -75,14 +75,14 @@ class Desk:
             return 0
 
     def trained(self, number: int) -> int:
-        """Steps that life `number` has made, by the signs of life of its first rank."""
-        life = self.lives()[number]
+        """Srun that attempt `number` has made, by the signs of life of its first rank."""
+        attempt = self.attempts()[number]
         folder = next((self.run / "jobs").iterdir())
         try:
-            heard = json.loads((folder / f"life-{number:03d}/heartbeat/rank-00000").read_text())
+            heard = json.loads((folder / f"attempt-{number:03d}/heartbeat/rank-00000").read_text())
         except FileNotFoundError:
             return 0
-        return max(0, int(heard["step"]) - int(life["from_step"]))
+        return max(0, int(heard["step"]) - int(attempt["from_step"]))
 
     def until(self, what: str, true: Callable[[], bool], seconds: float = 120.0) -> None:
         """AssertionError, with all that is known: it does not become true."""
@@ -103,7 +103,7 @@ class Desk:
         logs = "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}"
                          for log in sorted((self.run / "logs").glob("*.log")))
         queue = self.cluster.call("squeue", check=False)
-        return f"{queue}\n{self.output()[-6000:]}\n{logs}\nlives: {json.dumps(self.lives(), indent=1)}"
+        return f"{queue}\n{self.output()[-6000:]}\n{logs}\nattempts: {json.dumps(self.attempts(), indent=1)}"
 
 
 @pytest.fixture
@@ -115,7 +115,8 @@ def desk(cluster: MiniCluster, config: DataConfig, tmp_path_factory: pytest.Temp
     run = Config(
         name="run", seed=3, model=MODEL, data=data,
         optim=OptimConfig(total_tokens=2400 * data.tokens_per_step, warmup_tokens=20 * data.tokens_per_step),
-        train=TrainConfig(output_dir=str(folder / "runs"), precision="fp32", log_every_steps=1, validate_every_steps=10**6,
+        train=TrainConfig(output_dir=str(folder / "runs"), precision="fp32", log_every_steps=1,
+                          validate_every_steps=10**6,
                           checkpoint_every_steps=10),
         job=JobConfig(heartbeat_seconds=0.5, slowest_share=0))  # its nodes share two cores
     save_config(run, folder / "run.yaml")

@@ -7,8 +7,8 @@ case "$*" in
         echo "DLCM-CHECK {\"rank\": $SLURM_PROCID, \"node\": \"$SLURMD_NODENAME\", \"product_flops\": 1}"
         ;;
     "-m dlcm_lightning pretrain"*)
-        echo "$place" > "$DLCM_LIFE/place-$SLURM_PROCID"
-        [ "$SLURM_PROCID" = 0 ] && echo '{"how": "finished", "reason": "a stub"}' > "$DLCM_LIFE/outcome.json"
+        echo "$place" > "$DLCM_ATTEMPT/place-$SLURM_PROCID"
+        [ "$SLURM_PROCID" = 0 ] && echo '{"how": "finished", "reason": "a stub"}' > "$DLCM_ATTEMPT/outcome.json"
         exit 0
         ;;
     *) exec "$REAL_PYTHON" "$@" ;;

@@ -16,7 +16,7 @@ from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
 from dlcm_lightning.cluster.local import LocalRanks
 from dlcm_lightning.cluster.slurm import fields_of
 from dlcm_lightning.compose import save_config
-from dlcm_lightning.layout import STOP, folders
+from dlcm_lightning.run_directory import STOP, folders
 from dlcm_lightning.training.verify_resume import lines_of
 from tests.slurm.conftest import Desk, kill, processes
 
@@ -27,58 +27,60 @@ ONE = ("--nodes=1", "--gpus-per-node=1", "--time=30", "--signal=B:USR1@50")
 
 
 def trains_on(desk: Desk, behind: int = -1, seconds: float = 150.0) -> int:
-    """Waits until a life after the one of that number has made some steps of its own; its number."""
+    """Waits until an attempt after the one of that number has made some steps of its own; its number."""
     found = -1
 
     def trains() -> bool:
         nonlocal found
-        lives = desk.lives()
-        assert not lives or lives[-1]["decision"] in GOES_ON, desk.story()
-        found = len(lives) - 1
-        return found > behind and lives[found]["ended"] is None and desk.trained(found) > 2
+        attempts = desk.attempts()
+        assert not attempts or attempts[-1]["decision"] in GOES_ON, desk.story()
+        found = len(attempts) - 1
+        return found > behind and attempts[found]["ended"] is None and desk.trained(found) > 2
 
-    desk.until(f"a life after {behind} trains", trains, seconds)
+    desk.until(f"an attempt after {behind} trains", trains, seconds)
     return found
 
 
 def test_a_run_that_everything_happens_to_ends_with_the_weights_of_one_left_alone(desk: Desk) -> None:
     cluster, ends = desk.cluster, dict[str, int]()
     job = desk.submit(*TWO_BY_TWO, overrides=("job.step_minutes=0.25",))
-    life = -1
+    attempt = -1
     for number in range(3):
-        ends[f"preempted {number}"] = life = trains_on(desk, life)
+        ends[f"preempted {number}"] = attempt = trains_on(desk, attempt)
         urgent = cluster.call("sbatch", "--parsable", "--partition=urgent", "--exclusive", "--nodes=3",
                               "--output=/dev/null", "--wrap=sleep 1").strip()
         desk.ended(urgent)
-    ends["out of time"] = life = trains_on(desk, life)
+    ends["out of time"] = attempt = trains_on(desk, attempt)
     cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    desk.until("the time is over", lambda: desk.lives()[life]["ended"] is not None)
+    desk.until("the time is over", lambda: desk.attempts()[attempt]["ended"] is not None)
     cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
-    ends["requeued by hand"] = life = trains_on(desk, life)
+    ends["requeued by hand"] = attempt = trains_on(desk, attempt)
     cluster.call("scontrol", "requeue", job)
-    ends["lost a rank"] = life = trains_on(desk, life)
+    ends["lost a rank"] = attempt = trains_on(desk, attempt)
     kill(processes(job, 2), signal.SIGKILL)
-    ends["hung"] = life = trains_on(desk, life)
+    ends["hung"] = attempt = trains_on(desk, attempt)
     kill(processes(job, 3), signal.SIGSTOP)
-    ends["lost a node"] = life = trains_on(desk, life)  # the last: SLURM may repeat to the node what it has missed
-    second = desk.lives()[life]["nodes"][1]
+    ends["lost a node"] = attempt = trains_on(desk,
+                                              attempt)  # the last: SLURM may repeat to the node what it has missed
+    second = desk.attempts()[attempt]["nodes"][1]
     cluster.crash(second)
     desk.until(f"{second} is missed", lambda: cluster.job(job)["JobState"] != "RUNNING")
     cluster.boot(second)
-    trains_on(desk, life)
+    trains_on(desk, attempt)
     assert desk.ended(job, 600)["JobState"] == "COMPLETED", desk.story()
-    ends["finished"] = len(desk.lives()) - 1
+    ends["finished"] = len(desk.attempts()) - 1
 
-    lives = {what: desk.lives()[number] for what, number in ends.items()}
+    attempts = {what: desk.attempts()[number] for what, number in ends.items()}
     for number in range(3):
-        assert lives[f"preempted {number}"]["how"] == "stopped", lives
-        assert "SIGTERM" in lives[f"preempted {number}"]["reason"], lives
-    assert lives["out of time"]["how"] == "stopped" and "NOTICE is there" in lives["out of time"]["reason"], lives
-    assert lives["lost a rank"]["how"] == "crashed", lives
-    assert lives["hung"]["how"] == "hung" and "rank 3 on" in lives["hung"]["reason"], lives
-    assert lives["lost a node"]["how"] in ("taken", "hung", "crashed", "vanished"), lives
-    assert lives["finished"]["how"] == "finished" and len({one["job"] for one in lives.values()}) == 1
-    assert "most recent call first" in (desk.run / "logs/rank-00000.log").read_text()  # stacks, of the life that hung
+        assert attempts[f"preempted {number}"]["how"] == "stopped", attempts
+        assert "SIGTERM" in attempts[f"preempted {number}"]["reason"], attempts
+    out_of_time = attempts["out of time"]
+    assert out_of_time["how"] == "stopped" and "NOTICE is there" in out_of_time["reason"], attempts
+    assert attempts["lost a rank"]["how"] == "crashed", attempts
+    assert attempts["hung"]["how"] == "hung" and "rank 3 on" in attempts["hung"]["reason"], attempts
+    assert attempts["lost a node"]["how"] in ("taken", "hung", "crashed", "vanished"), attempts
+    assert attempts["finished"]["how"] == "finished" and len({one["job"] for one in attempts.values()}) == 1
+    assert "most recent call first" in (desk.run / "logs/rank-00000.log").read_text()  # of the one that hung
 
     alone = replace(desk.config, name="alone", train=replace(desk.config.train, devices=4))
     save_config(alone, desk.folder / "alone.yaml")
@@ -103,8 +105,8 @@ def test_a_cancelled_job_stays_dead_and_has_saved(desk: Desk) -> None:
     desk.cluster.call("scancel", job)
     assert desk.ended(job)["JobState"] == "CANCELLED"
     time.sleep(8)  # longer than a requeued job waits here
-    assert desk.cluster.job(job)["JobState"] == "CANCELLED" and len(desk.lives()) == 1
-    assert desk.lives()[0]["to_step"] > 0 and desk.lives()[0]["to_step"] == desk.step()
+    assert desk.cluster.job(job)["JobState"] == "CANCELLED" and len(desk.attempts()) == 1
+    assert desk.attempts()[0]["to_step"] > 0 and desk.attempts()[0]["to_step"] == desk.step()
 
 
 def test_a_stop_file_ends_the_run_and_keeps_the_next_job_from_starting_it(desk: Desk) -> None:
@@ -112,10 +114,10 @@ def test_a_stop_file_ends_the_run_and_keeps_the_next_job_from_starting_it(desk: 
     trains_on(desk)
     (desk.run / STOP).touch()
     assert desk.ended(job)["JobState"] == "COMPLETED"
-    assert desk.lives()[0]["how"] == "stopped" and desk.lives()[0]["to_step"] == desk.step()
+    assert desk.attempts()[0]["how"] == "stopped" and desk.attempts()[0]["to_step"] == desk.step()
     again = desk.submit(*ONE)
     assert desk.ended(again)["JobState"] == "COMPLETED"
-    assert f"{STOP} is there" in desk.lives()[0]["reason"] and desk.lives()[0]["from_step"] == desk.step()
+    assert f"{STOP} is there" in desk.attempts()[0]["reason"] and desk.attempts()[0]["from_step"] == desk.step()
     looked = desk.cluster.call("sbatch", "--parsable", "--gpus-per-node=1", "slurm/evaluate.sh", str(desk.run),
                                cwd=desk.folder, DLCM_PYTHON=sys.executable).strip()
     assert desk.ended(looked)["JobState"] == "COMPLETED", desk.output()
@@ -129,10 +131,10 @@ def test_a_crash_at_the_same_step_ends_the_chain_with_the_reason(desk: Desk) -> 
     job = desk.submit(*ONE)
     desk.ended(job, 240)
     assert desk.cluster.job(job)["ExitCode"] == "3:0", desk.story()
-    assert [(one["how"], one["from_step"], one["to_step"]) for one in desk.lives()] == [
+    assert [(one["how"], one["from_step"], one["to_step"]) for one in desk.attempts()] == [
         ("crashed", 0, 10), ("crashed", 10, 10), ("crashed", 10, 10), ("crashed", 10, 10)]
-    assert "3 lives in a row brought no newer checkpoint than step 10" in desk.lives()[-1]["decision"]
-    assert "checkpoint of step 20 could not be written" in desk.lives()[-1]["decision"]
+    assert "3 attempts in a row brought no newer checkpoint than step 10" in desk.attempts()[-1]["decision"]
+    assert "checkpoint of step 20 could not be written" in desk.attempts()[-1]["decision"]
 
 
 def test_a_site_that_forbids_requeueing_gets_a_chain_of_jobs(desk: Desk) -> None:
@@ -141,11 +143,11 @@ def test_a_site_that_forbids_requeueing_gets_a_chain_of_jobs(desk: Desk) -> None
     trains_on(desk)
     kill(processes(first, 0), signal.SIGKILL)
     trains_on(desk, 0)
-    lives = desk.lives()
-    assert lives[0]["job"] == first != lives[1]["job"]
-    assert lives[1]["from_step"] == lives[0]["to_step"]
+    attempts = desk.attempts()
+    assert attempts[0]["job"] == first != attempts[1]["job"]
+    assert attempts[1]["from_step"] == attempts[0]["to_step"]
     assert len(list((desk.run / "jobs").iterdir())) == 1
-    fields = fields_of(desk.cluster.call("scontrol", "show", "job", lives[1]["job"]))
+    fields = fields_of(desk.cluster.call("scontrol", "show", "job", attempts[1]["job"]))
     assert (fields["JobName"], fields["MinMemoryNode"], fields["Comment"]) == ("my own run", "3G", "for Anna")
     assert fields["StdOut"] == str(desk.folder / f"slurm-my run {first}.out")
 
@@ -181,10 +183,10 @@ def test_one_task_of_an_array_is_requeued_alone(desk: Desk) -> None:
     number = desk.cluster.job(f"{job}_1")["JobId"]
     kill(processes(number, 0), signal.SIGKILL)
     trains_on(desks[1], 0)
-    assert [one["how"] for one in desks[1].lives()] == ["crashed", "vanished"]  # the second is under way
-    assert len(desks[0].lives()) == 1 and desks[0].lives()[0]["ended"] is None, desks[0].story()
+    assert [one["how"] for one in desks[1].attempts()] == ["crashed", "vanished"]  # the second is under way
+    assert len(desks[0].attempts()) == 1 and desks[0].attempts()[0]["ended"] is None, desks[0].story()
     trains_on(desks[0])
-    assert len(desks[0].lives()) == 1
+    assert len(desks[0].attempts()) == 1
 
 
 def test_a_node_on_which_nothing_runs_is_left_out(desk: Desk) -> None:
@@ -193,8 +195,8 @@ def test_a_node_on_which_nothing_runs_is_left_out(desk: Desk) -> None:
     python.chmod(0o755)
     job = desk.submit(*TWO_BY_TWO, DLCM_PYTHON=str(python))
     trains_on(desk, 0)
-    assert desk.lives()[0]["nodes"] == ["n1", "n2"] and desk.lives()[1]["nodes"] == ["n1", "n3"]
-    assert "n2: start: tasks 2-3: Exited with exit code 1" in desk.lives()[0]["reason"]
+    assert desk.attempts()[0]["nodes"] == ["n1", "n2"] and desk.attempts()[1]["nodes"] == ["n1", "n3"]
+    assert "n2: start: tasks 2-3: Exited with exit code 1" in desk.attempts()[0]["reason"]
     assert desk.cluster.job(job)["ExcNodeList"] == "n2"
 
 
@@ -228,10 +230,10 @@ def test_tasks_that_do_not_fit_the_gpus_and_a_missing_srun_are_refused_by_every_
 def test_every_life_leaves_what_it_was(desk: Desk) -> None:
     desk.submit(*ONE, SOME_SECRET_KEY="abc")
     trains_on(desk)
-    folder = next((desk.run / "jobs").glob("*/life-000"))
+    folder = next((desk.run / "jobs").glob("*/attempt-000"))
     assert (folder / "nodes.txt").read_text() == "n1\n"
     assert "torch=" in (folder / "packages.txt").read_text()
     variables = (folder / "environment.txt").read_text()
     assert "SLURM_JOB_ID=" in variables and "SOME_SECRET_KEY=(not kept)" in variables
-    assert (folder.parent / "code/dlcm_lightning/cluster/job.py").is_file()
-    assert json.loads((folder.parent / "lives.json").read_text())[0]["from_step"] == 0
+    assert (folder.parent / "code/dlcm_lightning/cluster/supervisor.py").is_file()
+    assert json.loads((folder.parent / "attempts.json").read_text())[0]["from_step"] == 0

@@ -64,15 +64,15 @@ def test_a_template_starts_a_rank_per_gpu_of_its_true_shape(large: MiniCluster, 
                                                             ) -> None:
     job = large.call("sbatch", "--parsable", f"slurm/{template}.sh", cwd=desk, **STUB).strip()
     ended(large, job, desk)
-    life = desk / f"runs/{run}/jobs/{job}/life-000"
-    places = [file.read_text().split() for file in life.glob("place-*")]
+    attempt = desk / f"runs/{run}/jobs/{job}/attempt-000"
+    places = [file.read_text().split() for file in attempt.glob("place-*")]
     assert sorted(int(rank) for rank, *_ in places) == list(range(NODES * GPUS))
     assert {tuple(place) for _, _, _, *place in places} == {
-        ("128", f"{GPUS}(x{NODES})", "n1", str(life.parent / "code"))}
+        ("128", f"{GPUS}(x{NODES})", "n1", str(attempt.parent / "code"))}
     assert {(node, local) for _, node, local, *_ in places} == {
         (f"n{node}", str(local)) for node in range(1, NODES + 1) for local in range(GPUS)}
-    lives = json.loads((life.parent / "lives.json").read_text())
-    assert lives[0]["how"] == "finished" and len(lives[0]["nodes"]) == NODES
+    attempts = json.loads((attempt.parent / "attempts.json").read_text())
+    assert attempts[0]["how"] == "finished" and len(attempts[0]["nodes"]) == NODES
 
 
 def test_started_with_bash_a_template_checks_copies_the_code_and_submits_itself(large: MiniCluster, desk: Path) -> None:
@@ -84,7 +84,7 @@ def test_started_with_bash_a_template_checks_copies_the_code_and_submits_itself(
     folder = next((desk / "runs/by_hand/jobs").iterdir())
     assert (folder / "code/dlcm_lightning/compose.py").is_file()
     ended(large, job, desk)
-    assert len(list((folder / "life-000").glob("place-*"))) == 8
+    assert len(list((folder / "attempt-000").glob("place-*"))) == 8
 
 
 def test_the_ladder_is_an_array_of_its_sizes(large: MiniCluster, desk: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_ladder_is_an_array_of_its_sizes(large: MiniCluster, desk: Path) -> 
     for task in range(4):
         ended(large, f"{job}_{task}", desk)
     for size in ("87m", "274m", "468m", "833m"):
-        assert len(list((desk / f"runs/ladder_{size}/jobs").glob("*/life-000/place-*"))) == GPUS
+        assert len(list((desk / f"runs/ladder_{size}/jobs").glob("*/attempt-000/place-*"))) == GPUS
 
 
 def test_make_pretrain_in_an_allocation_starts_a_rank_per_gpu(large: MiniCluster, desk: Path) -> None:
@@ -104,7 +104,7 @@ def test_make_pretrain_in_an_allocation_starts_a_rank_per_gpu(large: MiniCluster
     (desk / ".venv/.installed").touch()
     large.call("salloc", "--nodes=2", "--gpus-per-node=4", "--exclusive", "make", "pretrain",
                "CONFIG=configs/run/smoke.yaml", "ARGS=name=here", cwd=desk, REAL_PYTHON=sys.executable)
-    assert len(list((desk / "runs/here/jobs").glob("*/life-000/place-*"))) == 8
+    assert len(list((desk / "runs/here/jobs").glob("*/attempt-000/place-*"))) == 8
 
 
 def test_tokenising_is_shared_out_over_an_array_and_merged(
@@ -131,6 +131,6 @@ def test_a_job_of_1024_ranks_is_checked_started_and_concluded(slurm_is_here: Non
         with MiniCluster(Path(folder) / "c", 128, GPUS, cpus=128, number=2) as cluster:
             job = cluster.call("sbatch", "--parsable", "--nodes=128", "slurm/dlcm_1t.sh", cwd=desk, **STUB).strip()
             ended(cluster, job, desk)
-    life = next((desk / "runs/dlcm_2b_1t/jobs").glob("*/life-000"))
-    assert len(list(life.glob("place-*"))) == 1024
-    assert json.loads((life.parent / "lives.json").read_text())[0]["how"] == "finished"
+    attempt = next((desk / "runs/dlcm_2b_1t/jobs").glob("*/attempt-000"))
+    assert len(list(attempt.glob("place-*"))) == 1024
+    assert json.loads((attempt.parent / "attempts.json").read_text())[0]["how"] == "finished"

@@ -17,7 +17,7 @@ from dlcm_lightning.ops.segments import Segments
 from dlcm_lightning.training import device as device_module
 from dlcm_lightning.training.device import choose_device, resolve_precision
 from dlcm_lightning.training.run import pretrain
-from dlcm_lightning.training.strategies.choice import choose_engine
+from dlcm_lightning.training.strategies.choice import choose_strategy
 from tests.training.test_run import last, stop_after
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def test_a_process_has_the_gpu_of_its_place_by_its_index(
     where = choose_device(World("variables", local_rank or 0, local_size or 1, local_rank, local_size))
     assert where == torch.device("cuda", index) and current == [where]
     for ranks in (1, 2):
-        engine: Any = choose_engine(replace(run_config.train, devices=ranks), where)
+        engine: Any = choose_strategy(replace(run_config.train, devices=ranks), where)
         assert torch.cuda._utils._get_device_index(engine.root_device) == index, "Lightning makes it current"
 
 

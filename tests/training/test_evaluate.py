@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from dlcm_lightning.config import Config, ConfigError
-from dlcm_lightning.data.building.build import tokenize_documents
+from dlcm_lightning.data.preprocessing.build import tokenize_documents
 from dlcm_lightning.data.tokenizer import train_bpe
 from dlcm_lightning.errors import CheckpointError, DataError
 from dlcm_lightning.export.portable import export
-from dlcm_lightning.layout import folders
+from dlcm_lightning.run_directory import folders
 from dlcm_lightning.training import evaluate as evaluation
 from dlcm_lightning.training.evaluate import evaluate
 from dlcm_lightning.training.run import pretrain

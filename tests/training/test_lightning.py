@@ -32,12 +32,12 @@ import dlcm_lightning
 from dlcm_lightning import PretrainData, PretrainModule, pretrain, trainer_arguments
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.config import ClassConfig, Config, ConfigError
-from dlcm_lightning.layout import folders
+from dlcm_lightning.run_directory import folders
+from dlcm_lightning.training.lr_schedule import learning_rate_factor
 from dlcm_lightning.training.metrics import metrics_of
-from dlcm_lightning.training.schedule import learning_rate_factor
 
 MONITORED = {"train/loss", "train/bits_per_byte", "train/bits_per_byte/en", "train/bits_per_byte/zh", "train/F",
-             "train/G", "train/R_sampled", "train/R_thresholded", "train/rate_loss", "train/gradient_norm",
+             "train/G", "train/R_sampled", "train/R_thresholded", "train/rate_loss", "train/grad_norm",
              "train/lr_token"}
 
 

@@ -16,7 +16,7 @@ from dlcm_lightning.model.dlcm import DLCM
 from dlcm_lightning.training.datamodule import TrainLoader
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.objective import COUNTS, counts_of, probability_sum, rate_loss, rate_slope
+from dlcm_lightning.training.objective import COUNTS, counts_of, rate_loss, rate_loss_surrogate, rate_slope
 from dlcm_lightning.training.stopwatch import Stopwatch
 from dlcm_lightning.training.validation import validate
 from tests import reference as oracle
@@ -79,7 +79,7 @@ def test_one_micro_batch_uses_the_rate_of_its_own_step(run_config: Config) -> No
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 def test_every_split_into_micro_batches_gives_the_same_gradients(run_config: Config, rows: int) -> None:
-    """3 rows a micro-batch: the second holds one row and two fillers, which must count in nothing."""
+    """3 rows a micro-batch: the second holds one row and two padding rows, which must count in nothing."""
     config = with_boundary(run_config, rate_weight=2.0, previous_rate=True)
     assert_equal(step_gradients(config, rows, previous_rate=0.4), oracle_gradients(config, previous_rate=0.4))
 
@@ -117,23 +117,23 @@ def test_a_tally_counts_by_domain_and_leaves_fillers_out(run_config: Config) -> 
     module = module_for(config)
     batch = Reader(config.data, config.seed, config.model.vocab_size).step_batches(0)[1]
     assert batch.samples.tolist() == [3, 4, -1]
-    tally, output = module.tally(batch, batch.noise)
+    sums, output = module.measure(batch, batch.noise)
     real = batch.counted()
-    assert tally.total("tokens") == 2 * 64
+    assert sums.total("tokens") == 2 * 64
     assert counts_of(batch.step, module.device)[COUNTS.index("tokens")] == 5 * 64
-    assert tally.total("targets") == (batch.targets >= 0).sum() < batch.step.targets
-    assert tally.scalar("concepts") == len(output.concepts)
+    assert sums.total("targets") == (batch.targets >= 0).sum() < batch.step.targets
+    assert sums.scalar("concepts") == len(output.concepts)
     states = output.segmentation.features[real]
-    torch.testing.assert_close(tally.features, states.sum(0))
-    assert tally.total("bytes") == sum(int(TOKEN_BYTES[target]) for target in batch.targets if target >= 0)
-    assert tally.total("sampled") == output.segmentation.boundaries[real].sum()
-    assert tally.total("thresholded") == (output.segmentation.probabilities[real] >= 0.5).sum()
+    torch.testing.assert_close(sums.features, states.sum(0))
+    assert sums.total("bytes") == sum(int(TOKEN_BYTES[target]) for target in batch.targets if target >= 0)
+    assert sums.total("sampled") == output.segmentation.boundaries[real].sum()
+    assert sums.total("thresholded") == (output.segmentation.probabilities[real] >= 0.5).sum()
     for number in range(len(config.data.domains)):
         rows = (batch.domains == number) & (batch.samples >= 0)
-        assert tally.domains[number, 0] == 64 * rows.sum()
-    metrics = metrics_of(tally, config.data.domains, config.model.boundary)
+        assert sums.domains[number, 0] == 64 * rows.sum()
+    metrics = metrics_of(sums, config.data.domains, config.model.boundary)
     assert metrics["R_sampled"] == pytest.approx(1 / metrics["F"])
-    doubled = metrics_of(tally + tally, config.data.domains, config.model.boundary)
+    doubled = metrics_of(sums + sums, config.data.domains, config.model.boundary)
     assert doubled["bits_per_byte"] == pytest.approx(metrics["bits_per_byte"])
 
 
@@ -144,22 +144,23 @@ def test_the_rate_loss_that_is_logged_is_the_one_that_is_optimised(run_config: C
     config = replace(run_config, model=replace(run_config.model, boundary=boundary),
                      data=replace(run_config.data, global_batch_size=5, micro_batch_size=3))
     module = module_for(config)
-    batch = Reader(config.data, config.seed, config.model.vocab_size).step_batches(0)[1]  # two rows and a filler
-    tally, output = module.tally(batch, batch.noise)
+    batch = Reader(config.data, config.seed, config.model.vocab_size).step_batches(0)[1]  # two rows and a padding row
+    sums, output = module.measure(batch, batch.noise)
     p, b = output.segmentation.probabilities.detach(), output.segmentation.boundaries.double()
-    starts = batch.documents.starts.tolist()
+    starts = batch.documents.cu_seqlens.tolist()
     pieces = [(begin, end) for begin, end in itertools.pairwise(starts) if batch.counted()[begin]]
     if scope == "global":
         pieces = [(0, 128)]
     each = [rate_loss(b[begin:end].mean(), p[begin:end].mean(), 4.0).item() for begin, end in pieces]
-    logged = metrics_of(tally, config.data.domains, boundary)["rate_loss"]
+    logged = metrics_of(sums, config.data.domains, boundary)["rate_loss"]
     assert logged == pytest.approx(sum(each) / len(each), rel=1e-12)
-    assert metrics_of(tally + tally, config.data.domains, boundary)["rate_loss"] == pytest.approx(logged, rel=1e-12)
+    assert metrics_of(sums + sums, config.data.domains, boundary)["rate_loss"] == pytest.approx(logged, rel=1e-12)
 
     counts = torch.tensor([1.0, 128.0, len(pieces)], dtype=torch.float64)
     free = p.clone().requires_grad_()
-    surrogate = probability_sum(replace(output, segmentation=replace(output.segmentation, probabilities=free)), batch,
-                                counts, boundary, tally.rate)
+    surrogate = rate_loss_surrogate(replace(output, segmentation=replace(output.segmentation, probabilities=free)),
+                                    batch,
+                                counts, boundary, sums.rate)
     surrogate.backward()
     also = p.clone().requires_grad_()
     (sum(rate_loss(b[begin:end].mean(), also[begin:end].mean(), 4.0) for begin, end in pieces) / len(pieces)).backward()
@@ -170,8 +171,8 @@ def test_the_rate_loss_that_is_logged_is_the_one_that_is_optimised(run_config: C
 def test_forms_without_a_rate_loss_log_none(run_config: Config, form: str) -> None:
     boundary = replace(run_config.model.boundary, form=form)  # type: ignore[arg-type]
     config = replace(run_config, model=replace(run_config.model, boundary=boundary))
-    tally, _ = module_for(config).tally(one_batch(config), one_batch(config).noise)
-    found = metrics_of(tally, config.data.domains, boundary)
+    sums, _ = module_for(config).sums(one_batch(config), one_batch(config).noise)
+    found = metrics_of(sums, config.data.domains, boundary)
     assert "rate_loss" not in found and found["R_sampled"] > 1
 
 
@@ -181,7 +182,7 @@ def test_a_step_without_a_token_leaves_the_boundary_as_it_is(run_config: Config)
     module.after_step()
     state = [module.previous_counts, *module.model.boundary.buffers()]
     before = [buffer.clone() for buffer in state]
-    module.step_tally = replace(module.empty_tally(), features=torch.zeros(run_config.model.d_token))
+    module.step_sums = replace(module.empty_sums(), features=torch.zeros(run_config.model.d_token))
     module.after_step()
     assert all(torch.equal(buffer, old) for buffer, old in zip(state, before, strict=True))
 
@@ -193,9 +194,9 @@ def test_a_dense_model_has_a_tally_without_concepts(run_config: Config) -> None:
     batch = one_batch(config)
     loss = module.training_step(batch, 0)
     loss.backward()
-    tally, output = module.tally(batch, None)
-    assert output.segmentation is None and tally.total("tokens") == 256
-    assert "R_sampled" not in metrics_of(tally, config.data.domains, None)
+    sums, output = module.measure(batch, None)
+    assert output.segmentation is None and sums.total("tokens") == 256
+    assert "R_sampled" not in metrics_of(sums, config.data.domains, None)
 
 
 def test_the_rate_bias_moves_the_rate_towards_its_target(run_config: Config) -> None:
@@ -207,11 +208,11 @@ def test_the_rate_bias_moves_the_rate_towards_its_target(run_config: Config) -> 
         assert isinstance(boundary, LearnedBoundary)
         boundary.rate_bias.fill_(delta)
         batch = one_batch(run_config)
-        before = module.tally(batch, batch.noise)[0].rate.item()
+        before = module.measure(batch, batch.noise)[0].rate.item()
         for _ in range(60):
-            rate = module.tally(batch, batch.noise)[0].rate
+            rate = module.measure(batch, batch.noise)[0].rate
             boundary.after_step(rate, boundary.prior_mean)
-        after = module.tally(batch, batch.noise)[0].rate.item()
+        after = module.measure(batch, batch.noise)[0].rate.item()
         assert abs(after - 0.25) < 0.02 < abs(before - 0.25)
 
 
@@ -223,16 +224,16 @@ def test_the_prior_mean_follows_the_mean_hidden_state_of_past_steps(run_config: 
     prior = boundary.prior_mean.clone()
     module.training_step(one_batch(run_config), 0)
     assert torch.equal(boundary.prior_mean, prior), "the current batch must not enter"
-    tally = module.step_tally
-    assert tally is not None
+    sums = module.step_sums
+    assert sums is not None
     module.after_step()
-    expected = 0.9 * prior + 0.1 * tally.features / 256
+    expected = 0.9 * prior + 0.1 * sums.features / 256
     torch.testing.assert_close(boundary.prior_mean, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_ranks_speak_once_an_optimizer_step(run_config: Config, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """In its last micro-batch, whatever their number; and once more at the beginning of a life."""
+    """In its last micro-batch, whatever their number; and once more at the beginning of an attempt."""
     config = replace(run_config, data=replace(run_config.data, micro_batch_size=rows))
     module, spoken = module_for(config), []
 
@@ -268,7 +269,7 @@ def test_validation_cuts_concepts_at_one_half_as_inference_does(run_config: Conf
     module = module_for(run_config)
     reader = Reader(run_config.data, run_config.seed, run_config.model.vocab_size)
     batches = [reader.step_batches(number)[0] for number in range(3)]
-    tally = validate(module, batches)
-    assert tally.scalar("concepts") == tally.total("thresholded") != tally.total("sampled")
+    sums = validate(module, batches)
+    assert sums.scalar("concepts") == sums.total("thresholded") != sums.total("sampled")
     expected = [module.model(batch.tokens, batch.documents, None, batch.targets).nll_sum for batch in batches]
-    torch.testing.assert_close(tally.total("nll"), torch.stack(expected).sum().detach())
+    torch.testing.assert_close(sums.total("nll"), torch.stack(expected).sum().detach())

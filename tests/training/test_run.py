@@ -25,11 +25,11 @@ from dlcm_lightning.checkpoint.tensors import file_name
 from dlcm_lightning.compose import load_config, save_config
 from dlcm_lightning.config import Config, ConfigError, DataConfig
 from dlcm_lightning.errors import CheckpointError, DataError, RunError, Stopped
-from dlcm_lightning.layout import STOP, folders
+from dlcm_lightning.run_directory import STOP, folders
 from dlcm_lightning.training.callbacks.metrics import TIMED
-from dlcm_lightning.training.directory import RunLock
 from dlcm_lightning.training.report import Report
 from dlcm_lightning.training.run import pretrain
+from dlcm_lightning.training.run_lock import RunLock
 
 KILLS = 4
 
@@ -93,7 +93,7 @@ def test_a_run_ends_with_a_report_curves_and_boundaries_and_says_when_it_is_fini
         group = "train" if name in ("loss", "bits_per_byte") else "train_boundary"
         assert {f"train_domains/{name}_en", f"train_domains/{name}_zh", f"{group}/{name}"} <= scalars
         assert {f"val_domains/{name}_en", f"{group.replace('train', 'val')}/{name}"} <= scalars
-    assert {"train_optimizer/gradient_norm", "train_optimizer/clipped", "train_optimizer/lr_token"} <= scalars
+    assert {"train_optimizer/grad_norm", "train_optimizer/clipped", "train_optimizer/lr_token"} <= scalars
     assert {"train_system/tokens_per_second", "train_system/step_seconds", "train_system/save_seconds"} <= scalars
     assert "train_boundary/concept_length" in events.Tags()["histograms"]
     assert any(tag.startswith("boundaries/en") for tag in events.Tags()["tensors"])
@@ -164,7 +164,7 @@ def test_a_run_that_is_killed_anywhere_ends_bit_identical(run_config: Config, tm
         time.sleep(dice.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         killed += process.wait(timeout=30) == -signal.SIGKILL
-    assert killed == KILLS, "every life but the last must end by a kill"
+    assert killed == KILLS, "every attempt but the last must end by a kill"
     process = start(config, tmp_path)
     assert process.wait(timeout=120) == 0
     assert_same_end(config, straight)
@@ -217,7 +217,7 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
     assert_same_end(run_config, undisturbed)
 
 
-@pytest.mark.parametrize("rows", [4, 3], ids=["one micro-batch", "two, with filler rows"])
+@pytest.mark.parametrize("rows", [4, 3], ids=["one micro-batch", "two, with padding rows"])
 @pytest.mark.parametrize("step", [2, 7, 12])
 def test_resuming_continues_the_same_curves_without_a_point_twice(
     run_config: Config, monkeypatch: pytest.MonkeyPatch, step: int, rows: int

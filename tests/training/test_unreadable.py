@@ -15,11 +15,10 @@ import pytest
 from dlcm_lightning.config import Config, ConfigError, SourceConfig, WeightChange
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DataError
-from dlcm_lightning.layout import folders
+from dlcm_lightning.run_directory import folders
+from dlcm_lightning.training.callbacks.metrics import TIMED
 from dlcm_lightning.training.run import pretrain
 from tests.synthetic import VOCABULARY
-
-TIMED = ("tokens_per_second", "data_wait")
 
 
 def quiet(message: str) -> None:
@@ -111,7 +110,7 @@ def test_too_many_masked_rows_end_the_run(masking: Config) -> None:
 def test_rows_missed_before_a_stop_count_towards_the_bound_after_it(masking: Config) -> None:
     missing = missing_samples(masking)
     before = sum(sample < 6 * masking.data.global_batch_size for sample in missing)
-    assert before >= len(missing) - before > 0, "neither life alone may reach the bound"
+    assert before >= len(missing) - before > 0, "neither attempt alone may reach the bound"
     stopped_after(masking, 6)
     bound = (before + 0.5) / (masking.total_steps * masking.data.global_batch_size)
     with pytest.raises(DataError, match=rf"data\.max_unreadable = .*: {before + 1} of"):
@@ -127,9 +126,9 @@ def test_a_step_without_any_readable_row_changes_nothing_but_the_schedule(maskin
     assert missing
     for line in lines(config):
         if line["step"] - 1 in missing:
-            assert line["gradient_norm"] == 0 and np.isnan(line["loss"])
+            assert line["grad_norm"] == 0 and np.isnan(line["loss"])
         else:
-            assert np.isfinite(line["loss"]) and line["gradient_norm"] > 0
+            assert np.isfinite(line["loss"]) and line["grad_norm"] > 0
 
 
 # Weights

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.cluster.signals import StopRequest
 from dlcm_lightning.errors import Stopped
+from dlcm_lightning.training.checkpoint_manager import CheckpointManager
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.persistence import Persistence
 from dlcm_lightning.training.stopwatch import Stopwatch
 
 
@@ -21,11 +21,11 @@ class Checkpoints(Callback):
 
     def __init__(self, stopwatch: Stopwatch, stop: StopRequest) -> None:
         self.stopwatch, self.stop = stopwatch, stop
-        self.persistence: Persistence | None = None
+        self.checkpoint_manager: CheckpointManager | None = None
 
-    def take(self, persistence: Persistence) -> None:
+    def take(self, checkpoint_manager: CheckpointManager) -> None:
         """Comes when all ranks are there."""
-        self.persistence = persistence
+        self.checkpoint_manager = checkpoint_manager
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, PretrainModule)
@@ -37,7 +37,7 @@ class Checkpoints(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        assert isinstance(module, PretrainModule) and self.persistence is not None
+        assert isinstance(module, PretrainModule) and self.checkpoint_manager is not None
         if not module.finishes_step(batch_idx):
             return
         config, step = module.config, trainer.global_step
@@ -47,7 +47,7 @@ class Checkpoints(Callback):
             with self.stopwatch.paused("save"):
                 for logger in trainer.loggers:
                     logger.save()  # curves up to here are not written again
-                self.persistence.save(trainer, module)
+                self.checkpoint_manager.save(trainer, module)
         if step == config.total_steps:
             self.stop.phase = "closing"
         elif asked:
@@ -56,6 +56,6 @@ class Checkpoints(Callback):
 
     def _asked(self) -> int:
         """What any rank was asked, on all of them."""
-        assert self.persistence is not None
-        group = self.persistence.group
+        assert self.checkpoint_manager is not None
+        group = self.checkpoint_manager.group
         return group.all_reduce_max(self.stop.requested(look=group.rank == 0))

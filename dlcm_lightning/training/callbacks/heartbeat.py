@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dlcm_lightning.batch import Batch
-from dlcm_lightning.cluster.heartbeat import Pulse
+from dlcm_lightning.cluster.heartbeat import HeartbeatWriter
 
 
 class Heartbeat(Callback):
     """The first callback, so that a phase is noted before what others do in it."""
 
-    def __init__(self, pulse: Pulse) -> None:
+    def __init__(self, pulse: HeartbeatWriter) -> None:
         self.pulse = pulse
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:

@@ -16,7 +16,7 @@ from dlcm_lightning.batch import Batch
 from dlcm_lightning.training.loggers import RunTensorBoardLogger, tag
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import LENGTHS, PretrainModule
-from dlcm_lightning.training.objective import SCALARS, Tally
+from dlcm_lightning.training.objective import SCALARS, MetricSums
 from dlcm_lightning.training.stopwatch import Stopwatch
 
 TIMED = ("tokens_per_second", "step_seconds", "data_wait", "peak_memory_gib", "save_seconds", "validation_seconds")
@@ -47,13 +47,13 @@ def tensorboard(trainer: Trainer) -> RunTensorBoardLogger | None:
 
 
 class Metrics(Callback):
-    """Sums tallies over `log_every_steps` steps and logs a line."""
+    """Sums sums over `log_every_steps` steps and logs a line."""
 
     state_key = "Metrics"
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self.stopwatch = stopwatch
-        self.window: Tally | None = None
+        self.window: MetricSums | None = None
         """Sum of the steps since the last line."""
         self.lengths: Tensor | None = None
         """(LENGTHS,) int64: concepts of this rank by length, since the last line."""
@@ -61,13 +61,13 @@ class Metrics(Callback):
         """() float64: steps since the last line whose gradient was clipped."""
         self.latest: dict[str, Any] = {}
         """Metrics of the last line."""
-        self.trained: Tally | None = None
+        self.trained: MetricSums | None = None
         """Sum of this process's steps up to the last line, for the speed of the run."""
         self.training_seconds = 0.0
         """Time of those steps, without validation and checkpoints."""
         self.waiting_seconds = 0.0
         """Of these, spent waiting for data."""
-        self._recent: Tally | None = None
+        self._recent: MetricSums | None = None
         """Steps of this process since the last line; a window that was resumed holds steps of another."""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -86,7 +86,7 @@ class Metrics(Callback):
         assert step is not None
         self.window = step if self.window is None else self.window.to(step.domains.device) + step
         self._recent = step if self._recent is None else self._recent + step
-        clipped = (module.gradient_norm > (config.optim.max_grad_norm or torch.inf)).double()
+        clipped = (module.grad_norm > (config.optim.max_grad_norm or torch.inf)).double()
         self.clipped = clipped if self.clipped is None else self.clipped.to(clipped.device) + clipped
         if trainer.global_step % config.train.log_every_steps and trainer.global_step != config.total_steps:
             return
@@ -106,7 +106,7 @@ class Metrics(Callback):
         metrics |= {name: int(self.window.scalar(name)) for name in ("samples", "noise")}
         if config.data.unreadable == "mask":
             metrics["unreadable_rows"] = round(self.window.scalar("unreadable").item())
-        metrics["gradient_norm"] = module.gradient_norm.item()
+        metrics["grad_norm"] = module.grad_norm.item()
         metrics["clipped"] = self.clipped.item() / max(1.0, self.window.scalar("steps").item())
         metrics |= {f"lr_{role}": rate for role, rate in module.learning_rates.items()}
         if module.device.type == "cuda":
@@ -144,5 +144,5 @@ class Metrics(Callback):
         if state_dict:
             scalars = state_dict["scalars"]  # fewer where an older version has saved them
             scalars = torch.cat([scalars, scalars.new_zeros(len(SCALARS) - len(scalars))])
-            self.window = Tally(state_dict["domains"], scalars, state_dict["features"])
+            self.window = MetricSums(state_dict["domains"], scalars, state_dict["features"])
             self.lengths, self.clipped = state_dict.get("lengths"), state_dict.get("clipped")

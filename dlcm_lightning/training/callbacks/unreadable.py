@@ -16,8 +16,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.batch import Batch
-from dlcm_lightning.durable import write_atomically
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.training.module import PretrainModule
 

@@ -10,9 +10,10 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 
 from dlcm_lightning.cluster.world import World
 from dlcm_lightning.config import ConfigError, TrainConfig
-from dlcm_lightning.training.strategies.engine import Engine
-from dlcm_lightning.training.strategies.replicated import OneProcess, Replicated
-from dlcm_lightning.training.strategies.sharded import Sharded
+from dlcm_lightning.training.strategies.ddp import DdpStrategy
+from dlcm_lightning.training.strategies.fsdp2 import Fsdp2Strategy
+from dlcm_lightning.training.strategies.full_state import FullStateStrategy
+from dlcm_lightning.training.strategies.single import SingleStrategy
 
 
 def needs_group(train: TrainConfig) -> bool:
@@ -20,17 +21,17 @@ def needs_group(train: TrainConfig) -> bool:
     return train.strategy != "ddp"
 
 
-def choose_engine(train: TrainConfig, where: torch.device) -> Engine:
+def choose_strategy(train: TrainConfig, where: torch.device) -> FullStateStrategy:
     """A Lightning strategy. ConfigError: ZeRO without deepspeed."""
     if train.strategy == "ddp":
-        return OneProcess(where) if train.ranks == 1 else Replicated(where)
+        return SingleStrategy(where) if train.ranks == 1 else DdpStrategy(where)
     if train.strategy == "fsdp2":
-        return Sharded(train.ranks, where)
+        return Fsdp2Strategy(train.ranks, where)
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"train.strategy = {train.strategy!r}: needs DeepSpeed, which is not installed; "
                           "pip install 'dlcm-lightning[deepspeed]', or choose ddp or fsdp2")
     zero = importlib.import_module("dlcm_lightning.training.strategies.zero")
-    engine: Engine = zero.Zero(int(train.strategy[-1]), train.offload, where)
+    engine: FullStateStrategy = zero.ZeroStrategy(int(train.strategy[-1]), train.offload, where)
     return engine
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn, zeros
 from dlcm_lightning.model.dlcm import LanguageModel
 from dlcm_lightning.ops.collectives import all_reduce_sum
 from dlcm_lightning.training.device import on_gpu
-from dlcm_lightning.training.strategies.engine import Engine, Fill, Moment, begin_adamw, whole_model
+from dlcm_lightning.training.strategies.full_state import Fill, FullStateStrategy, Moment, init_adamw_state, whole_model
 
 if not on_gpu():
     os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
@@ -51,7 +51,7 @@ class ZeroPrecision(DeepSpeedPrecision):
 
     def __init__(self) -> None:
         super().__init__("32-true")
-        self.gradient_norm: Tensor = zeros(())
+        self.grad_norm: Tensor = zeros(())
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
@@ -72,7 +72,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         engine: Any = model.trainer.model
         norm = engine.get_global_grad_norm()
         if norm is not None:
-            self.gradient_norm = torch.as_tensor(norm).detach()
+            self.grad_norm = torch.as_tensor(norm).detach()
         return result
 
 
@@ -81,7 +81,7 @@ def _place(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.data.copy_(value)
 
 
-class Zero(DeepSpeedStrategy, Engine):
+class ZeroStrategy(DeepSpeedStrategy, FullStateStrategy):
     """Stages 1, 2 and 3."""
 
     def __init__(self, stage: int, offload: bool, device: torch.device) -> None:
@@ -106,8 +106,8 @@ class Zero(DeepSpeedStrategy, Engine):
         self.stage = stage
 
     @property
-    def own_gradient_norm(self) -> Tensor:
-        return self._precision.gradient_norm
+    def own_grad_norm(self) -> Tensor:
+        return self._precision.grad_norm
 
     @property
     def root_device(self) -> torch.device:
@@ -145,16 +145,16 @@ class Zero(DeepSpeedStrategy, Engine):
         fill(model, place=_place)
         return model
 
-    def settle(self) -> None:
+    def reshard(self) -> None:
         pass
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
+    def full_param(self, parameter: nn.Parameter) -> Tensor:
         return safe_get_full_fp32_param(parameter)
 
-    def gradient(self, parameter: nn.Parameter) -> Tensor:
+    def full_grad(self, parameter: nn.Parameter) -> Tensor:
         return safe_get_full_grad(parameter)
 
-    def moment(self, parameter: nn.Parameter, name: Moment) -> Tensor:
+    def full_optim_state(self, parameter: nn.Parameter, name: Moment) -> Tensor:
         if self.stage == 3:
             return safe_get_full_optimizer_state(parameter, name)
         flat = torch.zeros(parameter.numel(), device=parameter.device)
@@ -172,7 +172,7 @@ class Zero(DeepSpeedStrategy, Engine):
         there, here = piece.hp_fragment_address, piece.lp_fragment_address
         yield slice(here.start, here.start + here.numel), flat.narrow(0, there.start, there.numel)
 
-    def restore(self, parameter: nn.Parameter, weight: Tensor, moments: dict[Moment, Tensor]) -> None:
+    def load_full_state(self, parameter: nn.Parameter, weight: Tensor, moments: dict[Moment, Tensor]) -> None:
         if self.stage < 3:
             parameter.data.copy_(weight)
             safe_set_full_fp32_param(parameter, weight)
@@ -192,7 +192,7 @@ class Zero(DeepSpeedStrategy, Engine):
         filled = torch.cat([flat, flat.new_zeros(size * self.world_size - flat.numel())])
         return filled[size * self.global_rank:size * (self.global_rank + 1)]
 
-    def begin(self, steps: int) -> None:
+    def init_optim_state(self, steps: int) -> None:
         optimizer: Any = self.optimizers[0]
         held = optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
-        begin_adamw(optimizer.optimizer, held, steps)
+        init_adamw_state(optimizer.optimizer, held, steps)

@@ -1,0 +1,65 @@
+"""The end of a run: validation over all ranks, the table, the report. Comes also where only this was missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dlcm_lightning.data.ngram import NgramBaseline, floors
+from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.errors import DataError
+from dlcm_lightning.model.mup import role_parameters
+from dlcm_lightning.ops.collectives import rank
+from dlcm_lightning.training.callbacks.metrics import Metrics, log
+from dlcm_lightning.training.datamodule import PretrainData
+from dlcm_lightning.training.device import describe_hardware
+from dlcm_lightning.training.metrics import metrics_of
+from dlcm_lightning.training.module import PretrainModule
+from dlcm_lightning.training.report import Report, speed, summary
+from dlcm_lightning.training.validation import validate
+
+
+class FinalReport(Callback):
+    """Made before the first step, when the machine's speed is measured for the first time."""
+
+    def __init__(self, run: Path, data: PretrainData, metrics: Metrics, rate: Callable[[], float],
+                 report: Callable[[str], None]) -> None:
+        """rate: measures FLOP/s of large products."""
+        self.run, self.data, self.metrics, self.rate, self.report = run, data, metrics, rate, report
+        self.rate_before = self._rate()
+        self.outcome: Report | None = None
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, PretrainModule)
+        config, model, steps = module.config, module.model, trainer.global_step
+        sums = validate(module, self.data.val_dataloader(), progress=trainer.is_global_zero)
+        validation = metrics_of(sums, config.data.domains, module.boundary)
+        rate = (self.rate_before + self._rate()) / 2
+        self.outcome = Report(
+            steps=steps, tokens=module.consumed_tokens, hardware=describe_hardware(config.train, module.device),
+            precision=str(model.compute_dtype).removeprefix("torch."), attention=model.backend,
+            parameters=sum(owner.shape.numel() for _, owner in role_parameters(model)), validation=validation,
+            floors=self._floors(self.data.reader) if trainer.is_global_zero else [],
+            speed=speed(config, self.metrics, rate),
+        )
+        if trainer.is_global_zero:
+            log(trainer, "val", validation, steps)
+            for logger in trainer.loggers:
+                logger.save()
+            self.outcome.save(self.run)
+            self.report(summary(config, self.outcome))
+
+    def _rate(self) -> float:
+        """Of one process while the others wait, or they would take each other's time."""
+        return self.rate() if rank() == 0 else math.inf
+
+    def _floors(self, reader: Reader) -> list[NgramBaseline]:
+        """None where shards that the floors count are damaged: the model is trained all the same."""
+        try:
+            return floors(reader)
+        except DataError as error:
+            self.report(f"unigram and trigram are left out: {error}")
+            return []

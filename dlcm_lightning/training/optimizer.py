@@ -1,0 +1,26 @@
+"""AdamW with one parameter group per muP role."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dlcm_lightning.config import ModelConfig, OptimConfig
+from dlcm_lightning.model.mup import Role, hyperparameters_of, role_parameters
+
+
+def build_optimizer(module: nn.Module, model: ModelConfig, optim: OptimConfig) -> torch.optim.AdamW:
+    """Groups carry the role as `name`, which Lightning's LearningRateMonitor shows, and the peak rate as `lr`. The
+    fused kernel is used where the parameters' device has one."""
+    by_role: dict[Role, list[nn.Parameter]] = {}
+    for _, owner in role_parameters(module):
+        by_role.setdefault(owner.role, []).append(owner.weight)
+    groups = []
+    for role, parameters in by_role.items():
+        line = hyperparameters_of(role, model, optim)
+        groups.append({
+            "params": parameters, "name": role.value, "lr": line.learning_rate, "weight_decay": line.weight_decay,
+            "eps": line.epsilon,
+        })
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in module.parameters())
+    return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=fused)
