@@ -5,7 +5,8 @@
         tokenizer.json    what `dlcm export` gives with the model
         checkpoints/      step-NNNNNNNN/: see checkpoint/folder.py; each carries the configuration that wrote it
         metrics.jsonl     one line per logged step and per validation
-        tensorboard/      the same as curves, on an axis of consumed tokens; histograms; boundaries as text
+        events.out.*      the same for TensorBoard, on an axis of consumed tokens; histograms; boundaries as text
+        boundaries.html   fixed validation documents, cut into concepts
         report.json       the table at the end
         logs/             on a cluster: rank-00000.log of every rank, over all attempts
         jobs/             on a cluster: what each submission was and came to, see cluster/attempts.py

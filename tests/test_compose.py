@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dlcm_lightning.compose import differences, load_config, save_config
+from dlcm_lightning.compose import RENAMED, differences, load_config, load_saved_config, save_config
 from dlcm_lightning.config import Config, ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -317,3 +317,22 @@ def test_a_home_and_variables_in_a_path_are_replaced_and_addresses_are_no_folder
 def test_every_number_is_bounded_where_it_is_given(override: str) -> None:
     with pytest.raises(ConfigError, match=r"must be|use 0 or more|at most|must exceed|even head"):
         load_config(SMOKE, [override])
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(RENAMED.items()))
+def test_an_old_field_name_is_refused_with_the_new_one_and_understood_where_a_run_saved_it(
+    old: str, new: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{re.escape(old)} = .*the field is called {re.escape(new)} now"):
+        load_config(SMOKE, [f"{old}=3"])
+    saved = tmp_path / "config.yaml"
+    config = load_config(SMOKE)
+    save_config(config, saved)
+    key = new.split(".")[1]
+    text = re.sub(rf"^  {key}:", f"  {old.split('.')[1]}:", saved.read_text(), count=1, flags=re.MULTILINE)
+    assert text != saved.read_text()
+    saved.write_text(text)
+    with pytest.raises(ConfigError, match="the field is called"):
+        load_config(saved)
+    assert load_saved_config(saved) == config
+    assert load_saved_config(saved, ["seed=9"]).seed == 9
