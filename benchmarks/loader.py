@@ -112,8 +112,7 @@ def ours(task: Task, state: Any) -> Opened:
     """An optimizer step of this project's loader is one batch here."""
     config = DataConfig(
         corpus="shards", root=str(Path(task.corpus) / "ours"), sequence_length=task.sequence_length,
-                        global_batch_size=task.rows,
-        micro_batch_size=task.rows, workers=task.workers,
+        global_batch_size=task.rows, micro_batch_size=task.rows, workers=task.workers,
         sources=[SourceConfig(source, source, weight) for source, weight in task.sources.items()])
     reader = Reader(config, SEED, VOCABULARY)
     batches = TrainingBatches(reader, 0, 1, state or 0, task.epoch, task.workers)
@@ -211,11 +210,10 @@ def perform(task: Task, interpreter: str, cache: Path) -> dict[str, Any]:
 def prepare(contender: Contender, blank: Task, cache: Path) -> str:
     """Environment and data of a contender; returns its interpreter. Raises Failed."""
     interpreter = python(contender, cache)
-    for sequence_length in contender.written_for:
-        made = Path(blank.corpus) / f"{contender.name}-{sequence_length}.made"
+    for length in contender.written_for:
+        made = Path(blank.corpus) / f"{contender.name}-{length}.made"
         if not made.is_file():
-            perform(replace(blank, loader=contender.name, action="write", sequence_length=sequence_length),
-                    interpreter, cache)
+            perform(replace(blank, loader=contender.name, action="write", sequence_length=length), interpreter, cache)
             made.touch()
     return interpreter
 
@@ -313,10 +311,9 @@ def table(summary: Summary, failed: dict[str, str], versions: dict[str, str]) ->
     columns = {"M tokens/s": ("M tok/s", 1), "M tokens/s per core": ("per core", 1),
                "CPU s per M tokens": ("CPU s/M", 4), "MiB a reader": ("MiB/rdr", 1)}
     lines = []
-    for sequence_length in ROW_TOKENS:
-        places = [f"{sequence_length} tokens, {workers} workers" for workers in WORKERS]
-        lines += ["", f"{f'rows of {sequence_length}':<24}" + "".join(f"{place.split(', ')[1]:>40}"
-                                                                      for place in places),
+    for length in ROW_TOKENS:
+        places = [f"{length} tokens, {workers} workers" for workers in WORKERS]
+        lines += ["", f"{f'rows of {length}':<24}" + "".join(f"{place.split(', ')[1]:>40}" for place in places),
                   " " * 24 + "".join(f"{head:>10}" for head, _ in columns.values()) * len(places)]
         for loader, numbers in summary.items():
             cells = "".join(f"{numbers[f'{name}, {place}']:>10.{digits}f}"

@@ -35,6 +35,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
     print_stacks_when_asked()
     with recorded():
         config, _ = place(load_config(arguments.config, arguments.overrides))  # refused before torch is loaded
+        load("training.extensions", "check_installed")(config)
         load("training.run", "pretrain")(config)
 
 

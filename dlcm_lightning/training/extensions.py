@@ -1,19 +1,44 @@
-"""Objects of classes that a configuration names: callbacks and loggers of Lightning's, or of the user's."""
+"""Objects of classes that a configuration names: callbacks and loggers of Lightning's, or of the user's.
+
+Modules are looked for where Python looks, and then in the current folder, where a user's own may lie.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from dlcm_lightning.config import ClassConfig, ConfigError
+from dlcm_lightning.config import ClassConfig, Config, ConfigError
 
 T = TypeVar("T")
+
+
+def check_installed(config: Config) -> None:
+    """ConfigError: a class of a package that is not here. Imports nothing, so that it is said before torch is
+    loaded."""
+    _look_here()
+    for field, classes in (("train.callbacks", config.train.callbacks), ("train.loggers", config.train.loggers)):
+        for number, wanted in enumerate(classes):
+            package = wanted.class_path.partition(".")[0]
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(f"{field}[{number}].class_path = {wanted.class_path!r}: there is no package "
+                                  f"{package}; "
+                                  "correct the name, or install it beside this package")
+
+
+def _look_here() -> None:
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def build_all(field: str, wanted: Sequence[ClassConfig], kind: type[T]) -> list[T]:
     """One object of each. ConfigError: a class that there is not, that is none of this kind, or that cannot be made
     of its arguments; it names the field."""
+    _look_here()
     return [_build(f"{field}[{number}]", one, kind) for number, one in enumerate(wanted)]
 
 

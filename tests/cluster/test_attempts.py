@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_remedy(tmp_path: Path, c
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").touch()
-    with pytest.raises(ConfigError, match=r"train\.runs = .*cannot be written"):
+    with pytest.raises(ConfigError, match=r"train\.output_dir = .*cannot be written"):
         take(job_folder(config, "7"), config)
 
 

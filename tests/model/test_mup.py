@@ -13,7 +13,7 @@ from dlcm_lightning.model.boundary import FixedBoundary
 from dlcm_lightning.model.dlcm import build_model
 from dlcm_lightning.model.mup import Role, Rule, hyperparameters_of, role_parameters
 from dlcm_lightning.ops.segments import Segments
-from dlcm_lightning.training import optim as optim_module
+from dlcm_lightning.training import optimizer as optim_module
 from dlcm_lightning.training.optimizer import build_optimizer
 from tests.model.conftest import SMALL
 
@@ -135,13 +135,13 @@ def test_coordinates_move_by_as_much_at_every_width(axis: str, widths: tuple[int
 def test_the_coordinate_check_fails_where_rates_do_not_fall_with_width(
     axis: str, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = optim_module.rule
+    honest = optim_module.hyperparameters_of
 
     def mutant(role: Role, model: ModelConfig, optim: OptimConfig) -> Rule:
         line = honest(role, model, optim)
         s = model.s_concept if role is Role.CONCEPT else model.s_token
         return replace(line, learning_rate=line.learning_rate * s) if role in (Role.TOKEN, Role.CONCEPT) else line
 
-    monkeypatch.setattr(optim_module, "rule", mutant)
+    monkeypatch.setattr(optim_module, "hyperparameters_of", mutant)
     moves = coordinate_moves(axis, widths)
     assert max(moves) / min(moves) > BOUND, moves

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,6 +34,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dlcm_lightning
 from dlcm_lightning import PretrainData, PretrainModule, pretrain, trainer_arguments
 from dlcm_lightning.batch import Batch
+from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import ClassConfig, Config, ConfigError
 from dlcm_lightning.run_directory import folders
 from dlcm_lightning.training.lr_schedule import learning_rate_factor
@@ -322,6 +326,30 @@ def test_a_callback_that_cannot_be_made_is_refused(run_config: Config, wanted: C
     config = replace(run_config, train=replace(run_config.train, callbacks=[wanted]))
     with pytest.raises(ConfigError, match=rf"train.callbacks\[0\].*{said}"):
         pretrain(config, lambda _: None)
+
+
+def test_the_command_finds_a_callback_in_the_current_folder_and_misses_a_package_before_torch_is_loaded(
+    run_config: Config, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Say(Callback):\n"
+        "    def on_train_end(self, trainer, module):\n"
+        "        print('mine ends at', trainer.global_step)\n")
+    save_config(run_config, tmp_path / "run.yaml")
+    root = str(Path(dlcm_lightning.__file__).parents[1])
+
+    def run(class_path: str, *before: str) -> subprocess.CompletedProcess[str]:
+        code = f"import sys; sys.path.remove(''); {''.join(before)}from dlcm_lightning.cli import entry; entry()"
+        field = f"train.callbacks=[{{class_path: {class_path}}}]"
+        return subprocess.run([sys.executable, "-c", code, "pretrain", "run.yaml", field], cwd=tmp_path, text=True,
+                              capture_output=True, env=os.environ | {"PYTHONPATH": root, "DLCM_DEVICE": "cpu"})
+
+    found = run("mine.Say")
+    assert found.returncode == 0 and "mine ends at 12" in found.stdout, found.stderr
+    missing = run("no_such_package.Say", "sys.modules['torch'] = None; ")
+    assert missing.returncode == 2
+    assert "train.callbacks[0].class_path = 'no_such_package.Say': there is no package" in missing.stderr
 
 
 def test_the_numbers_that_are_logged_are_those_that_are_written(run_config: Config, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_the_rate_loss_that_is_logged_is_the_one_that_is_optimised(run_config: C
 def test_forms_without_a_rate_loss_log_none(run_config: Config, form: str) -> None:
     boundary = replace(run_config.model.boundary, form=form)  # type: ignore[arg-type]
     config = replace(run_config, model=replace(run_config.model, boundary=boundary))
-    sums, _ = module_for(config).sums(one_batch(config), one_batch(config).noise)
+    sums, _ = module_for(config).measure(one_batch(config), one_batch(config).noise)
     found = metrics_of(sums, config.data.domains, boundary)
     assert "rate_loss" not in found and found["R_sampled"] > 1
 

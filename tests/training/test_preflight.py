@@ -9,19 +9,19 @@ import pytest
 
 from dlcm_lightning.cluster.checks import Finding
 from dlcm_lightning.config import Config
-from dlcm_lightning.training import doctor
+from dlcm_lightning.training import preflight
 
 
 def failing(config: Config) -> dict[str, Finding]:
-    return {finding.what: finding for finding in doctor.of_run(config) if not finding.good}
+    return {finding.what: finding for finding in preflight.of_run(config) if not finding.good}
 
 
 def test_a_run_that_can_begin_has_nothing_against_it(run_config: Config) -> None:
     lines: list[str] = []
-    assert doctor.examine(run_config, lines.append)
+    assert preflight.examine(run_config, lines.append)
     table = "\n".join(lines)
     assert "torch 2." in table and "TFLOP/s" in table
-    assert not doctor.examine(replace(run_config, train=replace(run_config.train, keep_last=10**9)), lines.append)
+    assert not preflight.examine(replace(run_config, train=replace(run_config.train, keep_last=10**9)), lines.append)
 
 
 def test_shards_that_are_not_there_or_too_few_are_named(run_config: Config) -> None:
@@ -37,7 +37,7 @@ def test_shards_that_are_not_there_or_too_few_are_named(run_config: Config) -> N
 
 def test_a_directory_that_cannot_be_made_is_named(run_config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    there = replace(run_config, train=replace(run_config.train, runs=str(tmp_path / "file")))
+    there = replace(run_config, train=replace(run_config.train, output_dir=str(tmp_path / "file")))
     assert "Not a directory" in failing(there)["run directory"].said
 
 
@@ -48,30 +48,30 @@ def test_too_little_room_is_told_in_bytes(run_config: Config) -> None:
 
 def test_a_version_that_was_left_out_for_a_reason_is_refused(run_config: Config, monkeypatch: pytest.MonkeyPatch
                                                             ) -> None:
-    real = doctor.version
-    monkeypatch.setattr(doctor, "version", lambda name: "2.6.2" if name == "lightning" else real(name))
+    real = preflight.version
+    monkeypatch.setattr(preflight, "version", lambda name: "2.6.2" if name == "lightning" else real(name))
     assert "lightning 2.6.2 is not" in failing(run_config)["versions"].said
 
 
 def test_a_package_that_is_only_a_folder_has_no_versions_to_compare(run_config: Config,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(name: str) -> list[str]:
-        raise doctor.PackageNotFoundError(name)
+        raise preflight.PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor, "requires", unknown)
-    finding = next(finding for finding in doctor.of_run(run_config) if finding.what == "versions")
+    monkeypatch.setattr(preflight, "requires", unknown)
+    finding = next(finding for finding in preflight.of_run(run_config) if finding.what == "versions")
     assert finding.good and "not compared" in finding.said
 
 
 def test_what_a_strategy_needs_is_asked_for(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor.version
+    real = preflight.version
 
     def without(name: str) -> str:
         if name == "deepspeed":
-            raise doctor.PackageNotFoundError(name)
+            raise preflight.PackageNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr(doctor, "version", without)
+    monkeypatch.setattr(preflight, "version", without)
     assert "versions" not in failing(run_config)
     zero = replace(run_config, train=replace(run_config.train, strategy="zero2"))
     assert failing(zero)["versions"].said == "deepspeed is missing"

@@ -50,5 +50,5 @@ def test_a_mistake_is_answered_by_key_value_and_remedy(tmp_path: Path, text: str
 
 
 def test_a_recipe_that_is_not_there_names_where_they_are(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such recipe; data/sources/ holds"):
+    with pytest.raises(DataError, match=r"no such recipe; shipped are .*nemotron-cc"):
         load_recipe(tmp_path / "nowhere.yaml")
