@@ -209,7 +209,7 @@ def compare(straight: Path, disturbed: Path, verdict: Verdict) -> None:
     verdict.differing["steps logged"] = [f"{len(lines[1])} of {len(lines[0])}"] * (len(lines[0]) != len(lines[1]))
     keys = {"samples": "samples of a step", "noise": "noise of a step", "loss": "losses",
             "grad_norm": "gradient norms"}
-    keys |= {key: "learning rates" for key in lines[0][0] if key.startswith("learning_rate")}
+    keys |= {key: "learning rates" for key in lines[0][0] if key.startswith("lr_")}
     for key in lines[0][0]:
         what = keys.get(key, "other numbers of a step")
         verdict.compared[what] = verdict.compared.get(what, 0) + len(lines[0])

@@ -175,6 +175,7 @@ def test_kills_and_signals_change_nothing(config: DataConfig, tmp_path: Path, st
     assert verdict.attempts == 7 and verdict.micro_batches == 2
     assert sum(verdict.disturbances.values()) >= 4, verdict.table()
     assert verdict.compared["weight"] > 20 and verdict.compared["steps logged"] == verdict.steps
+    assert verdict.compared["learning rates"] > verdict.compared["gradient norms"] == verdict.steps
     found = json.loads((tmp_path / "proof" / "verify-resume.json").read_text())
     assert found["good"] and found["compared"] == verdict.compared
 

@@ -34,7 +34,7 @@ COLOURS = ("#cfe3f7", "#f9dcc4", "#d3efd0", "#ead6f2")
 @torch.no_grad()
 def concepts_of(model: DLCM, tokenizer: Tokenizer, text: str, max_tokens: int, device: torch.device) -> list[str]:
     """The beginning of `text`, cut into what each concept pools; begin-of-text and end-of-text are shown as pieces of
-    their concepts. Joined they are the text."""
+    their concepts. Joined they are the text, up to the last whole character of `max_tokens` tokens."""
     tokens = tokenizer.encode_documents([text])[0][:max_tokens]
     ids = torch.as_tensor(tokens, dtype=torch.long, device=device)
     output = model(ids, Segments.from_lengths([len(tokens)], ids.device))
@@ -45,7 +45,6 @@ def concepts_of(model: DLCM, tokenizer: Tokenizer, text: str, max_tokens: int, d
         if end >= begin:
             found.append(decoder.decode(b"".join(tokenizer.pieces(tokens[begin:end + 1]))))
             begin = end + 1
-    found.append(decoder.decode(b"", final=True))  # of a character that max_tokens has cut
     return [one for one in found if one]
 
 
