@@ -1,6 +1,7 @@
 """Pictures of TensorBoard and of the segmented texts: `python docs/make_screenshots.py runs/NAME`.
 
-Needs Chromium and a Chinese font (`apt install chromium fonts-wqy-zenhei`). Writes docs/images/*.png. Look at them before they are committed.
+Needs Chromium and a Chinese font (`apt install chromium fonts-wqy-zenhei`). Writes docs/images/*.png. Look at them
+before they are committed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import urllib.request
 from pathlib import Path
 
 IMAGES = Path(__file__).parent / "images"
-PAGES = {"tensorboard": ("?darkMode=false&forceSVG=true#timeseries", "1500,1150"), "custom_scalars": ("#custom_scalars", "1500,1500")}
+PAGES = {"tensorboard": ("?darkMode=false&forceSVG=true#timeseries", "1500,1150"),
+         "custom_scalars": ("#custom_scalars", "1500,1500")}
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
          "--virtual-time-budget=60000")

@@ -55,6 +55,8 @@ from dlcm_lightning.training.position import at_optimizer_step
 from dlcm_lightning.training.run_lock import check_same_configuration
 from dlcm_lightning.training.strategies.full_state import FullStateStrategy, whole, whole_model
 
+EVERY_STEP = ("loss", "bits_per_byte", "R_sampled", "R_thresholded", "rate_loss")
+"""What is logged of every optimizer step; the other numbers of `log_every_n_steps`-th ones."""
 LENGTHS = 32
 """Concept lengths that are told apart; longer ones count as the last."""
 
@@ -69,9 +71,10 @@ def count_lengths(concepts: Concepts, batch: Batch) -> Tensor:
 class PretrainModule(LightningModule):
     """Four stages, two losses, one optimizer.
 
-    Logged under `train/`, of every optimizer step over all ranks: loss, bits_per_byte, F, G, R_sampled, R_thresholded,
-    p_sd, p_near_half, rate_loss, concept_imbalance (see metrics.py), each but the last two also as NAME/DOMAIN;
-    grad_norm; lr_ROLE. Under `val/` and `test/` the same of all validation rows, with thresholded boundaries.
+    Logged under `train/`, over all ranks: of every optimizer step loss, bits_per_byte, R_sampled, R_thresholded,
+    rate_loss and grad_norm; every `log_every_n_steps`-th also F, G, p_sd, p_near_half, concept_imbalance (metrics.py),
+    lr_ROLE, and by domain as NAME/DOMAIN. Under `val/` and `test/` the same of all validation rows, with thresholded
+    boundaries.
     """
 
     model: LanguageModel
@@ -202,12 +205,15 @@ class PretrainModule(LightningModule):
         return loss * (world_size() * self.config.micro_batches)
 
     def _log_step(self, sums: MetricSums) -> None:
-        """Of the whole step, known in its last forward; the gradient's norm follows when it is clipped."""
+        """Of the whole step, known in its last forward; the gradient's norm follows when it is clipped. Each number
+        costs Lightning a third of a millisecond, so most of them are logged only when loggers are due."""
         self.learning_rates = {group["name"]: group["lr"] for group in self.trainer.optimizers[0].param_groups}
-        metrics: dict[str, Any] = {f"train/{name}": value for name, value in metric_tensors(
-            sums, self.config.data.domains, self.boundary).items()}
-        metrics |= {f"train/lr_{role}": rate for role, rate in self.learning_rates.items()}
-        self.log_dict(metrics, logger=self._to_loggers)
+        metrics: dict[str, Any] = metric_tensors(sums, self.config.data.domains, self.boundary)
+        metrics |= {f"lr_{role}": rate for role, rate in self.learning_rates.items()}
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not every or (self.trainer.global_step + 1) % every:
+            metrics = {name: value for name, value in metrics.items() if name in EVERY_STEP}
+        self.log_dict({f"train/{name}": value for name, value in metrics.items()}, logger=self._to_loggers)
 
     def sum_of_nothing(self) -> Tensor:
         """Zero, whose backward gives every parameter a gradient of zeros, the last stage of the model first: as the

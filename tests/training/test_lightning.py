@@ -39,6 +39,7 @@ from dlcm_lightning.config import ClassConfig, Config, ConfigError
 from dlcm_lightning.run_directory import folders
 from dlcm_lightning.training.lr_schedule import learning_rate_factor
 from dlcm_lightning.training.metrics import metrics_of
+from dlcm_lightning.training.module import EVERY_STEP
 
 MONITORED = {"train/loss", "train/bits_per_byte", "train/bits_per_byte/en", "train/bits_per_byte/zh", "train/F",
              "train/G", "train/R_sampled", "train/R_thresholded", "train/rate_loss", "train/grad_norm",
@@ -362,8 +363,9 @@ def test_the_numbers_that_are_logged_are_those_that_are_written(run_config: Conf
             for name, value in metrics.items():
                 if name != "domains":
                     found[name] = value
-                    assert float(trainer.callback_metrics[f"train/{name}"]) == pytest.approx(value, rel=1e-12)
-            for domain, values in metrics["domains"].items():
+                    if name in EVERY_STEP or trainer.global_step % 2 == 0:
+                        assert float(trainer.callback_metrics[f"train/{name}"]) == pytest.approx(value, rel=1e-12)
+            for domain, values in metrics["domains"].items() if trainer.global_step % 2 == 0 else ():
                 for name, value in values.items():
                     logged = float(trainer.callback_metrics[f"train/{name}/{domain}"])
                     assert logged == pytest.approx(value, rel=1e-12, nan_ok=True)
