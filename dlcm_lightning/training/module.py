@@ -261,6 +261,10 @@ class PretrainModule(LightningModule):
         strategy = self.trainer.strategy
         return strategy.own_grad_norm if isinstance(strategy, FullStateStrategy) else None
 
+    def on_train_start(self) -> None:
+        """Whatever an earlier fit has left of a step: this one begins with a whole one, perhaps with another."""
+        self.counts = self.next_counts = self.step_sums = None
+
     def on_train_epoch_end(self) -> None:
         """An epoch is what is left of the run; there is no other behind it."""
         if self.trainer.global_step >= self.config.total_steps:

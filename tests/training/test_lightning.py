@@ -199,6 +199,18 @@ def test_several_fits_and_short_epochs_go_on_where_the_run_stands(run_config: Co
     assert seen.samples == list(range(run_config.total_steps * run_config.data.global_batch_size))
 
 
+def test_a_second_fit_knows_nothing_of_where_the_first_one_stood(run_config: Config, tmp_path: Path) -> None:
+    boundary = replace(run_config.model.boundary, rate_scope="document", rate_weight=1.0)  # divides by documents
+    config = replace(run_config, model=replace(run_config.model, boundary=boundary))
+    used, fresh = PretrainModule(config), PretrainModule(config)
+    trainer_for(config, tmp_path, max_steps=3).fit(used, datamodule=PretrainData(config))
+    fresh.configure_model()
+    fresh.load_state_dict(used.state_dict())
+    for module in (used, fresh):
+        trainer_for(config, tmp_path, max_steps=2).fit(module, datamodule=PretrainData(config))
+    assert all(torch.equal(used.state_dict()[name], value) for name, value in fresh.state_dict().items())
+
+
 def test_a_checkpoint_says_what_model_it_holds(run_config: Config, tmp_path: Path) -> None:
     module = PretrainModule(run_config)
     trainer = trainer_for(run_config, tmp_path)
