@@ -52,7 +52,7 @@ FITTED_TOKENS = 2**25
 counting sorts in memory."""
 
 
-def floors(reader: Reader, fitted_on: Literal["domain", "mixture"] = "domain") -> list[NgramBaseline]:
+def ngram_baselines(reader: Reader, fitted_on: Literal["domain", "mixture"] = "domain") -> list[NgramBaseline]:
     """One per domain that has a source in use, in the order of `Reader.domains`."""
     vocabulary = len(reader.token_bytes)
     domains = [domain for domain in reader.domains if reader.training_stream(domain)]

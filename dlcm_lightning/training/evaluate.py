@@ -26,7 +26,6 @@ from dlcm_lightning.checkpoint.probe import Probe
 from dlcm_lightning.compose import differences, load_saved_config
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.data.loader import ValidationBatches
-from dlcm_lightning.data.ngram import NgramBaseline, floors
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import DataError
@@ -36,7 +35,7 @@ from dlcm_lightning.training.checkpoint_manager import check_fingerprint, load_w
 from dlcm_lightning.training.device import choose_device, resolve_precision
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.report import validation_table
+from dlcm_lightning.training.report import baselines_of, validation_table
 from dlcm_lightning.training.validation import validate
 
 MAY_BE_ASKED = ("data.", "train.precision", "model.attention")
@@ -62,7 +61,7 @@ def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Call
     check_fingerprint(checkpoint, Probe(Tokenizer.load(reader.store)), module)
     sums = validate(module, ValidationBatches(reader), progress=True)
     metrics = metrics_of(sums, config.data.domains, module.boundary)
-    counted = _floors(reader, report)
+    counted = baselines_of(reader, report)
     report(validation_table(metrics, counted))
     question = {"overrides": asked, "precision": str(dtype).removeprefix("torch."), "attention": backend,
                 "rows": reader.validation_fingerprint}
@@ -125,11 +124,3 @@ def _question_of(file: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _floors(reader: Reader, report: Callable[[str], None]) -> list[NgramBaseline]:
-    try:
-        return floors(reader)
-    except DataError as error:
-        report(f"unigram and trigram are left out: {error}")
-        return []

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.config import Config
-from dlcm_lightning.data.ngram import NgramBaseline
+from dlcm_lightning.data.ngram import NgramBaseline, ngram_baselines
+from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.errors import DataError
 from dlcm_lightning.flops import training_flops_per_token
 from dlcm_lightning.training.callbacks.metrics import Metrics
 
@@ -79,6 +81,16 @@ class Report:
             return Report(**fields)
         except (ValueError, TypeError, KeyError):  # of another version, or edited: the run makes it again
             return None
+
+
+def baselines_of(reader: Reader, report: Callable[[str], None]) -> list[NgramBaseline]:
+    """Those of the validation rows; none where shards that they count are damaged: the model was trained all the
+    same."""
+    try:
+        return ngram_baselines(reader)
+    except DataError as error:
+        report(f"unigram and trigram are left out: {error}")
+        return []
 
 
 def validation_table(validation: dict[str, Any], counted: Iterable[NgramBaseline]) -> str:

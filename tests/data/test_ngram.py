@@ -12,7 +12,7 @@ import pytest
 from dlcm_lightning.batch import IGNORE_INDEX
 from dlcm_lightning.config import DataConfig, SourceConfig
 from dlcm_lightning.data.loader import ValidationBatches
-from dlcm_lightning.data.ngram import Histories, floors, log2_probabilities
+from dlcm_lightning.data.ngram import Histories, log2_probabilities, ngram_baselines
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
 from tests.synthetic import VOCABULARY, write_split
@@ -52,7 +52,7 @@ def test_probabilities_sum_to_one_after_any_history() -> None:
 
 def test_floors_score_the_targets_the_model_is_scored_on(reader: Reader) -> None:
     batches = [batch for data in [ValidationBatches(reader)] for batch in (data[index] for index in range(len(data)))]
-    for number, floor in enumerate(floors(reader)):
+    for number, floor in enumerate(ngram_baselines(reader)):
         mine = [(batch.token_domains() == number) & batch.counted() for batch in batches]
         assert floor.domain == reader.domains[number]
         assert floor.targets == sum(int((batch.targets[kept] != IGNORE_INDEX).sum())
@@ -64,9 +64,9 @@ def test_floors_score_the_targets_the_model_is_scored_on(reader: Reader) -> None
 
 def test_a_domain_fit_is_never_told_about_the_other_domain(config: DataConfig, reader: Reader) -> None:
     alone = Reader(replace(config, sources=[SourceConfig("b", "zh", 1.0)]), 7, VOCABULARY)
-    assert floors(alone)[0] == floors(reader)[1]
-    assert floors(alone, "mixture")[0] == floors(alone, "domain")[0]
-    assert floors(reader, "mixture")[1].unigram > floors(reader, "domain")[1].unigram
+    assert ngram_baselines(alone)[0] == ngram_baselines(reader)[1]
+    assert ngram_baselines(alone, "mixture")[0] == ngram_baselines(alone, "domain")[0]
+    assert ngram_baselines(reader, "mixture")[1].unigram > ngram_baselines(reader, "domain")[1].unigram
 
 
 def test_a_uniform_source_has_the_entropy_it_was_drawn_with(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -80,6 +80,6 @@ def test_a_uniform_source_has_the_entropy_it_was_drawn_with(tokenizer: Tokenizer
                     tokenizer=tokenizer.fingerprint)
     config = DataConfig(root=str(tmp_path), sequence_length=100, validation_rows=400,
                         sources=[SourceConfig("coin", "c", 1.0)])
-    (floor,) = floors(Reader(config, 0, VOCABULARY))
+    (floor,) = ngram_baselines(Reader(config, 0, VOCABULARY))
     assert floor.unigram == pytest.approx(1, abs=0.01) and floor.trigram == pytest.approx(1, abs=0.01)
     assert math.isclose(floor.targets, 40_000, rel_tol=1e-3)

@@ -8,9 +8,6 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dlcm_lightning.data.ngram import NgramBaseline, floors
-from dlcm_lightning.data.reader import Reader
-from dlcm_lightning.errors import DataError
 from dlcm_lightning.model.mup import role_parameters
 from dlcm_lightning.ops.collectives import rank
 from dlcm_lightning.training.callbacks.metrics import Metrics, log
@@ -18,7 +15,7 @@ from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.device import describe_hardware
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.report import Report, speed, summary
+from dlcm_lightning.training.report import Report, baselines_of, speed, summary
 from dlcm_lightning.training.validation import validate
 
 
@@ -42,7 +39,7 @@ class FinalReport(Callback):
             steps=steps, tokens=module.consumed_tokens, hardware=describe_hardware(config.train, module.device),
             precision=str(model.compute_dtype).removeprefix("torch."), attention=model.backend,
             parameters=sum(owner.shape.numel() for _, owner in role_parameters(model)), validation=validation,
-            floors=self._floors(self.data.reader) if trainer.is_global_zero else [],
+            floors=baselines_of(self.data.reader, self.report) if trainer.is_global_zero else [],
             speed=speed(config, self.metrics, rate),
         )
         if trainer.is_global_zero:
@@ -55,11 +52,3 @@ class FinalReport(Callback):
     def _rate(self) -> float:
         """Of one process while the others wait, or they would take each other's time."""
         return self.rate() if rank() == 0 else math.inf
-
-    def _floors(self, reader: Reader) -> list[NgramBaseline]:
-        """None where shards that the floors count are damaged: the model is trained all the same."""
-        try:
-            return floors(reader)
-        except DataError as error:
-            self.report(f"unigram and trigram are left out: {error}")
-            return []
