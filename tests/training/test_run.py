@@ -241,6 +241,21 @@ def test_resuming_continues_the_same_curves_without_a_point_twice(
     assert [event.step for event in events.Scalars("train/loss")] == [done * per_step for done in range(2, 13, 2)]
 
 
+def test_curves_of_an_earlier_version_go_on_under_the_runs_own_name(run_config: Config) -> None:
+    stop_after(run_config, 7)
+    older = run_folder(run_config) / "tensorboard"
+    older.mkdir()
+    for file in run_folder(run_config).glob("events.out.*"):
+        file.rename(older / file.name)
+    pretrain(run_config, quiet)
+    assert not older.exists()
+    events = EventAccumulator(str(run_folder(run_config)), size_guidance={"scalars": 0})
+    events.Reload()
+    per_step = run_config.data.tokens_per_step
+    assert [event.step for event in events.Scalars("train/loss")] == [done * per_step for done in range(2, 13, 2)]
+    assert [event.value for event in events.Scalars("train_system/attempts")][-1] == 2
+
+
 def test_a_directory_of_another_run_is_refused_with_the_fields_that_differ(undisturbed: Config) -> None:
     other = replace(undisturbed, model=replace(undisturbed.model, d_token=64, heads_token=4, kv_heads_token=2),
                     optim=replace(undisturbed.optim, lr_token=1.0))
