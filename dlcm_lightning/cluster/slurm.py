@@ -2,7 +2,7 @@
 
 - A job that was preempted runs on as RUNNING until its notice is over; if its tasks leave before, it ends as COMPLETED
   and is *not* queued again: it has to do that itself. A job that was cancelled is COMPLETING at once, and `scontrol
-  requeue` would bring it back to attempt: it must stay dead. So a job asks for another attempt only while it is
+  requeue` would bring it back to life: it must stay dead. So a job asks for another attempt only while it is
   RUNNING, or when its time is over, which SLURM does not requeue either.
 - `scontrol requeue` keeps the number of the job and the copy of its script. Where a site forbids it, another job that
   waits for this one does the same.

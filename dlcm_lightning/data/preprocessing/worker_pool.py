@@ -172,7 +172,7 @@ class _Crew:
 
 
 def _serve(pipe: Connection, job: Job, threads: int) -> None:
-    """The attempt of a worker."""
+    """The life of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     hide_torch()
