@@ -107,7 +107,7 @@ def export(arguments: argparse.Namespace) -> None:
     out = load("export.portable", "export")(
         arguments.run_folder, arguments.out, step=arguments.step, dtype=arguments.dtype,
         split_bytes=max(1, int(arguments.split_megabytes * megabyte)))
-    print(f"{out} holds the model; dlcm_lightning.export.portable.load_model reads it")
+    print(f"{out} holds the model; dlcm_lightning.load_model reads it")
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
