@@ -100,6 +100,8 @@ class PretrainModule(LightningModule):
         self.steps_go_to_loggers = True
         """Whether every `log_every_n_steps`-th step is sent to loggers. `dlcm pretrain` sends means over all steps
         instead (callbacks/metrics.py), under the same names; callbacks can monitor them either way."""
+        self.monitored = True
+        """Whether somebody may look at the steps' numbers in `trainer.callback_metrics`; else none are put there."""
         self.counts: Tensor | None = None
         """(len(COUNTS),) what the optimizer step under way has, over all ranks; None before the first of this
         attempt."""
@@ -208,6 +210,8 @@ class PretrainModule(LightningModule):
         """Of the whole step, known in its last forward; the gradient's norm follows when it is clipped. Each number
         costs Lightning a third of a millisecond, so most of them are logged only when loggers are due."""
         self.learning_rates = {group["name"]: group["lr"] for group in self.trainer.optimizers[0].param_groups}
+        if not self.monitored:
+            return
         metrics: dict[str, Any] = metric_tensors(sums, self.config.data.domains, self.boundary)
         metrics |= {f"lr_{role}": rate for role, rate in self.learning_rates.items()}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -248,7 +252,8 @@ class PretrainModule(LightningModule):
             return
         if (norm := self._own_gradient_norm) is not None:
             self.grad_norm = norm
-        self.log("train/grad_norm", self.grad_norm, logger=self._to_loggers)
+        if self.monitored:
+            self.log("train/grad_norm", self.grad_norm, logger=self._to_loggers)
         self.after_step()
 
     @property

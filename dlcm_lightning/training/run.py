@@ -226,6 +226,7 @@ def _train(config: Config, run: Path, world: World, group: ControlGroup, where: 
 
     module = PretrainModule(config, dtype, backend)
     module.steps_go_to_loggers = False
+    module.monitored = bool(extra.callbacks)
     metrics = Metrics(stopwatch)
     checkpoints = Checkpoints(stopwatch, stop)
     conclude = FinalReport(run, data, metrics, partial(matrix_product_rate, dtype, where), say)
