@@ -5,8 +5,8 @@ when it ends, is preempted, or dies, and the next one goes on where it stopped.
         code/  config.yaml           the package and the configuration as they were submitted
         sbatch.json                  options given to sbatch, where they are known
         excluded.json                nodes that were left out, since when, and the evidence
-        attempts.json                   every attempt: when, where, from and to which step, how it ended, what was
-        decided attempt-000/                    of the first
+        attempts.json                every attempt: when, where, from and to which step, how it ended, what was decided
+        attempt-000/                 of the first
             environment.txt          variables that matter to a run, without passwords; for the owner to read
             packages.txt  nodes.txt
             checks.json              what was found before the first step: checks.py

@@ -4,11 +4,11 @@ Modules say what they are, a `Role`; initialisation, optimizer and forward read 
 change without any of the three falling behind. With s_token = D / d_base and s_concept = E / d_base:
 
     role                       init variance                           learning rate     decay        epsilon
-    hidden matrix              sigma^2 / s                             eta / s           wd * s       eps / s
-    bridge, s_in -> s_out      sigma^2 / s_in * min(1, s_out / s_in)   eta / s_in        wd * s_in    eps / s_in
-    boundary W_q, W_k          identity                                eta_b / s_token   none         eps / s_token
-    embedding, unembedding     sigma_emb^2                             lr_other         wd           eps / s_token
-    norm                       ones                                    lr_other         none         eps / s
+    hidden matrix              sigma^2 / s                             lr / s            wd * s       eps / s
+    bridge, s_in -> s_out      sigma^2 / s_in * min(1, s_out / s_in)   lr / s_in         wd * s_in    eps / s_in
+    boundary W_q, W_k          identity                                lr_b / s_token    none         eps / s_token
+    embedding, unembedding     sigma_emb^2                             lr_other          wd           eps / s_token
+    norm                       ones                                    lr_other          none         eps / s
 
 A hidden matrix is a bridge from a width to itself. s is the multiplier of the width a matrix *reads*: FFN widths and
 heads x head width grow with it, so it is each matrix's own fan-in over its fan-in at the base. Learning rates fall

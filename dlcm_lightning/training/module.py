@@ -240,7 +240,7 @@ class PretrainModule(LightningModule):
     def configure_gradient_clipping(self, optimizer: Optimizer, gradient_clip_val: int | float | None = None,
                                     gradient_clip_algorithm: str | None = None) -> None:
         """By the global norm, to `optim.max_grad_norm`, whatever the Trainer was told or not told of it."""
-        if self._own_gradient_norm is None:
+        if self._own_grad_norm is None:
             parameters = [one for group in optimizer.param_groups for one in group["params"]]
             norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm or float("inf"))
             self.grad_norm = whole(norm).detach()
@@ -250,7 +250,7 @@ class PretrainModule(LightningModule):
         optimizer.step(closure=optimizer_closure)
         if not self.finishes_step(batch_idx):  # DeepSpeed is asked after every micro-batch
             return
-        if (norm := self._own_gradient_norm) is not None:
+        if (norm := self._own_grad_norm) is not None:
             self.grad_norm = norm
         if self.monitored:
             self.log("train/grad_norm", self.grad_norm, logger=self._to_loggers)
@@ -262,7 +262,7 @@ class PretrainModule(LightningModule):
         return None if self.steps_go_to_loggers else False
 
     @property
-    def _own_gradient_norm(self) -> Tensor | None:
+    def _own_grad_norm(self) -> Tensor | None:
         strategy = self.trainer.strategy
         return strategy.own_grad_norm if isinstance(strategy, FullStateStrategy) else None
 

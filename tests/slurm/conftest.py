@@ -75,7 +75,7 @@ class Desk:
             return 0
 
     def trained(self, number: int) -> int:
-        """Srun that attempt `number` has made, by the signs of life of its first rank."""
+        """Optimizer steps that attempt `number` has made, by the signs of life of its first rank."""
         attempt = self.attempts()[number]
         folder = next((self.run / "jobs").iterdir())
         try:

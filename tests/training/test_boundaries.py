@@ -23,7 +23,9 @@ CPU = torch.device("cpu")
 def test_concepts_joined_are_the_text_and_no_character_is_cut(run_config: Config, tokenizer: Tokenizer, ratio: float
                                                               ) -> None:
     model = replace(run_config.model, boundary=BoundaryConfig(form="fixed", target_ratio=ratio))
-    found = concepts_of(build_model(model, torch.float32, "sdpa", seed=0), tokenizer, TEXT, 1000, CPU)  # type: ignore[arg-type]
+    built = build_model(model, torch.float32, "sdpa", seed=0)
+    assert isinstance(built, DLCM)
+    found = concepts_of(built, tokenizer, TEXT, 1000, CPU)
     whole = b"".join(tokenizer.pieces(tokenizer.encode_documents([TEXT])[0])).decode()
     assert "".join(found) == whole and TEXT in whole
     assert len(found) > 3 and not any("\N{REPLACEMENT CHARACTER}" in one for one in found)

@@ -37,6 +37,7 @@ from dlcm_lightning.batch import Batch
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import ClassConfig, Config, ConfigError
 from dlcm_lightning.run_directory import folders
+from dlcm_lightning.training.contract import check_trainer
 from dlcm_lightning.training.lr_schedule import learning_rate_factor
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import EVERY_STEP
@@ -272,7 +273,7 @@ def test_other_ranks_and_unknown_strategies_are_refused(run_config: Config, tmp_
     trainer = trainer_for(run_config, tmp_path)
     trainer.strategy.__class__ = FSDPStrategy  # which needs a GPU to be made
     with pytest.raises(ConfigError, match=r"Trainer\(strategy=FSDPStrategy\)"):
-        dlcm_lightning.training.contract.check_trainer(trainer, run_config, fitting=True)  # type: ignore[attr-defined]
+        check_trainer(trainer, run_config, fitting=True)
 
 
 def test_validating_first_leaves_training_as_it_is(run_config: Config, tmp_path: Path) -> None:
