@@ -33,6 +33,7 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, delay: float = DELAY_
     """tqdm with its options (total, desc, unit, unit_scale, initial, disable, ...). leave: its last state stays."""
     if sys.stderr.isatty():
         return tqdm(iterable, delay=delay, leave=leave, mininterval=SECONDS_ON_TERMINAL, dynamic_ncols=True, **options)
-    # miniters: the time is asked at every update; tqdm's guess of how many fit between two lines makes two of one.
-    return tqdm(iterable, delay=delay, leave=leave, mininterval=SECONDS_BETWEEN_LINES, miniters=1,
+    # position: a bar inside another one moves no cursor. miniters: the time is asked at every update; tqdm's guess of
+    # how many fit between two lines makes two of one.
+    return tqdm(iterable, delay=delay, leave=leave, mininterval=SECONDS_BETWEEN_LINES, miniters=1, position=0,
                 bar_format=LINE, file=_Lines(sys.stderr), ascii=True, **options)

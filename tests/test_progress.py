@@ -79,3 +79,18 @@ def test_what_takes_no_longer_than_five_seconds_shows_nothing(monkeypatch: pytes
     monkeypatch.setattr(sys, "stderr", file)
     list(progress_bar(range(10), desc="quick"))
     assert file.getvalue() == ""
+
+
+def test_a_bar_inside_another_one_moves_no_cursor_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, file = Clock(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", file)
+    monkeypatch.setattr("tqdm.std.time", clock)
+    with progress_bar(total=3, desc="train", delay=0, leave=True) as outer:
+        for _ in range(3):
+            with progress_bar(total=40, desc="validate", delay=0) as inner:
+                for _ in range(40):
+                    clock.now += 1
+                    inner.update()
+            outer.update()
+    assert "\x1b" not in file.getvalue()
+    assert all(line.startswith(("train: ", "validate: ")) for line in file.getvalue().splitlines())
