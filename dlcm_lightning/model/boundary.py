@@ -61,8 +61,7 @@ class Segmentation:
 def document_starts(documents: Segments, tokens: int) -> Tensor:
     """(T,) bool: whether a token is the first of its document."""
     first = torch.zeros(tokens, dtype=torch.bool, device=documents.cu_seqlens.device)
-    first[documents.cu_seqlens[:-1].long()] = True
-    return first
+    return first.index_fill_(0, documents.cu_seqlens[:-1].long(), True)  # `first[...] = True` waits for the device
 
 
 def previous(x: Tensor) -> Tensor:

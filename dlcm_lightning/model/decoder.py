@@ -21,7 +21,7 @@ from dlcm_lightning.ops.segments import Concepts, Segments
 
 
 class CrossAttention(nn.Module):
-    """(T, D) tokens, (M, E) concepts -> (T, D), to be added to the tokens."""
+    """Queries of T tokens, (M, E) concepts -> (T, D), to be added to the tokens."""
 
     def __init__(
         self, d_token: int, d_concept: int, heads: int, kv_heads: int, head_dim: int, norm_epsilon: float
@@ -37,9 +37,13 @@ class CrossAttention(nn.Module):
         self.query_head_norm = RMSNorm(Role.NORM_TOKEN, head_dim, norm_epsilon)
         self.key_head_norm = RMSNorm(Role.NORM_TOKEN, head_dim, norm_epsilon)
 
-    def forward(self, hidden: Tensor, z: Tensor, concepts: Concepts, documents: Segments, backend: str) -> Tensor:
+    def queries(self, hidden: Tensor) -> Tensor:
+        """(T, D) -> (T, H, d): what does not depend on concepts."""
+        return self.query_head_norm(self.query(self.token_norm(hidden)).unflatten(-1, (-1, self.head_dim)))
+
+    def forward(self, query: Tensor, z: Tensor, concepts: Concepts, documents: Segments, backend: str) -> Tensor:
+        """query: what `queries` gives."""
         split = (-1, self.head_dim)
-        query = self.query_head_norm(self.query(self.token_norm(hidden)).unflatten(-1, split))  # (T, H, d)
         normed = self.concept_norm(z)
         key = self.key_head_norm(self.key(normed).unflatten(-1, split)).flatten(1)  # (M, K d)
         key = replicate(key, concepts).unflatten(-1, split)  # (T, K, d)

@@ -28,7 +28,8 @@ from dlcm_lightning.model.decoder import CrossAttention
 from dlcm_lightning.model.layers import Stack, StackShape
 from dlcm_lightning.model.mup import MupLinear, Role, RoleModule
 from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
-from dlcm_lightning.ops.segments import Concepts, Segments, concepts_from_boundaries
+from dlcm_lightning.ops.fused import UsesKernels, compiled
+from dlcm_lightning.ops.segments import Concepts, Decisions, Segments, concepts_from_boundaries
 
 CPU_CONCEPT_MULTIPLE = 128
 """What M is rounded up to on a CPU, where every new matrix shape costs milliseconds."""
@@ -77,7 +78,7 @@ def concept_stack(config: ModelConfig, recompute: str) -> StackShape:
     )
 
 
-class Unembedding(MupLinear):
+class Unembedding(UsesKernels, MupLinear):
     """The head. Called, it gives the loss and never holds the (T, V) logits of a whole batch."""
 
     def __init__(self, width: int, vocab_size: int, scale: float) -> None:
@@ -86,7 +87,7 @@ class Unembedding(MupLinear):
 
     def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """hidden (T, D), targets (T,) int64, negative where nothing is predicted: see `linear_cross_entropy`."""
-        return linear_cross_entropy(hidden, self.weight, targets, self.scale)
+        return linear_cross_entropy(hidden, self.weight, targets, self.scale, self.kernels)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, D) -> (T, V)."""
@@ -149,22 +150,27 @@ class DLCM(LanguageModel):
         int64 for the loss."""
         h = self.encoder(self.embedding(tokens, self.compute_dtype), documents, self.backend)  # (T, D)
         segmentation = self.boundary(h, documents, noise)
-        concepts = concepts_from_boundaries(segmentation.boundaries, documents)
+        decisions = Decisions(segmentation.boundaries)
+        query = self.cross_attention.queries(h)  # work for the device while the number of concepts travels
+        concepts = concepts_from_boundaries(decisions, documents)
         multiple = CPU_CONCEPT_MULTIPLE if h.device.type == "cpu" else 1
         lifted = self.pool(h, concepts, multiple)  # (M rounded up, E)
         z = self.backbone(lifted, round_up(concepts.documents, len(concepts), multiple), self.backend)[: len(concepts)]
         gates = segmentation.probabilities.detach()[concepts.closing]
         z = smooth(z, gates, concepts.documents)  # (M, E)
-        h = h + self.cross_attention(h, z, concepts, documents, self.backend)
+        h = h + self.cross_attention(query, z, concepts, documents, self.backend)
         return self.output(self.decoder(h, documents, self.backend), targets, segmentation, concepts)
 
 
-def assemble(config: ModelConfig, compute_dtype: torch.dtype, backend: str, recompute: str = "none"
-             ) -> LanguageModel:
+def assemble(config: ModelConfig, compute_dtype: torch.dtype, backend: str, recompute: str = "none",
+             compile_kernels: bool = False) -> LanguageModel:
     """The model that `config.kind` names, its parameters not filled: fp32 (fp64 for fp64). recompute: what blocks run
-    again in the backward, see `StackShape`."""
+    again in the backward, see `StackShape`. compile_kernels: by torch.compile, see `ops/fused.py`."""
     kinds: dict[str, type[LanguageModel]] = {"dlcm": DLCM, "dense": Dense}
     model = kinds[config.kind](config, compute_dtype, backend, recompute)
+    for module in model.modules() if compile_kernels else ():
+        if isinstance(module, UsesKernels):
+            module.kernels = compiled()
     return model.double() if compute_dtype == torch.float64 else model
 
 

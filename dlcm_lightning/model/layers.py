@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dlcm_lightning.model.mup import MupLinear, Role, RoleModule
 from dlcm_lightning.ops.attention import attention
-from dlcm_lightning.ops.rope import Rotation, rotate, rotation
+from dlcm_lightning.ops.fused import UsesKernels
+from dlcm_lightning.ops.rope import Rotation, rotation
 from dlcm_lightning.ops.segments import Segments
 
 
@@ -47,7 +47,7 @@ def norm_role(role: Role) -> Role:
     return Role.NORM_CONCEPT if role is Role.CONCEPT else Role.NORM_TOKEN
 
 
-class RMSNorm(RoleModule):
+class RMSNorm(UsesKernels, RoleModule):
     """x / rms(x) * gain over the last axis, in at least fp32, returned in the dtype of x."""
 
     def __init__(self, role: Role, width: int, epsilon: float) -> None:
@@ -55,31 +55,10 @@ class RMSNorm(RoleModule):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, (x.shape[-1],), self.weight.to(wide.dtype), self.epsilon).to(x.dtype)
+        return self.kernels.rms_norm(x, self.weight, self.epsilon)
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping only its input: the activation is recomputed in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, joined: Tensor) -> Tensor:
-        ctx.save_for_backward(joined)
-        gate, up = joined.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (joined,) = ctx.saved_tensors
-        gate, up = joined.chunk(2, dim=-1)
-        out = torch.empty_like(joined)
-        half = joined.shape[-1] // 2
-        out[..., :half] = torch.ops.aten.silu_backward(grads[0] * up, gate)
-        torch.mul(F.silu(gate), grads[0], out=out[..., half:])
-        return out
-
-
-class SelfAttention(nn.Module):
+class SelfAttention(UsesKernels, nn.Module):
     """Causal attention within segments, rotary positions (T, W) -> (T, W)."""
 
     def __init__(self, shape: StackShape) -> None:
@@ -90,13 +69,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments, angles: Rotation, backend: str) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, d)
-        turned = rotate(qkv[:, : self.heads + self.kv_heads], angles)  # queries and keys in one go
-        query, key = turned.split((self.heads, self.kv_heads), dim=1)
-        value = qkv[:, self.heads + self.kv_heads:]
+        query, key, value = self.kernels.rotate_split(qkv, angles.cos, angles.sin, self.heads, self.kv_heads)
         return self.out(attention(query, key, value, segments, backend).flatten(1))
 
 
-class FeedForward(nn.Module):
+class FeedForward(UsesKernels, nn.Module):
     """SwiGLU (T, W) -> (T, W)."""
 
     def __init__(self, shape: StackShape) -> None:
@@ -105,7 +82,7 @@ class FeedForward(nn.Module):
         self.down = MupLinear(shape.role, shape.ffn, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(_SwiGLU.apply(self.gate_up(x)))
+        return self.down(self.kernels.swiglu(self.gate_up(x)))
 
 
 class Block(nn.Module):

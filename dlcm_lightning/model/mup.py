@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dlcm_lightning.config import ModelConfig, OptimConfig
+from dlcm_lightning.ops.linear import mixed_linear
 
 
 class Role(Enum):
@@ -62,7 +63,7 @@ class MupLinear(RoleModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., fan_in) -> (..., fan_out)."""
-        return nn.functional.linear(x, self.weight.to(x.dtype))
+        return mixed_linear(x, self.weight)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dlcm_lightning.ops.segments import Concepts
@@ -24,19 +25,18 @@ def _segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
 
 class _MeanPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
-        lengths = offsets[1:] - offsets[:-1]  # (M,)
-        ctx.save_for_backward(tokens, lengths)
-        ctx.size = x.shape[0]
-        return (_segment_sum(x.index_select(0, tokens), offsets) / lengths[:, None]).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, owner: Tensor, closing: Tensor, lengths: Tensor) -> Tensor:
+        ctx.save_for_backward(owner, lengths)
+        # Runs are consecutive but for tails, which count as zeros in front of the concept behind them.
+        pooled = torch.where((owner >= 0)[:, None], x, 0.0)
+        return (_segment_sum(pooled, F.pad(closing + 1, (1, 0))) / lengths[:, None]).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        tokens, lengths = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        owner, lengths = ctx.saved_tensors
         share = (grads[0] / lengths[:, None]).to(grads[0].dtype)  # (M, D)
-        out = share.new_zeros((ctx.size, share.shape[1]))
-        out[tokens] = share.repeat_interleave(lengths, dim=0, output_size=tokens.shape[0])
-        return out, None, None
+        taken = share.index_select(0, owner.clamp(min=0))
+        return taken.masked_fill_((owner < 0)[:, None], 0.0), None, None, None
 
 
 class _Replicate(torch.autograd.Function):
@@ -53,7 +53,7 @@ class _Replicate(torch.autograd.Function):
 
 def mean_pool(x: Tensor, concepts: Concepts) -> Tensor:
     """x (T, D) -> (M, D): mean over the tokens (phi(k-1), phi(k)] of every concept (Eq. 7), its closing token last."""
-    return _MeanPool.apply(x, concepts.pooled_tokens, concepts.pooled)
+    return _MeanPool.apply(x, concepts.owner, concepts.closing, concepts.lengths)
 
 
 def replicate(z: Tensor, concepts: Concepts) -> Tensor:

@@ -1,13 +1,12 @@
 """Rotary position embeddings, counted within the segment: tokens in the token stacks, concepts in the backbone.
 
-Halves are paired (x[:d/2] with x[d/2:], as LLaMA checkpoints on the hub are laid out). The rotation is orthogonal, so
-its backward is the rotation by the opposite angle: nothing but the angles is kept.
+Halves are paired (x[:d/2] with x[d/2:], as LLaMA checkpoints on the hub are laid out). Turning by these angles is a
+function of `fused.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,29 +28,3 @@ def rotation(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) 
     angles = positions.double()[:, None, None] * base**-exponents
     working = torch.promote_types(dtype, torch.float32)
     return Rotation(angles.cos().to(working), angles.sin().to(working))
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    out = torch.empty_like(x)
-    out[..., :half] = first * cos - second * sin
-    out[..., half:] = second * cos + first * sin
-    return out
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, -sin), None, None
-
-
-def rotate(x: Tensor, angles: Rotation) -> Tensor:
-    """x (T, heads, d) turned by its positions' angles, in its own dtype."""
-    return _Rotate.apply(x, angles.cos, angles.sin)

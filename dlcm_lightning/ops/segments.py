@@ -11,7 +11,7 @@ phi(1) = 1 < phi(2) < ... inside one document, concept k
 
 Two different partitions of the same tokens, one shifted against the other; swapping them leaks the next token.
 Tokens behind the last boundary of a document are pooled by nobody: by a running count their index would point at
-the first concept of the *next* document, hence `pooled_tokens` below leaves them out explicitly.
+the first concept of the *next* document, hence `owner` below leaves them out explicitly.
 
 Axes: T tokens, N segments, M concepts.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -62,16 +63,46 @@ class Segments:
         return torch.arange(size, device=self.cu_seqlens.device) - self.cu_seqlens.long()[self.ids(size)]
 
 
+class HostNumber:
+    """A whole number on its way from the device to the host: `int()` waits for it, and whatever is enqueued between
+    keeps the device busy meanwhile."""
+
+    def __init__(self, number: Tensor) -> None:
+        """number: () int64."""
+        self._number, self._arrived = number, None
+        if number.is_cuda:
+            self._number = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def __int__(self) -> int:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return int(self._number.item())
+
+
+class Decisions:
+    """Boundaries of T tokens, and how many they are: asked for at once, needed later."""
+
+    def __init__(self, boundaries: Tensor) -> None:
+        """boundaries: (T,) bool, true at the first token of every document (every token then sees a concept)."""
+        self.boundaries = boundaries
+        self.count = boundaries.long().cumsum(0)
+        """(T,) int64: j(t) over the whole batch, inclusive."""
+        self.concepts = HostNumber(self.count[-1])
+        """M."""
+
+
 @dataclass(frozen=True)
 class Concepts:
     """The concepts of a batch of T tokens, M in number."""
 
     closing: Tensor
     """(M,) int64: the token that closes each concept, phi."""
-    pooled: Tensor
-    """(M + 1,) int64 offsets into `pooled_tokens`: concept m pools pooled_tokens[pooled[m]:pooled[m + 1]]."""
-    pooled_tokens: Tensor
-    """(P,) int64, P <= T: the tokens that some concept pools, in order; the tails of documents are missing."""
+    lengths: Tensor
+    """(M,) int64: tokens that each concept pools, those up to and including its closing one."""
+    owner: Tensor
+    """(T,) int64: the concept that pools each token; -1 in the tails of documents, which nobody pools."""
     newest: Tensor
     """(T,) int64: the newest concept visible at each token, j(t) - 1."""
     documents: Segments
@@ -81,27 +112,22 @@ class Concepts:
         return self.closing.shape[0]
 
 
-def concepts_from_boundaries(boundaries: Tensor, documents: Segments) -> Concepts:
+def concepts_from_boundaries(decisions: Decisions | Tensor, documents: Segments) -> Concepts:
     """Turns decisions into concepts (Eq. 14 read inclusively).
 
-    boundaries: (T,) bool, true at the first token of every document (every token then sees a concept).
-    documents: documents over the same T tokens.
-    The numbers of concepts and of pooled tokens are read on the host, which waits for the device twice.
+    decisions: of the T tokens of documents, or the (T,) bool that they are made of.
+    The number of concepts is read on the host, the one time that a step waits for the device.
     """
-    tokens = boundaries.shape[0]
-    closing = boundaries.nonzero().squeeze(1)  # (M,)
-    count = boundaries.long().cumsum(0)  # (T,) j(t) over the whole batch, inclusive
-    starts = documents.cu_seqlens.long()
-    before = torch.cat([count.new_zeros(1), count])[starts]  # (N + 1,) concepts that lie before each document
+    if isinstance(decisions, Tensor):
+        decisions = Decisions(decisions)
+    boundaries, count = decisions.boundaries, decisions.count
+    tokens, concepts = count.shape[0], int(decisions.concepts)
+    closing = torch.searchsorted(count, torch.arange(1, concepts + 1, device=count.device))  # (M,)
+    before = F.pad(count, (1, 0))[documents.cu_seqlens.long()]  # (N + 1,) concepts that lie before each document
+    # The first token of a document is a concept of its own; each further one begins behind the one before it.
+    lengths = closing.diff(prepend=closing.new_full((1,), -1)).index_fill_(0, before[:-1], 1)
     last_closing = closing[before[1:] - 1]  # (N,) the last boundary of every document
-    ids = documents.ids(tokens)
-    kept = (torch.arange(tokens, device=closing.device) <= last_closing[ids]).nonzero().squeeze(1)  # (P,)
-    owner = (count - boundaries.long())[kept]  # (P,) the concept that pools the token: boundaries strictly before it
-    pooled = torch.searchsorted(owner, torch.arange(closing.shape[0] + 1, device=closing.device))
-    return Concepts(
-        closing=closing,
-        pooled=pooled,
-        pooled_tokens=kept,
-        newest=count - 1,
-        documents=Segments(before.to(torch.int32), documents.max_seqlen),
-    )
+    pooled = torch.arange(tokens, device=count.device) <= last_closing[documents.ids(tokens)]  # (T,)
+    owner = torch.where(pooled, count - boundaries.long(), -1)  # boundaries strictly before the token
+    longest = min(documents.max_seqlen, concepts)
+    return Concepts(closing, lengths, owner, count - 1, Segments(before.to(torch.int32), longest))

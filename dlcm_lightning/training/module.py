@@ -63,7 +63,7 @@ LENGTHS = 32
 
 def count_lengths(concepts: Concepts, batch: Batch) -> Tensor:
     """(LENGTHS,) int64: entry i counts the concepts of i + 1 tokens, those of padding rows left out; no host sync."""
-    lengths = concepts.pooled.diff().clamp(max=LENGTHS)  # (M,)
+    lengths = concepts.lengths.clamp(max=LENGTHS)  # (M,)
     bins = torch.arange(1, LENGTHS + 1, device=lengths.device)
     return ((lengths[:, None] == bins) & batch.counted()[concepts.closing, None]).sum(0)
 
@@ -193,7 +193,7 @@ class PretrainModule(LightningModule):
         local, output = self.measure(batch, batch.noise)
         self.step_sums = local if self.step_sums is None else self.step_sums + local
         if self.finishes_step(batch_idx):
-            self.step_sums.scalars[SCALARS.index("unreadable")] = len(batch.step.unreadable)
+            self.step_sums.scalar("unreadable").fill_(len(batch.step.unreadable))
             self.step_sums, self.next_counts = all_reduce_sums(self.step_sums, batch.following)
         loss = output.nll_sum / self.counts[COUNTS.index("targets")].clamp(min=1).to(output.nll_sum.dtype)
         boundary = self.config.model.boundary

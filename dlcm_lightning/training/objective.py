@@ -91,14 +91,15 @@ def counts_of(step: StepCounts, device: torch.device) -> Tensor:
 def all_reduce_sums(sums: MetricSums, following: StepCounts) -> tuple[MetricSums, Tensor]:
     """The sum over ranks of a step's sums, and (len(COUNTS),) the counts of the step behind it: one collective."""
     concepts = torch.zeros(world_size(), dtype=torch.float64, device=sums.scalars.device)
-    concepts[rank()] = sums.scalar("concepts")
+    concepts[rank()] = sums.scalar("concepts")  # of a number, such a line would wait for the device
     parts = (sums.domains.flatten(), sums.scalars, sums.features, counts_of(following, concepts.device), concepts)
     domains, scalars, features, counts, concepts = all_reduce_sum(torch.cat(parts)).split(
         [part.numel() for part in parts])
     scalars = scalars.clone()
-    scalars[SCALARS.index("steps")] = 1
-    scalars[SCALARS.index("imbalance")] = concepts.max() / concepts.mean().clamp(min=1)
-    return MetricSums(domains.view_as(sums.domains), scalars, features), counts
+    whole = MetricSums(domains.view_as(sums.domains), scalars, features)
+    whole.scalar("steps").fill_(1)
+    whole.scalar("imbalance").copy_(concepts.max() / concepts.mean().clamp(min=1))
+    return whole, counts
 
 
 def rate_loss(rate: Tensor, mean_probability: Tensor, ratio: float) -> Tensor:
@@ -130,38 +131,34 @@ def measure_batch(
 ) -> MetricSums:
     """The sums of one micro-batch of one rank. token_bytes (V,): UTF-8 bytes of every id."""
     counted, device = batch.counted(), output.nll.device
-    columns = torch.zeros(len(COLUMNS), *batch.tokens.shape, dtype=torch.float64, device=device)  # (C, T)
-    columns[COLUMNS.index("tokens")] = 1
-    columns[COLUMNS.index("nll")] = output.nll
-    columns[COLUMNS.index("targets")] = batch.targets >= 0
-    columns[COLUMNS.index("bytes")] = token_bytes[batch.targets.clamp(min=0)] * (batch.targets >= 0)
-    scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=device)
+    has_target = batch.targets >= 0
+    columns = {"tokens": counted, "nll": output.nll, "targets": has_target,
+               "bytes": token_bytes[batch.targets.clamp(min=0)] * has_target}  # (T,) each
     real = counted[batch.documents.cu_seqlens[:-1].long()]  # (N,)
-    scalars[SCALARS.index("squared_lengths")] = (batch.documents.lengths().double().square() * real).sum()
+    scalars = {"squared_lengths": (batch.documents.lengths().double().square() * real).sum(),
+               "samples": digest(batch.samples, batch.samples >= 0),
+               "noise": digest(batch.noise_keys, batch.samples >= 0), "documents": real.sum()}
     if output.concepts is not None:
-        scalars[SCALARS.index("concepts")] = len(output.concepts)
-    scalars[SCALARS.index("samples")] = digest(batch.samples, batch.samples >= 0)
-    scalars[SCALARS.index("noise")] = digest(batch.noise_keys, batch.samples >= 0)
-    scalars[SCALARS.index("documents")] = real.sum()
+        scalars["concepts"] = torch.full((), len(output.concepts), dtype=torch.float64, device=device)
     features = torch.zeros(0, dtype=torch.float64, device=device)
     if output.segmentation is not None:
         p = output.segmentation.probabilities.detach()
         sampled = decide(p, batch.noise, config.sharpening) if config.learned else output.segmentation.boundaries
-        columns[COLUMNS.index("sampled")] = sampled
-        columns[COLUMNS.index("thresholded")] = decide(p, None, config.sharpening)
-        columns[COLUMNS.index("p")] = p
-        columns[COLUMNS.index("p_squared")] = p.square()
-        columns[COLUMNS.index("near_half")] = (p - 0.5).abs() < NEAR_HALF
+        columns |= {"sampled": sampled, "thresholded": decide(p, None, config.sharpening), "p": p,
+                    "p_squared": p.square(), "near_half": (p - 0.5).abs() < NEAR_HALF}
         if config.learned and config.rate_scope == "document":
             lengths = batch.documents.lengths()
             rates, means = (_by_document(one.to(p.dtype), batch) / lengths for one in (sampled, p))  # (N,)
             losses = rate_loss(rates, means, config.target_ratio)
-            scalars[SCALARS.index("document_rate_loss")] = (losses.double() * real).sum()
+            scalars["document_rate_loss"] = (losses.double() * real).sum()
         if (states := output.segmentation.features) is not None:
             features = (counted.to(states.dtype) @ states).double()
-    rows = (columns * counted).view(len(COLUMNS), -1, batch.sequence_length).sum(-1).t()  # (B, C)
-    sums = torch.zeros(domains, len(COLUMNS), dtype=torch.float64, device=device)
-    return MetricSums(sums.index_add(0, batch.domains, rows), scalars, features)
+    nothing = torch.zeros_like(counted)
+    values = torch.stack([columns.get(name, nothing).double() for name in COLUMNS])  # (C, T)
+    rows = (values * counted).view(len(COLUMNS), -1, batch.sequence_length).sum(-1).t()  # (B, C)
+    sums = torch.zeros(domains, len(COLUMNS), dtype=torch.float64, device=device).index_add(0, batch.domains, rows)
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return MetricSums(sums, torch.stack([scalars.get(name, zero).double() for name in SCALARS]), features)
 
 
 def rate_loss_surrogate(output: Output, batch: Batch, counts: Tensor, config: BoundaryConfig, rate: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ logits up to t equal to 1e-10 in float64 (the number of concepts changes, hence 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from dlcm_lightning.model import boundary, concepts, decoder, dlcm
 from dlcm_lightning.model.dlcm import DLCM
 from dlcm_lightning.ops import attention as attention_module
 from dlcm_lightning.ops.attention import BACKENDS, why_not
-from dlcm_lightning.ops.segments import Concepts, Segments
+from dlcm_lightning.ops.segments import Concepts, Decisions, Segments
 from tests import reference as oracle
 from tests import varlen_cpu
 from tests.model.conftest import loaded, small
@@ -101,14 +102,14 @@ def visible_one_token_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Token t sees the concept that closes at t + 1."""
     honest = dlcm.concepts_from_boundaries
 
-    def mutant(boundaries: torch.Tensor, documents: Segments) -> Concepts:
-        made = honest(boundaries, documents)
+    def mutant(decisions: Decisions, documents: Segments) -> Concepts:
+        made = honest(decisions, documents)
         closing = (made.closing - 1).clamp(min=0)
         starts = documents.cu_seqlens[:-1].long()
         first = torch.isin(made.closing, starts)
         closing = torch.where(first, made.closing, closing)
-        marks = torch.zeros(len(boundaries), dtype=torch.long).index_add(0, closing, torch.ones_like(closing))
-        return Concepts(made.closing, made.pooled, made.pooled_tokens, marks.cumsum(0) - 1, made.documents)
+        marks = torch.zeros(len(made.owner), dtype=torch.long).index_add(0, closing, torch.ones_like(closing))
+        return replace(made, newest=marks.cumsum(0) - 1)
 
     monkeypatch.setattr(dlcm, "concepts_from_boundaries", mutant)
     monkeypatch.setattr(decoder, "replicate", lambda z, made: z.index_select(0, made.newest))
@@ -116,15 +117,13 @@ def visible_one_token_early(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pooled_and_visible_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """The boundary token opens its concept: pooled is [phi(k), phi(k + 1)), seen from phi(k) on."""
-    honest = dlcm.concepts_from_boundaries
+    honest = concepts.mean_pool
 
-    def mutant(boundaries: torch.Tensor, documents: Segments) -> Concepts:
-        made = honest(boundaries, documents)
-        everything = torch.arange(len(boundaries))
-        pooled = torch.cat([made.closing, made.closing.new_full((1,), len(boundaries))])
-        return Concepts(made.closing, pooled, everything, made.newest, made.documents)
+    def mutant(x: torch.Tensor, made: Concepts) -> torch.Tensor:
+        bounds = torch.cat([made.closing, made.closing.new_full((1,), len(x))])
+        return honest(x, replace(made, owner=made.newest, closing=bounds[1:] - 1, lengths=bounds.diff()))
 
-    monkeypatch.setattr(dlcm, "concepts_from_boundaries", mutant)
+    monkeypatch.setattr(concepts, "mean_pool", mutant)
 
 
 def smoothing_that_looks_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

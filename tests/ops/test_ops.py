@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 
@@ -46,8 +44,8 @@ def test_the_boundary_token_closes_its_concept_and_document_tails_are_pooled_by_
     boundaries = torch.tensor([1, 0, 1, 0, 1, 0, 1, 0, 0], dtype=torch.bool)
     concepts = concepts_from_boundaries(boundaries, Segments.from_lengths([6, 3]))
     assert concepts.closing.tolist() == [0, 2, 4, 6]
-    assert concepts.pooled_tokens.tolist() == [0, 1, 2, 3, 4, 6]
-    assert concepts.pooled.tolist() == [0, 1, 3, 5, 6]
+    assert concepts.owner.tolist() == [0, 1, 1, 2, 2, -1, 3, -1, -1]
+    assert concepts.lengths.tolist() == [1, 2, 2, 1]
     assert concepts.newest.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3]
     assert concepts.documents.cu_seqlens.tolist() == [0, 3, 4]
 
@@ -62,8 +60,7 @@ def some_concepts() -> tuple[int, object]:
 def test_mean_pool_and_replicate_equal_their_loops() -> None:
     size, concepts = some_concepts()
     x = random(size, 5)
-    bounds = concepts.pooled.tolist()
-    expected = torch.stack([x[concepts.pooled_tokens[a:b]].mean(0) for a, b in pairwise(bounds)])
+    expected = torch.stack([x[concepts.owner == concept].mean(0) for concept in range(len(concepts))])
     pooled = mean_pool(x, concepts)
     close(pooled, expected)
     close(gradients(pooled, (x,))[0], gradients(expected, (x,))[0])
