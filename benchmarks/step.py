@@ -1,24 +1,38 @@
-"""Where the time of a training step goes: `python -m benchmarks.step [CONFIG] [field=value ...]`.
+"""How long a training step takes, and where its time goes: `python -m benchmarks.step [CONFIG] [field=value ...]`.
 
-Real rows of the configured corpus, forward, backward, clipping and optimizer, without Lightning around them. Prints
-tokens/s, the share of the machine's matrix-product rate (measured before and after, in the same process), and the
-self time of operators in groups, from torch's profiler over a few more steps. Under two minutes for the quickstart.
+Forward, backward, clipping and optimizer of one process, without Lightning around them, in torch's deterministic mode,
+as a run trains. Prints tokens/s, the share of the device's peak (MFU) and of the rate at which the same device
+multiplies large matrices (measured before and after, in the same process), peak memory, how often the host waited for
+the device, and the time of kernels in groups, from torch's profiler over a few more steps.
+
+Rows are those of the configured corpus, or random tokens in documents of a given length (`--documents 8192`, or a mix
+of benchmarks/rows.py). Under two minutes for the quickstart on 2 cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import platform
 import statistics
 import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from benchmarks.rows import MIXES, synthetic_batch
+from dlcm_lightning.batch import Batch
 from dlcm_lightning.compose import load_config
+from dlcm_lightning.config import Config
 from dlcm_lightning.data.preprocessing.prepare import prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.flops import training_flops_per_token
@@ -28,82 +42,195 @@ from dlcm_lightning.training.device import (
     describe_hardware,
     keep_large_buffers,
     matrix_product_rate,
+    peak_flops,
     resolve_precision,
 )
 from dlcm_lightning.training.module import PretrainModule
 
-WARMUP, STEPS, PROFILED = 5, 20, 5
+WARMUP, STEPS, PROFILED = 3, 12, 2
 RESULTS = Path("benchmarks/results/step.json")
 GROUPS = {
-    "matrix products of layers and head": ("aten::mm", "aten::addmm"),
-    "products inside attention": ("aten::bmm", "aten::baddbmm"),
-    "copies, casts, gathers": (
-        "aten::copy_", "aten::cat", "aten::index", "aten::index_select", "aten::_index_put_impl_", "aten::fill_"),
+    "attention": ("flash", "fmha", "aten::bmm", "aten::baddbmm", "attention"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "aten::mm", "aten::addmm", "cublas", "sm90", "sm80"),
+    "compiled kernels": ("triton",),
+    "optimizer and clipping": ("adam", "multi_tensor", "norm_kernel", "lpnorm"),
+    "copies, casts, gathers": ("copy", "memcpy", "memset", "catarray", "aten::cat", "index", "gather", "fill"),
+    "segment sums": ("segment_reduce",),
 }
+"""A kernel belongs to the first group one of whose words is in its name, whatever its case."""
+REST = "everything else"
+
+
+class Bench:
+    """A module, its optimizer and its rows on one device."""
+
+    def __init__(self, config: Config, documents: str | None) -> None:
+        """documents: of random rows; None: the corpus is read."""
+        self.config, self.documents = config, documents
+        self.device = choose_device()
+        if self.device.type == "cpu":
+            keep_large_buffers()
+        self.dtype = resolve_precision(config.train.precision, self.device)[0]
+        self.backend = choose_backend(config.model.attention, self.device, self.dtype)
+        self.reader: Reader | None = None
+        token_bytes = torch.ones(config.model.vocab_size, dtype=torch.int64)
+        if documents is None:
+            if config.data.corpus == "sample":
+                prepare_sample_corpus(config.data, config.model.vocab_size)
+            self.reader = Reader(config.data, config.seed, config.model.vocab_size)
+            token_bytes = torch.from_numpy(self.reader.token_bytes)
+        self.module = PretrainModule(config, self.dtype, self.backend, token_bytes)
+        with self.device:
+            self.module.configure_model()
+        self.module.to(self.device)
+        self.optimizer: Any = self.module.configure_optimizers()["optimizer"]
+        if config.train.compile:
+            self.module.model.prime(config.data.micro_batch_size * config.data.sequence_length, self.device)
+
+    def batches(self, number: int) -> list[Batch]:
+        """Of a step, on the device."""
+        if self.reader is not None:
+            read = self.reader.step_batches(number)
+            read = [replace(batch, following=batch.step) for batch in read]
+        else:
+            assert self.documents is not None
+            count = self.config.micro_batches
+            read = [synthetic_batch(self.config, self.documents, number * count + k) for k in range(count)]
+        return [batch.to(self.device) for batch in read]
+
+    def compute(self, batches: list[Batch]) -> None:
+        """One optimizer step."""
+        for k, batch in enumerate(batches):
+            (self.module.training_step(batch, k) / self.config.micro_batches).backward()
+        torch.nn.utils.clip_grad_norm_(self.module.model.parameters(), self.config.optim.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.module.after_step()
+
+    def seconds(self, number: int) -> float:
+        batches = self.batches(number)
+        self.synchronize()
+        began = time.perf_counter()
+        self.compute(batches)
+        self.synchronize()
+        return time.perf_counter() - began
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def waits(self, number: int) -> dict[str, int]:
+        """By source line, how often a step makes the host wait for the device."""
+        batches = self.batches(number)
+        self.synchronize()
+        found: Counter[str] = Counter()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self.compute(batches)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        for one in said:
+            if "synchroniz" in str(one.message):
+                found[f"{Path(one.filename).name}:{one.lineno}"] += 1
+        return dict(found)
+
+
+def group_of(kernel: str) -> str:
+    low = kernel.lower()
+    return next((group for group, words in GROUPS.items() if any(word in low for word in words)), REST)
+
+
+def measure(config: Config, documents: str | None, steps: int = STEPS, rate: Callable[..., float] = matrix_product_rate
+            ) -> dict[str, Any]:
+    """Numbers of a configuration; see the module. rate: FLOP/s of large products."""
+    bench = Bench(config, documents)
+    device, on_gpu = bench.device, bench.device.type == "cuda"
+    rate_before = rate(bench.dtype, device)
+    began = time.perf_counter()
+    warm = [bench.seconds(number) for number in range(WARMUP)]
+    seconds = [bench.seconds(number) for number in tqdm(range(WARMUP, WARMUP + steps), desc="steps", unit="step")]
+    step = bench.module.last_step
+    assert step is not None
+    tokens = config.data.tokens_per_step
+    document = step.scalar("squared_lengths").item() / tokens
+    concepts = step.scalar("concepts").item() / tokens if config.model.kind == "dlcm" else None
+    flops = training_flops_per_token(config.model, document, concepts)
+    per_second = tokens / statistics.median(seconds)
+    peak, rate_of = peak_flops(bench.dtype, device), (rate_before + rate(bench.dtype, device)) / 2
+    found: dict[str, Any] = {
+        "name": config.name, "documents": documents or "corpus", "precision": str(bench.dtype).removeprefix("torch."),
+        "attention": bench.backend, "compile": config.train.compile, "recompute": config.train.recompute,
+        "rows": config.data.micro_batch_size, "sequence_length": config.data.sequence_length,
+        "micro_batches": config.micro_batches, "tokens_per_concept": 1 / concepts if concepts else None,
+        "document_tokens": document,
+        "step_seconds": statistics.median(seconds), "slowest_seconds": max(seconds), "first_seconds": warm[0],
+        "tokens_per_second": per_second, "flops_per_token": flops, "matrix_product_rate": rate_of,
+        "share_of_rate": per_second * flops / rate_of, "mfu": per_second * flops / peak if peak else None,
+    }
+    if on_gpu:
+        found["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        found["waits"] = bench.waits(WARMUP + steps)
+    gpu = [ProfilerActivity.CUDA] if on_gpu else []
+    with profile(activities=[ProfilerActivity.CPU, *gpu]) as trace:
+        for number in range(PROFILED):
+            bench.seconds(WARMUP + steps + number)
+    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = [event for event in trace.key_averages() if getattr(event, attribute) > 0
+              and (not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA)]
+    total = sum(getattr(event, attribute) for event in events) or 1.0
+    groups: Counter[str] = Counter()
+    for event in events:
+        groups[group_of(event.key)] += getattr(event, attribute) / total
+    events.sort(key=lambda event: -getattr(event, attribute))
+    found |= {
+        "time_shares": dict(groups.most_common()), "launches": sum(event.count for event in events) / PROFILED,
+        "kernels_above_one_percent": {
+            event.key[:100]: {"share": getattr(event, attribute) / total, "calls": event.count / PROFILED}
+            for event in events if getattr(event, attribute) / total > 0.01},
+        "seconds_in_all": time.perf_counter() - began,
+    }
+    del bench, trace, events
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def about(config: Config, command: str) -> dict[str, str]:
+    """Machine and versions."""
+    return {"command": command, "hardware": describe_hardware(config.train, choose_device()),
+            "torch": torch.__version__, "python": platform.python_version()}
+
+
+def line(found: dict[str, Any]) -> str:
+    """One measurement in words."""
+    said = (f"{found['name']}, documents {found['documents']}: {found['tokens_per_second']:,.0f} tokens/s x "
+            f"{found['flops_per_token'] / 1e6:,.1f} MFLOP/token = {100 * found['share_of_rate']:.0f} % of "
+            f"{found['matrix_product_rate'] / 1e9:,.0f} GFLOP/s")
+    if found["mfu"] is not None:
+        said += f", MFU {100 * found['mfu']:.1f} %"
+    return said + (f", {found['peak_gib']:.1f} GiB" if "peak_gib" in found else "")
 
 
 def main() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="configs/run/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="field=value")
-    arguments = parser.parse_args()
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--documents", help=f"random rows in documents of so many tokens, or {' or '.join(MIXES)}")
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
-    device = choose_device()
-    if device.type == "cpu":
-        keep_large_buffers()
-    dtype = resolve_precision(config.train.precision, device)[0]
-    if config.data.corpus == "sample":
-        prepare_sample_corpus(config.data, config.model.vocab_size)
-    reader = Reader(config.data, config.seed, config.model.vocab_size)
-    backend = choose_backend(config.model.attention, device, dtype)
-    module = PretrainModule(config, dtype, backend, torch.from_numpy(reader.token_bytes))
-    module.configure_model()
-    module.to(device)
-    optimizer = module.configure_optimizers()["optimizer"]
-    rate_before = matrix_product_rate(dtype, device)
-
-    def step(number: int) -> float:
-        batches = [batch.to(device) for batch in reader.step_batches(number)]
-        began = time.perf_counter()
-        for k, batch in enumerate(batches):
-            (module.training_step(batch, k) / config.micro_batches).backward()
-        torch.nn.utils.clip_grad_norm_(module.model.parameters(), config.optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        module.after_step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    seconds = [step(number) for number in tqdm(range(WARMUP + STEPS), desc="steps", unit="step")][WARMUP:]
-    assert module.last_step is not None
-    rate = (rate_before + matrix_product_rate(dtype, device)) / 2
-    gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with profile(activities=[ProfilerActivity.CPU, *gpu]) as trace:
-        for number in range(PROFILED):
-            step(WARMUP + STEPS + number)
-
-    tokens = config.data.tokens_per_step
-    per_second = tokens / statistics.median(seconds)
-    document = module.last_step.scalar("squared_lengths").item() / tokens
-    concepts = module.last_step.rate.item() if config.model.kind == "dlcm" else None
-    flops = training_flops_per_token(config.model, document, concepts)
-    attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    times = {event.key: getattr(event, attribute) for event in trace.key_averages()}
-    total = sum(times.values())
-    shares = {group: sum(times.get(name, 0) for name in names) / total for group, names in GROUPS.items()}
-    shares["everything else (norms, activations, softmax, rotary, scan, optimizer, Python)"] = 1 - sum(shares.values())
-    result = {
-        "about": {"command": " ".join(["python -m benchmarks.step", arguments.config, *arguments.overrides]),
-                  "hardware": describe_hardware(config.train, device), "torch": torch.__version__,
-                  "python": platform.python_version(), "dtype": str(dtype), "attention": backend},
-        "tokens_per_second": per_second, "flops_per_token": flops, "matrix_product_rate": rate,
-        "share_of_rate": per_second * flops / rate, "time_shares": shares,
-    }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{per_second:,.0f} tokens/s x {flops / 1e6:.1f} MFLOP/token = {100 * per_second * flops / rate:.0f} % of "
-          f"{rate / 1e9:,.0f} GFLOP/s")
-    for group, share in shares.items():
+    found = measure(config, arguments.documents)
+    command = " ".join(["python -m benchmarks.step", arguments.config, *arguments.overrides]
+                       + (["--documents", arguments.documents] if arguments.documents else []))
+    RESULTS.write_text(json.dumps({"about": about(config, command), **found}, indent=1) + "\n")
+    print(line(found))
+    for group, share in found["time_shares"].items():
         print(f"{100 * share:5.1f} %  {group}")
 
 

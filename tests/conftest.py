@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dlcm_lightning.config import (
     BoundaryConfig,
@@ -28,6 +29,15 @@ MODEL = ModelConfig(
     boundary=BoundaryConfig(form="both"),
 )
 STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests mean the same on a machine with GPUs; those that need one are marked `gpu`."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setenv("DLCM_DEVICE", "cpu")
+    elif not torch.cuda.is_available():
+        pytest.skip("it needs a GPU")
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,8 @@ class Identity:
     """`Reader.fingerprint` of the rows it was trained on."""
     precision: str
     """Of the matrix products, as `train.precision: auto` resolved it."""
+    attention: str = ""
+    """The backend that `model.attention: auto` resolved to; empty where an older version has written it."""
 
 
 @dataclass(frozen=True)

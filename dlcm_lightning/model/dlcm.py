@@ -27,6 +27,7 @@ from dlcm_lightning.model.concepts import Pool, round_up, smooth
 from dlcm_lightning.model.decoder import CrossAttention
 from dlcm_lightning.model.layers import Stack, StackShape
 from dlcm_lightning.model.mup import MupLinear, Role, RoleModule
+from dlcm_lightning.model.priming import Priming
 from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
 from dlcm_lightning.ops.fused import UsesKernels, compiled
 from dlcm_lightning.ops.segments import Concepts, Decisions, Segments, concepts_from_boundaries
@@ -111,6 +112,16 @@ class LanguageModel(nn.Module):
         """(T, D) -> (T, V)."""
         return self.unembedding.logits(hidden)
 
+    def prime(self, tokens: int, device: torch.device) -> None:
+        """Compiles the kernels for micro-batches of so many tokens, and of as many concepts as the target says, with
+        and without gradients. What they are compiled for is then the same in every life of a run."""
+        priming = Priming(self.unembedding.kernels, self.compute_dtype, device)
+        priming.model(self.config, self.stacks(tokens), tokens, self.unembedding.scale)
+
+    def stacks(self, tokens: int) -> list[tuple[StackShape, int]]:
+        """What blocks there are, and how many positions they run over."""
+        return [(token_stack(self.config, self.config.decoder_layers, "none"), tokens)]
+
     def output(self, hidden: Tensor, targets: Tensor | None, segmentation: Segmentation | None = None,
                concepts: Concepts | None = None) -> Output:
         """The loss is taken here, inside the model's forward: what shards a model gathers weights only there."""
@@ -143,6 +154,10 @@ class DLCM(LanguageModel):
             config.d_token, config.d_concept, config.heads_token, config.kv_heads_token, config.head_dim,
             config.norm_epsilon,
         )
+
+    def stacks(self, tokens: int) -> list[tuple[StackShape, int]]:
+        concepts = max(2, round(tokens / self.config.boundary.target_ratio))
+        return [*super().stacks(tokens), (concept_stack(self.config, "none"), concepts)]
 
     def forward(self, tokens: Tensor, documents: Segments, noise: Tensor | None = None,
                 targets: Tensor | None = None) -> Output:

@@ -188,14 +188,15 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
-def choose_backend(wanted: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend to run: the one that is asked for, or the fastest that this machine has.
+def choose_backend(wanted: AttentionBackend, device: torch.device, dtype: torch.dtype, begun: str = "") -> str:
+    """The backend to run: the one that is asked for, or the fastest that this machine has. begun: what a run has begun
+    with, which `auto` keeps where it can.
 
     Raises ConfigError where the one asked for cannot run here, with the reason and what can.
     """
     candidates = [name for name in ("varlen", "flash", "sdpa", "reference") if why_not(name, device, dtype) is None]
     if wanted == "auto":
-        return candidates[0]
+        return begun if begun in candidates else candidates[0]
     if wanted not in candidates:
         raise ConfigError(f"model.attention = {wanted!r}: {why_not(wanted, device, dtype)}; "
                           f"here run: {', '.join(candidates)}, or auto")

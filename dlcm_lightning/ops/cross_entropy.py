@@ -26,11 +26,13 @@ VOCABULARY_MULTIPLE = {"cuda": 128}
 """What V is rounded up to inside: rows of 128,815 numbers start where no tensor core can read them."""
 
 
-def _padded(vocabulary: int, device: torch.device) -> int:
+def padded_vocabulary(vocabulary: int, device: torch.device) -> int:
+    """Rows of the head's weight as it is multiplied."""
     return vocabulary + -vocabulary % VOCABULARY_MULTIPLE.get(device.type, 1)
 
 
-def _chunk_tokens(vocabulary: int, device: torch.device) -> int:
+def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose logits are held at a time."""
     return max(64, CHUNK_ELEMENTS.get(device.type, 2**26) // vocabulary // 64 * 64)
 
 
@@ -41,12 +43,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         vocabulary, width = weight.shape
-        low = hidden.new_zeros(_padded(vocabulary, hidden.device), width)  # rows of padding stay zero
+        low = hidden.new_zeros(padded_vocabulary(vocabulary, hidden.device), width)  # rows of padding stay zero
         low[:vocabulary].copy_(weight)
         losses = torch.empty(targets.shape, dtype=wide, device=hidden.device)  # (T,)
         grad_hidden = torch.empty_like(hidden if differentiate else hidden[:0])
         grad_weight = torch.zeros(low.shape if differentiate else (0, width), dtype=wide, device=hidden.device)
-        step = _chunk_tokens(vocabulary, hidden.device)
+        step = chunk_tokens(vocabulary, hidden.device)
         for begin in range(0, hidden.shape[0], step):
             chunk, target = hidden[begin:begin + step], targets[begin:begin + step]
             logits = chunk @ low.t()  # (chunk, padded V), then their gradient; padding columns are zero as either

@@ -21,6 +21,9 @@ DEVICE = "DLCM_DEVICE"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "GH200": 989.4e12, "H200": 989.4e12,
+         "GB200": 2.5e15, "B200": 2.25e15}
+"""FLOP/s of dense bf16 products by the makers' data sheets; the first name that a GPU's own contains counts."""
 PROBE_SECONDS = 0.04
 """For which products of a precision are timed, to choose one."""
 
@@ -126,6 +129,14 @@ def matrix_product_rate(dtype: torch.dtype, where: torch.device, seconds: float 
         return 2 * size**3 / once
     count = max(1, int(seconds / once))
     return 2 * size**3 * count / run(count)
+
+
+def peak_flops(dtype: torch.dtype, where: torch.device) -> float | None:
+    """FLOP/s that the data sheet promises; None where it is not known: better no number than a wrong one."""
+    if where.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    called = torch.cuda.get_device_name(where)
+    return next((peak for name, peak in PEAKS.items() if name in called), None)
 
 
 def describe_hardware(train: TrainConfig, where: torch.device) -> str:

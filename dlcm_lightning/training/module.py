@@ -142,7 +142,8 @@ class PretrainModule(LightningModule):
         elif dtype is None:  # a checkpoint that is loaded says it better
             dtype = DTYPES.get(self.config.train.precision, torch.float32)
         backend = self._backend or choose_backend(self.config.model.attention, device, dtype)
-        make = partial(assemble, self.config.model, dtype, backend, self.config.train.recompute)
+        train = self.config.train
+        make = partial(assemble, self.config.model, dtype, backend, train.recompute, train.compile)
         fill = partial(mup.initialise, model=self.config.model, seed=self.config.seed)
         strategy = trainer.strategy if trainer is not None else None
         construct = strategy.construct if isinstance(strategy, FullStateStrategy) else whole_model
@@ -269,6 +270,8 @@ class PretrainModule(LightningModule):
     def on_train_start(self) -> None:
         """Whatever an earlier fit has left of a step: this one begins with a whole one, perhaps with another."""
         self.counts = self.next_counts = self.step_sums = None
+        if self.config.train.compile:
+            self.model.prime(self.config.data.micro_batch_size * self.config.data.sequence_length, self.device)
 
     def on_train_epoch_end(self) -> None:
         """An epoch is what is left of the run; there is no other behind it."""

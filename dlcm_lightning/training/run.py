@@ -160,13 +160,13 @@ def _run(config: Config, run: Path, world: World, group: ControlGroup, lock: Run
     begun = newest.manifest.identity.precision if newest else None
     dtype, why = group.on_rank_zero(lambda: resolve_precision(config.train.precision, where, begun))
     precision = str(dtype).removeprefix("torch.")
+    backend = choose_backend(config.model.attention, where, dtype, newest.manifest.identity.attention if newest else "")
     if newest is not None:
-        check_same_run(newest, config, precision)
+        check_same_run(newest, config, precision, backend)
     if newest is not None and done is not None and newest.step == done.steps:
         say(f"{run} is finished: {done.steps} of {config.total_steps} steps. For another run choose name=...")
         say(summary(config, done))
         return done
-    backend = choose_backend(config.model.attention, where, dtype)
     say(f"{describe_hardware(config.train, where)}; {precision}: {why}")
     try:
         return _train(config, run, world, group, where, dtype, backend, stop, pulse, say, extra)
@@ -230,7 +230,7 @@ def _train(config: Config, run: Path, world: World, group: ControlGroup, where: 
     metrics = Metrics(stopwatch)
     checkpoints = Checkpoints(stopwatch, stop)
     conclude = FinalReport(run, data, metrics, partial(matrix_product_rate, dtype, where), say)
-    opening = ResumeRun(run, Identity(data.reader.fingerprint, precision), data, checkpoints, group, say)
+    opening = ResumeRun(run, Identity(data.reader.fingerprint, precision, backend), data, checkpoints, group, say)
     trainer = build_trainer(config, where, choose_strategy(config.train, where), world, [
         Heartbeat(pulse), opening, metrics, Progress(metrics), Validate(stopwatch),
         ShowBoundaries(data.reader, stopwatch), WatchUnreadable(run, say), *extra.callbacks, checkpoints, conclude,

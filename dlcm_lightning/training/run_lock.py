@@ -26,7 +26,7 @@ MAY_DIFFER = ("name", "data.root", "data.workers", "data.cache_megabytes", "data
               "data.max_unreadable", "data.micro_batch_size", "model.boundary.previous_rate")
 """Beside `job` and most of `train`. Which rows can be read may change, which rows there are may not; how a step is
 split may, as long as the rule for F stays what it was."""
-CHANGES_THE_RUN = ("train.precision",)
+CHANGES_THE_RUN = ("train.precision", "train.compile")
 """Among the fields of `train`."""
 
 
@@ -106,13 +106,17 @@ def check_same_configuration(before: Config, config: Config, step: int, checkpoi
                           f"step mean the other one here; {remedy}")
 
 
-def check_same_run(checkpoint: Checkpoint, config: Config, precision: str) -> None:
+def check_same_run(checkpoint: Checkpoint, config: Config, precision: str, attention: str) -> None:
     """Raises ConfigError where the checkpoint belongs to a run of another configuration or arithmetic."""
     check_same_configuration(checkpoint.config, config, checkpoint.step, str(checkpoint.folder))
     if checkpoint.manifest.identity.precision != precision:
         raise ConfigError(f"train.precision = {config.train.precision!r}: {checkpoint.folder} was trained in "
                           f"{checkpoint.manifest.identity.precision}, here it means {precision}; continue on a "
                           "machine like the first, or choose another name=... to begin a new run")
+    if (before := checkpoint.manifest.identity.attention) not in ("", attention):
+        raise ConfigError(f"model.attention = {config.model.attention!r}: {checkpoint.folder} was trained with "
+                          f"{before}, here it means {attention}, which rounds otherwise; continue on a machine like "
+                          "the first, or choose another name=... to begin a new run")
 
 
 def check_same_data(checkpoint: Checkpoint, identity: Identity, root: str) -> None:

@@ -175,7 +175,7 @@ def test_a_batch_travels_as_it_is_stored(reader: Reader) -> None:
     assert batch.tokens.tolist() == batch.stream[:, :-1].reshape(-1).tolist()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs a CUDA device")
+@pytest.mark.gpu
 def test_a_gpu_widens_a_batch_as_the_host_does(reader: Reader) -> None:
     for batch in reader.step_batches(0, rank=0, world=3):
         there = batch.pin_memory().to("cuda", non_blocking=True)

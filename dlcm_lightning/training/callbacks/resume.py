@@ -45,7 +45,7 @@ class ResumeRun(Callback):
             newest = checkpoint
 
             def check() -> None:
-                check_same_run(newest, config, self.identity.precision)
+                check_same_run(newest, config, self.identity.precision, self.identity.attention)
                 check_same_data(newest, self.identity, config.data.root)
 
             self.group.on_rank_zero(check)
