@@ -31,8 +31,8 @@ def test_a_disturbed_run_ends_like_the_one_left_alone(build_corpus: Callable[[Pa
                 output_dir=str(tmp_path / name)))
             file = tmp_path / f"{name}.yaml"
             save_config(one, file)
-            command = [sys.executable, "-m", "dlcm_lightning", "verify-resume", "--config", str(file), "--strategy", strategy,
-                       "--kills", "3", f"train.output_dir={tmp_path / name}", "train.precision=bf16"]
+            command = [sys.executable, "-m", "dlcm_lightning", "verify-resume", "--config", str(file), "--strategy",
+                       strategy, "--kills", "3", f"train.output_dir={tmp_path / name}", "train.precision=bf16"]
             running[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = {}
     try:

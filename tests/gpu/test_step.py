@@ -1,4 +1,4 @@
-"""Whole optimizer steps on a GPU: the same bits twice, the loss of a CPU, no wait for the device, memory as estimated."""
+"""Whole optimizer steps on a GPU: the same bits twice, the loss of a CPU, no wait, as much memory as estimated."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason() -> None:
 
 @pytest.mark.parametrize("chunk", [64, 128, 10**6])
 def test_chunked_cross_entropy_equals_the_whole_one(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlcm_lightning.ops.cross_entropy._chunk_tokens", lambda vocabulary, device: chunk)
+    monkeypatch.setattr("dlcm_lightning.ops.cross_entropy.chunk_tokens", lambda vocabulary, device: chunk)
     hidden, weight = random(150, 6), random(11, 6, seed=1)
     targets = torch.randint(0, 11, (150,), generator=GENERATOR.manual_seed(2))
     targets[::5] = -100
