@@ -8,7 +8,7 @@ from typing import Literal
 from dlcm_lightning.config.checks import require, require_member, require_positive, require_range
 
 BoundaryForm = Literal["paper", "centred", "biased", "both", "rule", "fixed"]
-AttentionBackend = Literal["auto", "flash", "varlen", "sdpa", "reference"]
+AttentionBackend = Literal["auto", "flex", "varlen", "flash", "sdpa", "reference"]
 WIDEST, MOST_LAYERS = 2**24, 10_000
 """What no model comes near, and arithmetic on shapes still holds."""
 
@@ -116,7 +116,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     norm_epsilon: float = 1e-5
     attention: AttentionBackend = "auto"
-    """auto picks what the machine has: varlen, then flash, on a GPU; sdpa on a CPU."""
+    """auto picks what the machine has: on a GPU flex with `train.compile`, else varlen, then flash; sdpa on a CPU."""
     boundary: BoundaryConfig = field(default_factory=BoundaryConfig)
     mup: MupConfig = field(default_factory=MupConfig)
 

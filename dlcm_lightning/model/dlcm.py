@@ -115,7 +115,7 @@ class LanguageModel(nn.Module):
     def prime(self, tokens: int, device: torch.device) -> None:
         """Compiles the kernels for micro-batches of so many tokens, and of as many concepts as the target says, with
         and without gradients. What they are compiled for is then the same in every life of a run."""
-        priming = Priming(self.unembedding.kernels, self.compute_dtype, device)
+        priming = Priming(self.unembedding.kernels, self.backend, self.compute_dtype, device)
         priming.model(self.config, self.stacks(tokens), tokens, self.unembedding.scale)
 
     def stacks(self, tokens: int) -> list[tuple[StackShape, int]]:

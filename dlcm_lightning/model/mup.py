@@ -20,7 +20,9 @@ is silent there.
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 
@@ -134,16 +136,28 @@ def _copy(parameter: nn.Parameter, value: Tensor) -> None:
 def initialise(module: nn.Module, model: ModelConfig, seed: int,
                place: Callable[[nn.Parameter, Tensor], None] = _copy) -> None:
     """Fills every parameter by its role. Each draws on the host from a generator of its own, keyed by (seed, name), so
-    that neither the order of construction, nor the device, nor the split over ranks enters. place: writes a whole
-    tensor into a parameter of which this process may hold a part."""
-    host = torch.device("cpu")
-    for name, owner in role_parameters(module):
+    that neither the order of construction, nor the device, nor the split over ranks, nor the threads that draw enter.
+    place: writes a whole tensor into a parameter of which this process may hold a part."""
+
+    @torch.no_grad()
+    def draw(name: str, owner: RoleModule) -> Tensor:
+        host = torch.device("cpu")
         deviation = _deviation(owner.role, model)
         if deviation is not None:
             generator = torch.Generator(host).manual_seed((seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**63)
-            value = torch.randn(owner.shape, generator=generator, dtype=torch.float32, device=host) * deviation
-        elif owner.role is Role.BOUNDARY:
-            value = torch.eye(*owner.shape, device=host)
-        else:
-            value = torch.ones(owner.shape, device=host)
-        place(owner.weight, value)
+            drawn = torch.randn(owner.shape, generator=generator, dtype=torch.float32, device=host)
+            return drawn.mul_(deviation)
+        if owner.role is Role.BOUNDARY:
+            return torch.eye(*owner.shape, device=host)
+        return torch.ones(owner.shape, device=host)
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        coming: deque[tuple[RoleModule, Future[Tensor]]] = deque()  # in the order in which all ranks place
+        for name, owner in role_parameters(module):
+            coming.append((owner, pool.submit(draw, name, owner)))
+            if len(coming) > 2 * threads:  # no more than so many whole tensors at a time
+                first, value = coming.popleft()
+                place(first.weight, value.result())
+        for owner, value in coming:
+            place(owner.weight, value.result())

@@ -10,14 +10,16 @@ from torch import Tensor
 from dlcm_lightning.config import ModelConfig
 from dlcm_lightning.model.layers import StackShape
 from dlcm_lightning.ops.cross_entropy import chunk_tokens, padded_vocabulary
+from dlcm_lightning.ops.flex import FLEX
 from dlcm_lightning.ops.fused import Kernels
 
 
 class Priming:
     """For one dtype, device and set of kernels."""
 
-    def __init__(self, kernels: Kernels, dtype: torch.dtype, device: torch.device) -> None:
-        self.kernels, self.dtype, self.device = kernels, dtype, device
+    def __init__(self, kernels: Kernels, backend: str, dtype: torch.dtype, device: torch.device) -> None:
+        """backend: of attention."""
+        self.kernels, self.backend, self.dtype, self.device = kernels, backend, dtype, device
 
     def model(self, config: ModelConfig, stacks: list[tuple[StackShape, int]], tokens: int, scale: float) -> None:
         """stacks: shapes of blocks, and over how many positions they run. scale: of the logits."""
@@ -29,6 +31,9 @@ class Priming:
                     concepts = stacks[-1][1]
                     for positions, heads in ((tokens, config.heads_token), (concepts, config.kv_heads_token)):
                         self.norm(config.norm_epsilon, positions, heads, config.head_dim)
+                if self.backend == "flex":
+                    FLEX.prime(tokens, config.heads_token, config.kv_heads_token, config.head_dim, self.dtype,
+                               self.device)
         self.head(tokens, config.vocab_size, scale)
 
     def stack(self, shape: StackShape, positions: int) -> None:

@@ -2,9 +2,10 @@
 
 Every attention of the model is this one operation: self-attention of a token stack (documents over tokens), of the
 backbone (documents over concepts), and cross-attention, whose keys are replicated per token beforehand (Eq. 17), so
-that query i and key i always sit at the same place. Four backends take equal arguments and are compared with each
+that query i and key i always sit at the same place. Five backends take equal arguments and are compared with each
 other by test; which one runs is chosen once, by `choose_backend`, and named in the log.
 
+    flex       torch's FlexAttention, compiled for the length of the token axis; varlen on any other (GPU)
     varlen     torch's own varlen kernel (GPU)
     flash      flash_attn's varlen kernel (GPU, extra `gpu`)
     sdpa       scaled_dot_product_attention over documents grouped by length: exact, and no loop over documents
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlcm_lightning.config import AttentionBackend, ConfigError
+from dlcm_lightning.ops.flex import FLEX
 from dlcm_lightning.ops.segments import Segments
 
 BUCKET = 32
@@ -78,6 +80,11 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Ten
     return _torch_varlen(query, key, value, segments.cu_seqlens, segments.cu_seqlens, segments.max_seqlen,
                          segments.max_seqlen,
                          **options)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+    """FlexAttention for shapes that it was primed for, `varlen` for others."""
+    return (FLEX if FLEX.knows(query, key) else varlen)(query, key, value, segments)
 
 
 class _ShortCausal(torch.autograd.Function):
@@ -167,8 +174,9 @@ def reference(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> 
 
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments], Tensor]] = {
-    "flash": flash,
+    "flex": flex,
     "varlen": varlen,
+    "flash": flash,
     "sdpa": sdpa,
     "reference": reference,
 }
@@ -176,27 +184,28 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments], Tensor]] = {
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run on this device in this dtype, or None where it can."""
-    if backend in ("flash", "varlen"):
+    if backend in ("flex", "varlen", "flash"):
         if device.type != "cuda":
             return f"it needs a CUDA device, this is {device.type}"
         if dtype not in (torch.float16, torch.bfloat16):
             return f"it needs bf16, this is {dtype}"
         if backend == "flash" and _flash_varlen is None:
             return "the package flash-attn is not installed"
-        if backend == "varlen" and _torch_varlen is None:
+        if backend in ("flex", "varlen") and _torch_varlen is None:
             return "this torch has no torch.nn.attention.varlen"
     return None
 
 
-def choose_backend(wanted: AttentionBackend, device: torch.device, dtype: torch.dtype, begun: str = "") -> str:
+def choose_backend(wanted: AttentionBackend, device: torch.device, dtype: torch.dtype, *, begun: str = "",
+                   compiled: bool = False) -> str:
     """The backend to run: the one that is asked for, or the fastest that this machine has. begun: what a run has begun
-    with, which `auto` keeps where it can.
+    with, which `auto` keeps where it can. compiled: whether `auto` may choose what torch.compile has to make.
 
     Raises ConfigError where the one asked for cannot run here, with the reason and what can.
     """
-    candidates = [name for name in ("varlen", "flash", "sdpa", "reference") if why_not(name, device, dtype) is None]
+    candidates = [name for name in BACKENDS if why_not(name, device, dtype) is None]
     if wanted == "auto":
-        return begun if begun in candidates else candidates[0]
+        return begun if begun in candidates else next(name for name in candidates if compiled or name != "flex")
     if wanted not in candidates:
         raise ConfigError(f"model.attention = {wanted!r}: {why_not(wanted, device, dtype)}; "
                           f"here run: {', '.join(candidates)}, or auto")

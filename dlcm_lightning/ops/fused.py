@@ -155,7 +155,7 @@ class Compiled:
                        for one in arguments))
         if (run := self.graphs.get(constants)) is None:
             run = self.graphs[constants] = torch.compile(_copy(self.function), fullgraph=True, dynamic=False,
-                                                         options=_options())
+                                                         options=compile_options())
         for number in self.packed:
             torch._dynamo.mark_dynamic(arguments[number], 0)
         return run(*arguments)
@@ -168,7 +168,7 @@ def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
                               function.__defaults__, function.__closure__)
 
 
-def _options() -> dict[str, Any]:
+def compile_options() -> dict[str, Any]:
     """No choice by timing: two processes, or two lives of one, must choose alike."""
     return {name: True for name in ("deterministic",) if hasattr(torch._inductor.config, name)}
 

@@ -141,7 +141,8 @@ class PretrainModule(LightningModule):
             dtype = BY_NAME[trainer.strategy.broadcast(str(resolve_precision(asked, device)[0]).split(".")[1])]
         elif dtype is None:  # a checkpoint that is loaded says it better
             dtype = DTYPES.get(self.config.train.precision, torch.float32)
-        backend = self._backend or choose_backend(self.config.model.attention, device, dtype)
+        backend = self._backend or choose_backend(self.config.model.attention, device, dtype,
+                                                  compiled=self.config.train.compile)
         train = self.config.train
         make = partial(assemble, self.config.model, dtype, backend, train.recompute, train.compile)
         fill = partial(mup.initialise, model=self.config.model, seed=self.config.seed)
@@ -270,7 +271,7 @@ class PretrainModule(LightningModule):
     def on_train_start(self) -> None:
         """Whatever an earlier fit has left of a step: this one begins with a whole one, perhaps with another."""
         self.counts = self.next_counts = self.step_sums = None
-        if self.config.train.compile:
+        if self.config.train.compile or self.model.backend == "flex":
             self.model.prime(self.config.data.micro_batch_size * self.config.data.sequence_length, self.device)
 
     def on_train_epoch_end(self) -> None:

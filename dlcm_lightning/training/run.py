@@ -160,7 +160,8 @@ def _run(config: Config, run: Path, world: World, group: ControlGroup, lock: Run
     begun = newest.manifest.identity.precision if newest else None
     dtype, why = group.on_rank_zero(lambda: resolve_precision(config.train.precision, where, begun))
     precision = str(dtype).removeprefix("torch.")
-    backend = choose_backend(config.model.attention, where, dtype, newest.manifest.identity.attention if newest else "")
+    backend = choose_backend(config.model.attention, where, dtype, compiled=config.train.compile,
+                             begun=newest.manifest.identity.attention if newest else "")
     if newest is not None:
         check_same_run(newest, config, precision, backend)
     if newest is not None and done is not None and newest.step == done.steps:

@@ -30,7 +30,7 @@ class Steps:
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device = config, device
-        backend = choose_backend("auto", device, dtype)
+        backend = choose_backend(config.model.attention, device, dtype, compiled=config.train.compile)
         self.module = PretrainModule(config, dtype, backend, torch.ones(config.model.vocab_size, dtype=torch.long))
         self.module.configure_model()
         self.module.to(device)

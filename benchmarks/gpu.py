@@ -1,0 +1,168 @@
+"""Everything that only a GPU can say, in order of worth: `make gpu`, at most 20 minutes.
+
+    tests       tests/gpu: operations, attention, steps, waits, memory
+    engines     every strategy, eager and compiled: killed, stopped, continued, compared bit for bit
+    steps       tokens/s, MFU, memory, kernels of dlcm_2b and dense_1b
+    attention   the attention kernels beside each other
+
+Each part is a process of its own with its own limit; one that fails or takes too long does not end the others. What
+they print and find lies in a folder, `gpu.json` says on what card, with which versions, and what became of each part.
+On a machine without a GPU nothing is run, which is no error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.step import deterministic, line, measure
+from dlcm_lightning.compose import load_config
+
+OUT = Path("benchmarks/results/gpu")
+PYTEST = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:benchmark", "-p", "no:cacheprovider")
+DLCM, DENSE = "configs/run/dlcm_2b_1t.yaml", "configs/run/dense_1b_1t.yaml"
+COMPILED = "train.compile=true"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measurement of benchmarks/step.py."""
+
+    config: str
+    documents: str
+    rows: int
+    overrides: tuple[str, ...] = (COMPILED,)
+
+
+STEPS = (
+    Step(DLCM, "8192", 2), Step(DENSE, "8192", 2), Step(DLCM, "sample", 2), Step(DENSE, "sample", 2),
+    Step(DLCM, "8192", 4), Step(DLCM, "8192", 1, ("train.compile=false",)),
+    Step(DLCM, "8192", 4, (COMPILED, "train.recompute=selective")),
+    Step(DENSE, "8192", 4), Step(DLCM, "8192", 2, (COMPILED, "model.attention=varlen")),
+    Step(DENSE, "8192", 1, ("train.compile=false",)),
+    Step(DLCM, "4096", 4, (COMPILED, "data.sequence_length=4096")),
+    Step(DENSE, "4096", 4, (COMPILED, "data.sequence_length=4096")),
+    Step("configs/run/ladder_87m.yaml", "8192", 4), Step("configs/run/ladder_87m.yaml", "8192", 4, ()),
+    Step("configs/run/ladder_833m.yaml", "8192", 2),
+)
+ROWS_A_STEP = 8
+
+
+def measure_steps(out: Path) -> None:
+    """In order; what is there when time is up has been written."""
+    deterministic()
+    found: list[dict[str, Any]] = []
+    for one in STEPS:
+        overrides = [f"data.global_batch_size={ROWS_A_STEP}", f"data.micro_batch_size={one.rows}", "train.devices=1",
+                     "train.nodes=1", *one.overrides]
+        try:
+            result = measure(load_config(one.config, overrides), one.documents, steps=5)
+            print(line(result), f"R {result['tokens_per_concept'] or 0:.2f}, rows {one.rows}, attention "
+                  f"{result['attention']}, {' '.join(one.overrides)}, in {result['seconds_in_all']:.0f} s", flush=True)
+            found.append({"overrides": overrides, **result})
+        except Exception as error:
+            traceback.print_exc()
+            found.append({"config": one.config, "overrides": overrides, "error": repr(error)[:500]})
+        (out / "steps.json").write_text(json.dumps({"about": about(), "steps": found}, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process."""
+
+    name: str
+    seconds: float
+    """At most."""
+    command: tuple[str, ...]
+
+
+def parts(out: Path) -> tuple[Part, ...]:
+    return (
+        Part("tests", 240, (*PYTEST, "-n", "5", "tests", "--ignore", "tests/gpu/test_engines.py")),
+        Part("engines", 420, (*PYTEST, "tests/gpu/test_engines.py", "--basetemp", str(out / "engines"))),
+        Part("steps", 420, ("-m", "benchmarks.gpu", "--steps", "--out", str(out))),
+        Part("attention", 120, ("-m", "benchmarks.attention", "--out", str(out / "attention.json"))),
+    )
+
+
+def about() -> dict[str, Any]:
+    """Card and versions."""
+    names = ("torch", "triton", "lightning", "deepspeed", "flash-attn")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "cuda": torch.version.cuda, "python": platform.python_version(), **versions}
+
+
+def run_part(part: Part, out: Path, left: float) -> dict[str, Any]:
+    """What became of it. left: seconds that there are at all."""
+    limit = min(part.seconds, left)
+    if limit < 10:
+        return {"outcome": "not run", "why": "no time left"}
+    began = time.monotonic()
+    with (out / f"{part.name}.log").open("w") as log:
+        process = subprocess.Popen([sys.executable, *part.command], stdout=log, stderr=subprocess.STDOUT,
+                                   env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True)
+        try:
+            code = process.wait(limit)
+            outcome = "passed" if code == 0 else f"failed ({code})"
+        except subprocess.TimeoutExpired:
+            outcome = f"stopped after {limit:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, 15)
+                time.sleep(2)
+                os.killpg(process.pid, 9)
+                process.wait()
+    tail = (out / f"{part.name}.log").read_text(errors="replace").splitlines()[-12:]
+    return {"outcome": outcome, "seconds": round(time.monotonic() - began), "tail": tail}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--seconds", type=float, default=1200)
+    parser.add_argument("--parts", nargs="*", help="those alone")
+    parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    if not torch.cuda.is_available():
+        print("There is no GPU here: nothing was run. Not run: " + ", ".join(part.name for part in parts(out)))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.steps:
+        measure_steps(out)
+        return
+    ends = time.monotonic() + arguments.seconds
+    outcomes: dict[str, Any] = {}
+    for part in parts(out):
+        if arguments.parts and part.name not in arguments.parts:
+            outcomes[part.name] = {"outcome": "not run", "why": "not asked for"}
+            continue
+        print(f"{part.name} ...", flush=True)
+        outcomes[part.name] = run_part(part, out, ends - time.monotonic())
+        print("\n".join(outcomes[part.name].get("tail", [])), flush=True)
+        (out / "gpu.json").write_text(json.dumps({"about": about(), "parts": outcomes}, indent=1) + "\n")
+    print(f"\n{about()['card']}\n{'part':<12}{'outcome':<24}seconds")
+    for name, outcome in outcomes.items():
+        print(f"{name:<12}{outcome['outcome']:<24}{outcome.get('seconds', '-')}  {outcome.get('why', '')}")
+
+
+if __name__ == "__main__":
+    main()

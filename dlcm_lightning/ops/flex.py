@@ -1,0 +1,96 @@
+"""torch's FlexAttention over documents: one kernel for forward and backward each, the same bits every time.
+
+The deterministic backward of torch's varlen kernel (FlashAttention 2) gives every document and head to few blocks, and
+takes 1.9 times as long as this one on an H200 for documents of 8,192 tokens (`python -m benchmarks.attention`).
+FlexAttention is compiled for one length of the axis. The token axis has one; that of concepts changes with every batch.
+So a shape has to be announced (`prime`), before the first step of a run; any other is for the varlen kernel.
+
+Which blocks of 128 x 128 scores there are at all, and which need no mask, follows from the documents at the ends of
+blocks: documents are consecutive, so that two tokens of one document have nothing but that document between them.
+torch's own `create_block_mask` looks at every score instead, two to four milliseconds a micro-batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from dlcm_lightning.ops.fused import compile_options
+from dlcm_lightning.ops.segments import Segments
+
+BLOCK = 128
+
+
+def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """dense (n, n) bool -> (1, 1, n) int32 how many blocks are true in each row, (1, 1, n, n) int32 which, true ones in
+    front."""
+    which = dense.int().argsort(dim=-1, descending=True, stable=True)
+    return dense.sum(-1, dtype=torch.int32)[None, None], which.int()[None, None]
+
+
+def causal_within(segments: Segments, size: int) -> BlockMask:
+    """Query i sees key j <= i of the same segment; `size` is the length of the axis."""
+    ids = segments.ids(size)  # (size,)
+    begin = torch.arange(0, size, BLOCK, device=ids.device)
+    first, last = ids[begin], ids[(begin + BLOCK - 1).clamp(max=size - 1)]  # (n,) segments at the ends of each block
+    block = torch.arange(len(begin), device=ids.device)
+    row, column = block[:, None], block[None, :]  # of queries, of keys
+    full = (column < row) & (first[None, :] == last[:, None])
+    partial = (column <= row) & (last[None, :] >= first[:, None]) & ~full
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (ids[query] == ids[key])
+
+    (kv_number, kv_which), (q_number, q_which) = _ordered(partial), _ordered(partial.t())
+    (full_kv_number, full_kv_which), (full_q_number, full_q_which) = _ordered(full), _ordered(full.t())
+    return BlockMask(
+        seq_lengths=(size, size), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask,
+        kv_num_blocks=kv_number, kv_indices=kv_which, q_num_blocks=q_number, q_indices=q_which,
+        full_kv_num_blocks=full_kv_number, full_kv_indices=full_kv_which,
+        full_q_num_blocks=full_q_number, full_q_indices=full_q_which)
+
+
+class Flex:
+    """The compiled kernels of this process, by shape."""
+
+    def __init__(self) -> None:
+        self.shapes: set[tuple[Any, ...]] = set()
+        """That have been announced."""
+        self._run: Any = None
+        self._mask: tuple[Tensor, BlockMask] | None = None
+        """Of the last documents that were asked for, which a whole micro-batch shares."""
+
+    @staticmethod
+    def shape_of(query: Tensor, key: Tensor) -> tuple[Any, ...]:
+        return tuple(query.shape), tuple(key.shape), query.dtype, query.device
+
+    def knows(self, query: Tensor, key: Tensor) -> bool:
+        """Whether it takes arrays like these."""
+        return self.shape_of(query, key) in self.shapes
+
+    def prime(self, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+              ) -> None:
+        """Takes arrays of this shape from now on; compiles what gradients, as they are on or off, need."""
+        grad = torch.is_grad_enabled()
+        query, key, value = (torch.zeros(tokens, number, head_dim, dtype=dtype, device=device, requires_grad=grad)
+                             for number in (heads, kv_heads, kv_heads))
+        out = self(query, key, value, Segments.from_lengths([tokens], device))
+        if grad:
+            torch.autograd.grad(out, (query, key, value), torch.zeros_like(out))
+        self.shapes.add(self.shape_of(query, key))
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        """query (T, H, d), key and value (T, K, d) -> (T, H, d)."""
+        if self._run is None:
+            self._run = torch.compile(flex_attention, fullgraph=True, dynamic=False, options=compile_options())
+        if self._mask is None or self._mask[0] is not segments.cu_seqlens:
+            self._mask = segments.cu_seqlens, causal_within(segments, query.shape[0])
+        q, k, v = (one.transpose(0, 1)[None] for one in (query, key, value))
+        out: Tensor = self._run(q, k, v, block_mask=self._mask[1], enable_gqa=query.shape[1] != key.shape[1])
+        return out[0].transpose(0, 1)
+
+
+FLEX = Flex()
