@@ -91,7 +91,7 @@ class Part:
 def parts(out: Path) -> tuple[Part, ...]:
     return (
         Part("tests", 240, (*PYTEST, "-n", "5", "tests", "--ignore", "tests/gpu/test_engines.py")),
-        Part("engines", 420, (*PYTEST, "tests/gpu/test_engines.py", "--basetemp", str(out / "engines"))),
+        Part("engines", 420, (*PYTEST, "-n", "10", "tests/gpu/test_engines.py")),
         Part("steps", 420, ("-m", "benchmarks.gpu", "--steps", "--out", str(out))),
         Part("attention", 120, ("-m", "benchmarks.attention", "--out", str(out / "attention.json"))),
     )

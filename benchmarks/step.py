@@ -85,6 +85,8 @@ class Bench:
             self.module.configure_model()
         self.module.to(self.device)
         self.optimizer: Any = self.module.configure_optimizers()["optimizer"]
+        uses = config.micro_batches > 1 or config.train.recompute != "none"
+        self.copies = self.module.model.keep_low_copies() if uses else None
         if config.train.compile or self.backend == "flex":
             self.module.model.prime(config.data.micro_batch_size * config.data.sequence_length, self.device)
 
@@ -118,6 +120,8 @@ class Bench:
             (self.module.training_step(batch, k) / self.config.micro_batches).backward()
         torch.nn.utils.clip_grad_norm_(self.module.model.parameters(), self.config.optim.max_grad_norm)
         self.optimizer.step()
+        if self.copies is not None:
+            self.copies.refresh()
         self.optimizer.zero_grad()
         self.module.after_step()
 

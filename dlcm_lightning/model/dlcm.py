@@ -30,6 +30,7 @@ from dlcm_lightning.model.mup import MupLinear, Role, RoleModule
 from dlcm_lightning.model.priming import Priming
 from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
 from dlcm_lightning.ops.fused import UsesKernels, compiled
+from dlcm_lightning.ops.linear import LowCopies
 from dlcm_lightning.ops.segments import Concepts, Decisions, Segments, concepts_from_boundaries
 
 CPU_CONCEPT_MULTIPLE = 128
@@ -117,6 +118,24 @@ class LanguageModel(nn.Module):
         and without gradients. What they are compiled for is then the same in every life of a run."""
         priming = Priming(self.unembedding.kernels, self.backend, self.compute_dtype, device)
         priming.model(self.config, self.stacks(tokens), tokens, self.unembedding.scale)
+
+    def keep_low_copies(self) -> LowCopies | None:
+        """Copies in the compute dtype of all matrices that are multiplied in it, but for the head's, which is cast once
+        a micro-batch. None where weights are stored in that dtype. Refresh them when the weights have changed."""
+        matrices = [module for module in self.modules() if isinstance(module, MupLinear)
+                    and module.role not in (Role.BOUNDARY, Role.UNEMBEDDING)]
+        if all(module.weight.dtype == self.compute_dtype for module in matrices):
+            return None
+        copies = LowCopies([module.weight for module in matrices], self.compute_dtype)
+        for number, module in enumerate(matrices):
+            module.copies = copies, number
+        return copies
+
+    def drop_low_copies(self) -> None:
+        """Weights are cast at every use again."""
+        for module in self.modules():
+            if isinstance(module, MupLinear):
+                module.copies = None
 
     def stacks(self, tokens: int) -> list[tuple[StackShape, int]]:
         """What blocks there are, and how many positions they run over."""

@@ -58,6 +58,16 @@ class RMSNorm(UsesKernels, RoleModule):
         return self.kernels.rms_norm(x, self.weight, self.epsilon)
 
 
+class AddNorm(RMSNorm):
+    """An RMSNorm of a sum that is needed too."""
+
+    def forward(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """x + delta, and its norm; where there is no delta, x and its norm."""
+        if delta is None:
+            return x, super().forward(x)
+        return self.kernels.add_norm(x, delta, self.weight, self.epsilon)
+
+
 class SelfAttention(UsesKernels, nn.Module):
     """Causal attention within segments, rotary positions (T, W) -> (T, W)."""
 
@@ -86,36 +96,42 @@ class FeedForward(UsesKernels, nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then + ffn(norm x)."""
+    """x + attention(norm x), then + ffn(norm x). The last sum is left to whoever is next, who reads it anyway."""
 
     def __init__(self, shape: StackShape) -> None:
         super().__init__()
         role = norm_role(shape.role)
-        self.attention_norm = RMSNorm(role, shape.width, shape.norm_epsilon)
+        self.attention_norm = AddNorm(role, shape.width, shape.norm_epsilon)
         self.attention = SelfAttention(shape)
-        self.ffn_norm = RMSNorm(role, shape.width, shape.norm_epsilon)
+        self.ffn_norm = AddNorm(role, shape.width, shape.norm_epsilon)
         self.ffn = FeedForward(shape)
         self.recompute = shape.recompute
 
-    def forward(self, x: Tensor, segments: Segments, angles: Rotation, backend: str) -> Tensor:
-        if self.recompute == "full" and torch.is_grad_enabled():
-            return _recomputed(self._whole, x, segments, angles, backend)
-        return self._whole(x, segments, angles, backend)
+    def forward(self, x: Tensor, delta: Tensor | None, segments: Segments, angles: Rotation, backend: str
+                ) -> tuple[Tensor, Tensor]:
+        """x (T, W), and what the block before has to add to it -> the same of this block."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._whole(x, delta, segments, angles, backend)
+        if delta is not None:
+            x = x + delta  # one array is kept, not two
+        if self.recompute == "full":
+            return _recomputed(self._whole, x, None, segments, angles, backend)
+        x = x + self.attention(self.attention_norm(x, None)[1], segments, angles, backend)
+        return x, _recomputed(self._feed_forward, x)
 
-    def _whole(self, x: Tensor, segments: Segments, angles: Rotation, backend: str) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), segments, angles, backend)
-        if self.recompute == "selective" and torch.is_grad_enabled():
-            return x + _recomputed(self._feed_forward, x)
-        return x + self._feed_forward(x)
+    def _whole(self, x: Tensor, delta: Tensor | None, segments: Segments, angles: Rotation, backend: str
+               ) -> tuple[Tensor, Tensor]:
+        x, normed = self.attention_norm(x, delta)
+        x, normed = self.ffn_norm(x, self.attention(normed, segments, angles, backend))
+        return x, self.ffn(normed)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.ffn(self.ffn_norm(x))
+        return self.ffn(self.ffn_norm(x, None)[1])
 
 
-def _recomputed(run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _recomputed(run: Callable[..., Any], *arguments: Any) -> Any:
     """run(*arguments), of which the backward keeps the arguments only. Nothing in a block draws random numbers."""
-    result: Tensor = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return result
+    return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class Stack(nn.Module):
@@ -125,11 +141,14 @@ class Stack(nn.Module):
         super().__init__()
         self.head_dim, self.rope_base = shape.head_dim, shape.rope_base
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
-        self.norm = RMSNorm(norm_role(shape.role), shape.width, shape.norm_epsilon) if final_norm else nn.Identity()
+        self.norm = AddNorm(norm_role(shape.role), shape.width, shape.norm_epsilon) if final_norm else None
 
     def forward(self, x: Tensor, segments: Segments, backend: str) -> Tensor:
         """x (T, W), segments over T -> (T, W)."""
         angles = rotation(segments.positions(x.shape[0]), self.head_dim, self.rope_base, x.dtype)
+        delta: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, segments, angles, backend)
-        return self.norm(x)
+            x, delta = layer(x, delta, segments, angles, backend)
+        if self.norm is not None:
+            return self.norm(x, delta)[1]
+        return x if delta is None else x + delta

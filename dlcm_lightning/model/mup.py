@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from dlcm_lightning.config import ModelConfig, OptimConfig
-from dlcm_lightning.ops.linear import mixed_linear
+from dlcm_lightning.ops.linear import LowCopies, mixed_linear
 
 
 class Role(Enum):
@@ -63,9 +63,19 @@ class MupLinear(RoleModule):
     def __init__(self, role: Role, fan_in: int, fan_out: int) -> None:
         super().__init__(role, fan_out, fan_in)
 
+        self.copies: tuple[LowCopies, int] | None = None
+        """Where there is a copy of the weight in the dtype of x, and its number there."""
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., fan_in) -> (..., fan_out)."""
-        return mixed_linear(x, self.weight)
+        return mixed_linear(x, self.weight, self.low(x.dtype))
+
+    def low(self, dtype: torch.dtype) -> Tensor | None:
+        """The weight in a dtype, where it lies ready."""
+        if self.copies is None or dtype == self.weight.dtype:
+            return None
+        copies, number = self.copies
+        return copies.of(number)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class Priming:
     def stack(self, shape: StackShape, positions: int) -> None:
         """A block's kernels."""
         self.norm(shape.norm_epsilon, positions, shape.width)
+        self.run(self.kernels.add_norm, self.zeros(positions, shape.width), self.zeros(positions, shape.width),
+                 self.gain(shape.width), shape.norm_epsilon)
         self.run(self.kernels.swiglu, self.zeros(positions, 2 * shape.ffn))
         qkv = self.zeros(positions, shape.heads + 2 * shape.kv_heads, shape.head_dim)
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -46,10 +48,13 @@ class Priming:
         self.run(self.kernels.rotate_split, qkv, *angles, shape.heads, shape.kv_heads)
 
     def norm(self, epsilon: float, *shape: int) -> None:
-        """Of an array of that shape; its gain is stored in fp32, or in fp64 where that is computed in."""
+        """Of an array of that shape."""
+        self.run(self.kernels.rms_norm, self.zeros(*shape), self.gain(shape[-1]), epsilon)
+
+    def gain(self, width: int) -> Tensor:
+        """Stored in fp32, or in fp64 where that is computed in."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        gain = torch.ones(shape[-1:], dtype=wide, device=self.device, requires_grad=True)
-        self.run(self.kernels.rms_norm, self.zeros(*shape), gain, epsilon)
+        return torch.ones(width, dtype=wide, device=self.device, requires_grad=True)
 
     def head(self, tokens: int, vocabulary: int, scale: float) -> None:
         """The softmax of a chunk of logits."""

@@ -22,6 +22,8 @@ from dlcm_lightning.ops.fused import compile_options
 from dlcm_lightning.ops.segments import Segments
 
 BLOCK = 128
+KERNEL_OPTIONS: dict[str, Any] = {"ROWS_GUARANTEED_SAFE": True}
+"""Of torch's kernel. Every query sees at least itself."""
 
 
 def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +91,8 @@ class Flex:
         if self._mask is None or self._mask[0] is not segments.cu_seqlens:
             self._mask = segments.cu_seqlens, causal_within(segments, query.shape[0])
         q, k, v = (one.transpose(0, 1)[None] for one in (query, key, value))
-        out: Tensor = self._run(q, k, v, block_mask=self._mask[1], enable_gqa=query.shape[1] != key.shape[1])
+        out: Tensor = self._run(q, k, v, block_mask=self._mask[1], enable_gqa=query.shape[1] != key.shape[1],
+                                kernel_options=KERNEL_OPTIONS)
         return out[0].transpose(0, 1)
 
 

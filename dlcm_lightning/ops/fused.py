@@ -36,6 +36,12 @@ def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
     return F.rms_norm(wide, (x.shape[-1],), gain.to(wide.dtype), epsilon).to(x.dtype)
 
 
+def add_norm(x: Tensor, delta: Tensor, gain: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x and delta (T, W), gain (W,) -> their sum, and its `rms_norm`."""
+    total = x + delta
+    return total, rms_norm(total, gain, epsilon)
+
+
 class _SwiGLU(torch.autograd.Function):
     """Keeps only its input: the activation is computed again in the backward."""
 
@@ -122,12 +128,13 @@ class Kernels:
     """The functions of this file, run one way or the other."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor], Tensor]
     rotate_split: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
     softmax_gradient: Callable[[Tensor, Tensor, float, bool], Tensor]
 
 
-EAGER = Kernels(rms_norm, swiglu, rotate_split, softmax_gradient)
+EAGER = Kernels(rms_norm, add_norm, swiglu, rotate_split, softmax_gradient)
 
 
 class UsesKernels:
@@ -176,5 +183,5 @@ def compile_options() -> dict[str, Any]:
 @functools.cache
 def compiled() -> Kernels:
     """One for the whole process, as the compiler's caches are."""
-    return Kernels(Compiled(rms_norm, (0,)), Compiled(swiglu, (0,)), Compiled(rotate_split, (0, 1, 2)),
-                   Compiled(softmax_gradient_in_two_passes, (0, 1)))
+    return Kernels(Compiled(rms_norm, (0,)), Compiled(add_norm, (0, 1)), Compiled(swiglu, (0,)),
+                   Compiled(rotate_split, (0, 1, 2)), Compiled(softmax_gradient_in_two_passes, (0, 1)))

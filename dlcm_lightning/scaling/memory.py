@@ -3,9 +3,9 @@
 The backward needs what the forward saves. A block of width W, with H heads and K key-value heads of width d and a
 feed-forward of I, computing in bf16, saves for each of its positions, in bytes:
 
-    two norms         2 (4 W + 4)     their input in fp32, and the root mean square
+    two norms         2 (4 W + 4)     their input in fp32 (2 W where they are compiled), and the root mean square
     what they give    2 (2 W)         read by the products behind them
-    attention         2 (3 H + 3 K) d   turned queries and keys, values and what they are a view of, the result
+    attention         2 (2 H + 2 K) d   turned queries and keys, values, the result
     feed-forward      2 (3 I)         gate and up, their product
 
 and once, whatever the positions, the matrices in bf16. With `selective` the feed-forward and its norm save
@@ -30,7 +30,7 @@ STATE_BYTES = 12
 HEAD_CHUNK = 2**28
 """Logits that a GPU holds at a time: ops/cross_entropy.py."""
 LOGITS_BYTES = 10
-"""Of one of them at the worst moment: twice in fp32, once in bf16."""
+"""Of one of them at the worst moment: twice in fp32, once in bf16. Compiled, only that."""
 BUCKET_BYTES = FP32 * 2**27
 """Of a bucket of DeepSpeed: training/strategies/zero.py. Two are in use."""
 
@@ -93,12 +93,12 @@ def _shapes(model: ModelConfig) -> tuple[_Shape, _Shape]:
 
 
 def _norm(width: int, kept: int) -> float:
-    return kept * FP32 * width + FP32
+    return kept * width + FP32
 
 
 def _attention(shape: _Shape) -> float:
-    """Turned queries and keys, the joint matrix that values are a view of, the result, and a logarithm a head."""
-    numbers = (shape.heads + shape.kv_heads) + (shape.heads + 2 * shape.kv_heads) + shape.heads
+    """Turned queries and keys, values, the result, and a logarithm a head."""
+    numbers = (shape.heads + 2 * shape.kv_heads) + shape.heads
     return BF16 * numbers * shape.head_dim + FP32 * shape.heads
 
 
@@ -114,9 +114,9 @@ def _block(shape: _Shape, kept: int, recompute: str) -> float:
     return first + (BF16 * shape.width if recompute == "selective" else _feed_forward(shape, kept))
 
 
-def saved(model: ModelConfig, recompute: str = "none", fused_norms: bool = True) -> Saved:
-    """fused_norms: as on a GPU; on a CPU torch computes a norm in steps and keeps two arrays of it instead of one."""
-    kept = 1 if fused_norms else 2
+def saved(model: ModelConfig, recompute: str = "none", kept: int = FP32) -> Saved:
+    """kept: bytes that a norm keeps of each number: FP32 on a GPU, BF16 where it is compiled, and twice FP32 on a CPU,
+    where torch computes a norm in steps."""
     token, concept = _shapes(model)
     d, e = model.d_token, model.d_concept
     angles = FP32 * model.head_dim  # of a stack: a sine and a cosine of every pair of a head
@@ -133,11 +133,11 @@ def saved(model: ModelConfig, recompute: str = "none", fused_norms: bool = True)
     if model.boundary.learned:
         per_token += FP32 * d * (6 if model.boundary.centred else 5) + 5 * FP32
     per_token += _norm(d, kept) + BF16 * d  # cross-attention: norm of tokens,
-    per_token += kept * FP32 * heads + FP32 * model.heads_token + BF16 * heads  # of queries by head, what it gives,
+    per_token += kept * heads + FP32 * model.heads_token + BF16 * heads  # of queries by head, what it gives,
     per_token += BF16 * (heads + 2 * kv_width) + FP32 * model.heads_token  # the result, replicated keys and values
     per_concept = model.backbone_layers * _block(concept, kept, recompute) + angles + _norm(e, kept)
     per_concept += BF16 * d + FP32 * e + _norm(e, kept) + BF16 * e  # pooled, smoothed, normed
-    per_concept += kept * FP32 * kv_width + FP32 * model.kv_heads_token  # norm of keys by head
+    per_concept += kept * kv_width + FP32 * model.kv_heads_token  # norm of keys by head
     matrices += BF16 * model.encoder_layers * token.kept_parameters(recompute)
     matrices += BF16 * model.backbone_layers * concept.kept_parameters(recompute)
     matrices += BF16 * (weights.up_projection + weights.cross_attention)
@@ -149,7 +149,7 @@ def _run_again(model: ModelConfig, recompute: str, tokens: int, concepts: float)
     if recompute == "none":
         return 0.0
     token, concept = _shapes(model)
-    return max(_block(token, 1, "none") * tokens, _block(concept, 1, "none") * concepts)
+    return max(_block(token, FP32, "none") * tokens, _block(concept, FP32, "none") * concepts)
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,9 @@ def rank_memory(config: Config, train: TrainConfig, rows: int, concepts_per_toke
     model = config.model
     tokens = rows * config.data.sequence_length
     concepts = tokens * concepts_per_token if model.kind == "dlcm" else 0.0
-    activations = saved(model, train.recompute).total(tokens, concepts)
+    activations = saved(model, train.recompute, BF16 if train.compile else FP32).total(tokens, concepts)
     return RankMemory(
         state=parameters(model) * state_bytes(train.strategy, train.ranks, micro_batches),
         gathered=_gathered(model, train.strategy),
         activations=activations + _run_again(model, train.recompute, tokens, concepts),
-        head=LOGITS_BYTES * min(HEAD_CHUNK, model.vocab_size * max(tokens, 64)))
+        head=(BF16 if train.compile else LOGITS_BYTES) * min(HEAD_CHUNK, model.vocab_size * max(tokens, 64)))

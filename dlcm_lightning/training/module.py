@@ -34,6 +34,7 @@ from dlcm_lightning.model import mup
 from dlcm_lightning.model.dlcm import DLCM, LanguageModel, Output, assemble
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.ops.collectives import all_reduce_sum, world_size
+from dlcm_lightning.ops.linear import LowCopies
 from dlcm_lightning.ops.segments import Concepts, Segments
 from dlcm_lightning.training.contract import check_trainer
 from dlcm_lightning.training.datamodule import PretrainData
@@ -117,6 +118,8 @@ class PretrainModule(LightningModule):
         """() Global norm before clipping, of the last optimizer step."""
         self.learning_rates: dict[str, float] = {}
         """By role, of the last optimizer step."""
+        self.low_copies: LowCopies | None = None
+        """Of the matrices, while it trains."""
         self.evaluated: MetricSums | None = None
         """Of the validation or test that is under way, this rank's; when it has ended, over all ranks."""
 
@@ -252,6 +255,8 @@ class PretrainModule(LightningModule):
         optimizer.step(closure=optimizer_closure)
         if not self.finishes_step(batch_idx):  # DeepSpeed is asked after every micro-batch
             return
+        if self.low_copies is not None:
+            self.low_copies.refresh()
         if (norm := self._own_grad_norm) is not None:
             self.grad_norm = norm
         if self.monitored:
@@ -271,8 +276,16 @@ class PretrainModule(LightningModule):
     def on_train_start(self) -> None:
         """Whatever an earlier fit has left of a step: this one begins with a whole one, perhaps with another."""
         self.counts = self.next_counts = self.step_sums = None
+        strategy = self.trainer.strategy
+        uses = self.config.micro_batches > 1 or self.config.train.recompute != "none"  # more than one of each weight
+        if uses and isinstance(strategy, FullStateStrategy) and strategy.weights_stay:
+            self.low_copies = self.model.keep_low_copies()
         if self.config.train.compile or self.model.backend == "flex":
             self.model.prime(self.config.data.micro_batch_size * self.config.data.sequence_length, self.device)
+
+    def on_train_end(self) -> None:
+        self.low_copies = None
+        self.model.drop_low_copies()
 
     def on_train_epoch_end(self) -> None:
         """An epoch is what is left of the run; there is no other behind it."""

@@ -35,7 +35,8 @@ class Steps:
         self.module.configure_model()
         self.module.to(device)
         self.optimizer = self.module.configure_optimizers()["optimizer"]
-        if config.train.compile:
+        self.copies = self.module.model.keep_low_copies()
+        if config.train.compile or backend == "flex":
             self.module.model.prime(config.data.micro_batch_size * config.data.sequence_length, device)
 
     def step(self, number: int) -> torch.Tensor:
@@ -48,6 +49,8 @@ class Steps:
             (self.module.training_step(batch, k) / count).backward()
         torch.nn.utils.clip_grad_norm_(self.module.model.parameters(), 1.0)
         self.optimizer.step()
+        if self.copies is not None:
+            self.copies.refresh()
         self.optimizer.zero_grad()
         self.module.after_step()
         assert self.module.last_step is not None

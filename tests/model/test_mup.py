@@ -90,7 +90,8 @@ def test_a_parameter_without_a_role_is_refused() -> None:
 def coordinate_moves(axis: str, widths: tuple[int, ...]) -> list[float]:
     """How far the axis' own stack moves its output in a few AdamW steps, per unit of that output, at each width.
 
-    The output of encoder or backbone is taken before any final norm, which would hide its size.
+    The output of encoder or backbone is taken before any final norm, which would hide its size: what its last block has
+    got, and what it adds.
     """
     moves = []
     for width in widths:
@@ -103,7 +104,7 @@ def coordinate_moves(axis: str, widths: tuple[int, ...]) -> list[float]:
         model = build_model(config, torch.float32, "sdpa", seed=0)
         layer = (model.encoder if axis == "token" else model.backbone).layers[-1]
         seen: list[torch.Tensor] = []
-        layer.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.detach()))
+        layer.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(sum(output).detach()))
         optimizer = build_optimizer(model, config, replace(OPTIM, lr_token=2e-3, lr_concept=2e-3, lr_other=1e-6,
                                                            weight_decay=0.0))
         generator = torch.Generator().manual_seed(1)

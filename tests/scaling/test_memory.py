@@ -17,7 +17,7 @@ from dlcm_lightning.model.dlcm import assemble
 from dlcm_lightning.ops.rope import Rotation
 from dlcm_lightning.ops.segments import Segments
 from dlcm_lightning.scaling.estimate import Hardware, estimate
-from dlcm_lightning.scaling.memory import checkpoint_bytes, parameters, rank_memory, saved, state_bytes
+from dlcm_lightning.scaling.memory import FP32, checkpoint_bytes, parameters, rank_memory, saved, state_bytes
 from tests import varlen_cpu
 
 TOLERANCE = 0.03
@@ -76,7 +76,7 @@ def test_what_a_backward_needs_is_what_autograd_holds(
     monkeypatch.setattr(dlcm, "CPU_CONCEPT_MULTIPLE", 1)  # as on a GPU
     for tokens in (512, 1536):
         found, concepts = held(model, recompute, tokens)
-        counted = saved(model, recompute, fused_norms=False).total(tokens, concepts)
+        counted = saved(model, recompute, kept=2 * FP32).total(tokens, concepts)
         assert counted == pytest.approx(found, rel=TOLERANCE), (tokens, concepts)
 
 

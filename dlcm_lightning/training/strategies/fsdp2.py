@@ -22,6 +22,8 @@ from dlcm_lightning.training.strategies.full_state import Fill, TorchStateStrate
 class Fsdp2Strategy(ModelParallelStrategy, TorchStateStrategy):
     """A unit of gathering is a block of a stack; what is outside the blocks is gathered for the whole forward."""
 
+    weights_stay = False
+
     def __init__(self, ranks: int, device: torch.device) -> None:
         super().__init__(data_parallel_size=ranks, tensor_parallel_size=1)
         self._device = device

@@ -39,6 +39,9 @@ class FullStateStrategy(ABC):
         leaves that to the module."""
         return None
 
+    weights_stay = True
+    """Whether a parameter is whole, and at the same place, for the whole of a step."""
+
     @abstractmethod
     def construct(self, assemble: Callable[[], LanguageModel], fill: Fill) -> LanguageModel:
         """A model laid out as the engine wants it, and filled."""

@@ -104,6 +104,7 @@ class ZeroStrategy(DeepSpeedStrategy, FullStateStrategy):
         )
         self.precision_plugin = self._precision = ZeroPrecision()
         self.stage = stage
+        self.weights_stay = stage < 3
 
     @property
     def own_grad_norm(self) -> Tensor:

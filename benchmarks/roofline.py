@@ -1,0 +1,354 @@
+"""What a training step has to move and multiply, counted without a GPU: `python -m benchmarks.roofline [CONFIG]`.
+
+The model runs on the `meta` device, which has shapes and no numbers, and every operation that reaches a kernel is
+counted: one launch, what it reads and what it writes. Of a compiled kernel are counted its arguments and results, which
+is what it is compiled for. Counted is one micro-batch behind another one (so that gradients are added to gradients),
+with M concepts on target; the optimizer's step is counted once and shared by the micro-batches of a step.
+
+From bytes and FLOPs follows the time that they take at the rates of a GPU, printed with it, and the MFU that this
+allows: an upper bound, since nothing waits and nothing is launched too late.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.rows import synthetic_batch
+from dlcm_lightning.compose import load_config
+from dlcm_lightning.config import Config
+from dlcm_lightning.flops import forward_flops, training_flops_per_token
+from dlcm_lightning.model.dlcm import LanguageModel, assemble
+from dlcm_lightning.ops import attention as attention_module
+from dlcm_lightning.ops import cross_entropy, fused, linear, segments
+from dlcm_lightning.ops.fused import EAGER, Kernels, UsesKernels
+
+RESULTS = Path("benchmarks/results/roofline.json")
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "view", "_unsafe_view", "t", "transpose",
+        "permute", "slice", "select", "split", "split_with_sizes", "expand", "unsqueeze", "squeeze", "as_strided",
+        "alias", "unbind", "chunk", "unflatten", "lift_fresh", "_reshape_alias", "diagonal", "sym_size", "narrow"}
+"""Operations that launch nothing."""
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmm_", "dtype", "dtype_out"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """Rates of a GPU."""
+
+    peak: float
+    """FLOP/s of bf16 products, by its data sheet."""
+    products: float
+    """FLOP/s that large products reach."""
+    attention: tuple[float, float]
+    """FLOP/s of the attention's forward and of its backward (2.5 times the forward's), documents of 8,192 tokens."""
+    bandwidth: float
+    """Bytes/s that a copy reaches."""
+
+
+CARDS = {
+    # H200 as measured (docs/benchmarks.md): products in a step, FlexAttention, copies. The others scale it by their
+    # data sheets: H100 by its bandwidth, B200 by peak and bandwidth.
+    "H200": Card(989.4e12, 700e12, (237e12, 272e12), 0.9 * 4.3e12),
+    "H100": Card(989.4e12, 700e12, (237e12, 272e12), 0.9 * 3.0e12),
+    "B200": Card(2250e12, 1590e12, (540e12, 620e12), 0.9 * 7.2e12),
+}
+
+
+@dataclass
+class Tally:
+    """Of one thing."""
+
+    launches: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Count:
+    """By part."""
+
+    parts: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
+
+    def add(self, part: str, tensors: list[Any], launches: int = 1) -> None:
+        tally = self.parts[part]
+        tally.launches += launches
+        tally.bytes += sum(one.numel() * one.element_size() for one in tensors if isinstance(one, Tensor))
+
+    def total(self, *without: str) -> Tally:
+        kept = [tally for part, tally in self.parts.items() if part not in without]
+        return Tally(sum(one.launches for one in kept), sum(one.bytes for one in kept))
+
+
+class Counting(TorchDispatchMode):
+    """Counts what reaches a kernel, unless something that was counted as a whole is under way."""
+
+    def __init__(self, weights: set[torch.Size]) -> None:
+        super().__init__()
+        self.count, self.weights = Count(), weights
+        self.inside = ""
+        """The part that everything belongs to."""
+        self.silent = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        out = function(*arguments, **(keywords or {}))
+        name = function.overloadpacket.__name__
+        if self.silent or name in FREE or function.is_view:
+            return out
+        read, written = tree_leaves((arguments, keywords)), tree_leaves(out)
+        tensors = [one for one in [*read, *written] if isinstance(one, Tensor)]
+        if name.endswith("_") or name in ("copy_",):  # writes what it reads from
+            tensors = [one for one in read if isinstance(one, Tensor)]
+            tensors += tensors[:1] if name not in ("copy_", "fill_", "zero_") else []
+        if not tensors:
+            return out
+        if name in PRODUCTS:
+            part = "products"
+        elif name.startswith(("_foreach", "_fused")):
+            part = "optimizer"
+        elif any(one.shape in self.weights for one in tensors) and name not in ("embedding", "rms_norm"):
+            part = self.inside or "weights"
+        else:
+            part = self.inside or "rest"
+        self.count.add(part, tensors)
+        return out
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        before, self.silent = self.silent, True
+        yield
+        self.silent = before
+
+
+class _Whole(torch.autograd.Function):
+    """A function counted by its arguments and results, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, counting: Counting, part: str, launches: int, function: Callable[..., Any], *arguments: Any
+                ) -> Any:
+        ctx.save_for_backward(*(one for one in arguments if isinstance(one, Tensor)))
+        ctx.rest = counting, part, launches, function, [None if isinstance(one, Tensor) else one for one in arguments]
+        with counting.quiet():
+            out = function(*arguments)
+        counting.count.add(part, [*arguments, *tree_leaves(out)])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        counting, part, launches, function, rest = ctx.rest
+        saved = iter(ctx.saved_tensors)
+        arguments = [next(saved).detach().requires_grad_() if one is None else one for one in rest]
+        with counting.quiet(), torch.enable_grad():
+            floating = [one for one in arguments if isinstance(one, Tensor) and one.is_floating_point()]
+            found = dict(zip(map(id, floating), torch.autograd.grad(
+                function(*arguments), floating, grads, allow_unused=True), strict=True))
+        given = [found.get(id(one)) for one in arguments]
+        counting.count.add(part, [*grads, *ctx.saved_tensors, *given], launches)
+        return None, None, None, None, *given
+
+
+def as_on_a_gpu(counting: Counting) -> Kernels:
+    """Kernels as they run op by op on a GPU, whose norm is one kernel; on meta it is several."""
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, wide: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+            ctx.save_for_backward(wide, gain)
+            counting.count.add("norms", [wide, wide])
+            with counting.quiet():
+                return torch.empty_like(wide)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+            wide, gain = ctx.saved_tensors
+            counting.count.add("norms", [wide, wide, wide], 2)
+            with counting.quiet():
+                return torch.empty_like(wide), torch.empty_like(gain), None
+
+    def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+        out: Tensor = Norm.apply(x.float(), gain, epsilon)
+        return out.to(x.dtype)
+
+    return replace(EAGER, rms_norm=rms_norm,
+                   add_norm=lambda x, delta, gain, epsilon: (total := x + delta, rms_norm(total, gain, epsilon)))
+
+
+def as_compiled(counting: Counting) -> Kernels:
+    """Kernels that are counted as if they were compiled."""
+
+    def whole(part: str, launches: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: _Whole.apply(counting, part, launches, function, *arguments)
+
+    def softmax_gradient(logits: Tensor, targets: Tensor, scale: float, differentiate: bool) -> Tensor:
+        counting.count.add("head", [logits, targets])  # maximum and sum
+        counting.count.add("head", [logits, logits])  # read, and overwritten by the gradient
+        with counting.quiet():
+            return EAGER.softmax_gradient(logits, targets, scale, differentiate)
+
+    return Kernels(whole("norms", 2, fused.rms_norm), whole("norms", 2, fused.add_norm),
+                   whole("SwiGLU", 1, fused.swiglu), whole("rotary", 1, fused.rotate_split), softmax_gradient)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, counting: Counting, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.counting = counting
+        with counting.quiet():
+            out = torch.empty_like(query)
+        counting.count.add("attention", [query, key, value, out])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with ctx.counting.quiet():
+            found = [torch.empty_like(one) for one in ctx.saved_tensors]
+        ctx.counting.count.add("attention", [*grads, *grads, *ctx.saved_tensors, *found], 3)
+        return None, *found
+
+
+def count_step(config: Config, compiled: bool, documents: str) -> tuple[Count, Count]:
+    """Of a micro-batch, forward and backward, and of an optimizer step."""
+    batch = synthetic_batch(config, documents, 0)
+    tokens, concepts = batch.stream.shape[0] * batch.sequence_length, 0
+    model: LanguageModel = assemble(config.model, torch.bfloat16, "meta", config.train.recompute).to("meta")
+    counting = Counting({one.shape for one in model.parameters() if one.dim() == 2})
+    kernels = as_compiled(counting) if compiled else as_on_a_gpu(counting)
+    for module in model.modules():
+        if isinstance(module, UsesKernels):
+            module.kernels = kernels
+    copies = model.keep_low_copies()
+    concepts = round(tokens / config.model.boundary.target_ratio)
+    there = batch.to("meta")
+    backends = attention_module.BACKENDS
+    number = segments.HostNumber.__int__
+    chunk, padded = cross_entropy.CHUNK_ELEMENTS, cross_entropy.VOCABULARY_MULTIPLE
+    head = cross_entropy._LinearCrossEntropy.forward
+    autocast = torch.autocast
+    try:
+        torch.autocast = lambda *_, **__: contextlib.nullcontext()  # type: ignore[misc,assignment]  # knows no meta
+        backends["meta"] = lambda query, key, value, _: _Attention.apply(counting, query, key, value)
+        segments.HostNumber.__int__ = lambda self: concepts  # type: ignore[method-assign]
+        linear.WIDENING.add("meta")
+        chunk["meta"], padded["meta"] = chunk["cuda"], padded["cuda"]
+
+        def headed(*arguments: Any) -> Any:
+            counting.inside = "head"
+            out = head(*arguments)
+            counting.inside = ""
+            return out
+
+        cross_entropy._LinearCrossEntropy.forward = staticmethod(headed)  # type: ignore[assignment]
+        with counting:
+            for _ in range(2):
+                counting.count = Count()
+                output = model(there.tokens, there.documents, there.noise, there.targets)
+                loss = output.nll_sum
+                if output.segmentation is not None and config.model.boundary.learned:
+                    loss = loss + output.segmentation.probabilities.sum()
+                loss.backward()
+            micro_batch, counting.count = counting.count, Count()
+            parameters = [one for one in model.parameters() if one.grad is not None]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for one in parameters:  # the fused kernel reads and writes weight and moments, and reads the gradient
+                counting.count.add("optimizer", [one] * 7, 0)
+            counting.count.add("optimizer", [], 10)
+            if copies is not None:
+                copies.refresh()
+    finally:
+        torch.autocast = autocast  # type: ignore[misc]
+        linear.WIDENING.discard("meta")
+        backends.pop("meta", None)
+        segments.HostNumber.__int__ = number  # type: ignore[method-assign]
+        chunk.pop("meta", None)
+        padded.pop("meta", None)
+        cross_entropy._LinearCrossEntropy.forward = staticmethod(head)  # type: ignore[assignment]
+    return micro_batch, counting.count
+
+
+def seconds(config: Config, card: Card, micro_batch: Count, step: Count, document_tokens: float) -> dict[str, float]:
+    """Of one micro-batch, by what causes it."""
+    rows, tokens = config.data.micro_batch_size, config.data.micro_batch_size * config.data.sequence_length
+    del rows
+    flops = forward_flops(config.model, document_tokens)
+    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[config.train.recompute]
+    products = (3 * (flops.total - flops.attention_maps) + again * flops.body) * tokens
+    maps = flops.attention_maps * tokens
+    moved = micro_batch.total("products", "attention").bytes
+    return {"products": products / card.products,
+            "attention": maps * (1 + again * (config.train.recompute == "full")) / card.attention[0]
+            + 2.5 * maps / card.attention[1],
+            "moving bytes": moved / card.bandwidth,
+            "optimizer and clipping": step.total().bytes / card.bandwidth / config.micro_batches}
+
+
+def report(config: Config, documents: str) -> dict[str, Any]:
+    """All numbers of a configuration."""
+    document = float(documents)
+    tokens = config.data.micro_batch_size * config.data.sequence_length
+    useful = training_flops_per_token(config.model, document) * tokens
+    found: dict[str, Any] = {"name": config.name, "rows": config.data.micro_batch_size, "documents": documents,
+                             "recompute": config.train.recompute, "useful_flops": useful}
+    for mode in ("eager", "compiled"):
+        micro_batch, step = count_step(config, mode == "compiled", documents)
+        elementwise = micro_batch.total("products", "attention")
+        one: dict[str, Any] = {
+            "launches": micro_batch.total().launches, "elementwise_gigabytes": elementwise.bytes / 1e9,
+            "parts": {part: {"launches": tally.launches, "gigabytes": tally.bytes / 1e9}
+                      for part, tally in sorted(micro_batch.parts.items(), key=lambda item: -item[1].bytes)},
+            "optimizer_gigabytes": step.total().bytes / 1e9, "cards": {}}
+        for name, card in CARDS.items():
+            spent = seconds(config, card, micro_batch, step, document)
+            one["cards"][name] = {"milliseconds": {part: 1e3 * value for part, value in spent.items()},
+                                  "mfu": useful / sum(spent.values()) / card.peak}
+        found[mode] = one
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    print(f"\n{found['name']}, {found['rows']} rows a micro-batch, documents of {found['documents']}, recompute "
+          f"{found['recompute']}: {found['useful_flops'] / 1e12:.1f} TFLOP")
+    for mode in ("eager", "compiled"):
+        one = found[mode]
+        print(f"  {mode}: {one['launches']} launches, {one['elementwise_gigabytes']:.0f} GB beside products and "
+              f"attention; the optimizer {one['optimizer_gigabytes']:.0f} GB a step")
+        print("    " + ", ".join(f"{part} {tally['gigabytes']:.1f} GB ({tally['launches']})"
+                                 for part, tally in one["parts"].items()))
+        for name, card in one["cards"].items():
+            print(f"    {name}: " + ", ".join(f"{part} {value:.0f} ms" for part, value in card["milliseconds"].items())
+                  + f": at most {100 * card['mfu']:.0f} % MFU")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default="configs/run/dlcm_2b_1t.yaml")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--documents", default="8192", help="tokens of each")
+    parser.add_argument("--rows", nargs="*", type=int, default=[1, 2], help="of a micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=4, help="of an optimizer step")
+    arguments = parser.parse_args()
+    found = []
+    for rows in arguments.rows:
+        config = load_config(arguments.config, [f"data.micro_batch_size={rows}", "train.devices=1", "train.nodes=1",
+                                                f"data.global_batch_size={rows * arguments.micro_batches}",
+                                                *arguments.overrides])
+        found.append(report(config, arguments.documents))
+        show(found[-1])
+    print("\nAssumed: " + "; ".join(
+        f"{name}: peak {card.peak / 1e12:.0f}, products {card.products / 1e12:.0f}, attention "
+        f"{card.attention[0] / 1e12:.0f} forward and {card.attention[1] / 1e12:.0f} TFLOP/s backward, "
+        f"{card.bandwidth / 1e12:.2f} TB/s" for name, card in CARDS.items()))
+    RESULTS.write_text(json.dumps({"torch": torch.__version__, "configurations": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
