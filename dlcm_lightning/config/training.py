@@ -98,6 +98,8 @@ class TrainConfig:
     strategy: Strategy = "ddp"
     """How the model is spread over them. ddp: whole on every one. fsdp2: parameters, gradients and moments cut into
     rows. zero1, zero2, zero3: DeepSpeed; moments, gradients too, parameters too in pieces. All compute the same."""
+    shard_ranks: int = 0
+    """fsdp2: over how many ranks the model is cut, such as the GPUs of a node; repeated on the others. 0: all."""
     offload: bool = False
     """zero3: parameters, gradients and moments live in the host's memory."""
     recompute: Recompute = "none"
@@ -131,6 +133,9 @@ class TrainConfig:
             require_range(f"train.{name}", getattr(self, name), 0, 2**17)
         require_member("train.strategy", self.strategy, Strategy)
         require_member("train.recompute", self.recompute, Recompute)
+        require_range("train.shard_ranks", self.shard_ranks, 0, 2**17)
+        require(not self.shard_ranks or self.strategy == "fsdp2", "train.shard_ranks", self.shard_ranks,
+                f"goes with train.strategy = 'fsdp2', not {self.strategy!r}")
         require(not self.offload or self.strategy == "zero3", "train.offload", self.offload,
                 f"goes with train.strategy = 'zero3', not {self.strategy!r}")
         require(self.precision != "fp64" or not self.strategy.startswith("zero"), "train.precision", self.precision,

@@ -198,7 +198,7 @@ def rank_memory(config: Config, train: TrainConfig, rows: int, concepts_per_toke
     concepts = tokens * concepts_per_token if model.kind == "dlcm" else 0.0
     activations = saved(model, train.recompute, BF16 if train.compile else FP32).total(tokens, concepts)
     return RankMemory(
-        state=parameters(model) * state_bytes(train.strategy, train.ranks, micro_batches),
+        state=parameters(model) * state_bytes(train.strategy, train.shard_ranks or train.ranks, micro_batches),
         gathered=_gathered(model, train.strategy),
         activations=activations + _run_again(model, train.recompute, tokens, concepts),
         head=(BF16 if train.compile else LOGITS_BYTES) * min(HEAD_CHUNK, model.vocab_size * max(tokens, 64)))

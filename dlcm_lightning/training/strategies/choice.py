@@ -22,11 +22,14 @@ def needs_group(train: TrainConfig) -> bool:
 
 
 def choose_strategy(train: TrainConfig, where: torch.device) -> FullStateStrategy:
-    """A Lightning strategy. ConfigError: ZeRO without deepspeed."""
+    """A Lightning strategy. ConfigError: ZeRO without deepspeed, ranks that cannot be divided as configured."""
     if train.strategy == "ddp":
         return SingleStrategy(where) if train.ranks == 1 else DdpStrategy(where)
     if train.strategy == "fsdp2":
-        return Fsdp2Strategy(train.ranks, where)
+        if train.shard_ranks and train.ranks % train.shard_ranks:
+            raise ConfigError(f"train.shard_ranks = {train.shard_ranks}: must divide the {train.ranks} ranks; take "
+                              "those of a node, or 0 for all")
+        return Fsdp2Strategy(train.ranks, where, train.shard_ranks)
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"train.strategy = {train.strategy!r}: needs DeepSpeed, which is not installed; "
                           "pip install 'dlcm-lightning[deepspeed]', or choose ddp or fsdp2")

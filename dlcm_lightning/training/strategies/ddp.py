@@ -22,6 +22,10 @@ from torch.optim import Optimizer
 from dlcm_lightning.model.dlcm import LanguageModel
 from dlcm_lightning.training.strategies.full_state import Fill, TorchStateStrategy, whole_model
 
+BUCKET_MEGABYTES = 256
+"""That are reduced at once. With torch's 25 a large model makes a hundred reductions a step, each as long as its
+latency between many nodes."""
+
 
 class DdpStrategy(DDPStrategy, TorchStateStrategy):
     """DDP. Buffers are functions of sums over all ranks, hence equal already and not broadcast."""
@@ -30,7 +34,7 @@ class DdpStrategy(DDPStrategy, TorchStateStrategy):
         self._device = device
         known = inspect.signature(DistributedDataParallel).parameters  # which torch 2.13 renames
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False, "bucket_cap_mb": BUCKET_MEGABYTES}
         super().__init__(**options)
 
     @property
