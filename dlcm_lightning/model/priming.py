@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlcm_lightning.config import ModelConfig
 from dlcm_lightning.model.layers import StackShape
@@ -54,7 +54,7 @@ class Priming:
     def gain(self, width: int) -> Tensor:
         """Stored in fp32, or in fp64 where that is computed in."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        return torch.ones(width, dtype=wide, device=self.device, requires_grad=True)
+        return nn.Parameter(torch.ones(width, dtype=wide, device=self.device))
 
     def head(self, tokens: int, vocabulary: int, scale: float) -> None:
         """The softmax of a chunk of logits."""

@@ -22,8 +22,18 @@ from dlcm_lightning.ops.fused import compile_options
 from dlcm_lightning.ops.segments import Segments
 
 BLOCK = 128
-KERNEL_OPTIONS: dict[str, Any] = {"ROWS_GUARANTEED_SAFE": True}
-"""Of torch's kernel. Every query sees at least itself."""
+
+
+def kernel_options(head_dim: int) -> dict[str, Any]:
+    """Of torch's kernel. Every query sees at least itself; the scale may be multiplied into the queries where it is a
+    power of two; and for heads of 64 the forward's blocks are those that were fastest on an H200 (0.65 ms instead of
+    0.93 for a document of 8,192 tokens and 24 heads)."""
+    options: dict[str, Any] = {"ROWS_GUARANTEED_SAFE": True}
+    if head_dim in (16, 64, 256):
+        options["PRESCALE_QK"] = True
+    if head_dim == 64:
+        options |= {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}
+    return options
 
 
 def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +102,7 @@ class Flex:
             self._mask = segments.cu_seqlens, causal_within(segments, query.shape[0])
         q, k, v = (one.transpose(0, 1)[None] for one in (query, key, value))
         out: Tensor = self._run(q, k, v, block_mask=self._mask[1], enable_gqa=query.shape[1] != key.shape[1],
-                                kernel_options=KERNEL_OPTIONS)
+                                kernel_options=kernel_options(query.shape[-1]))
         return out[0].transpose(0, 1)
 
 

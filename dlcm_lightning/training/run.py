@@ -71,11 +71,12 @@ LOGGER: type[Any] = Logger  # an abstract class, which may be asked for none the
 
 
 def quiet_libraries() -> None:
-    """Silences Lightning's banner, and the one warning that it causes inside torch and that no user can mend."""
+    """Silences Lightning's banner, and warnings that it and torch's compiler cause and that no user can mend."""
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     deprecated = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
     warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")  # torch.compile's
     warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
 
 

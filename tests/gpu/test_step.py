@@ -93,8 +93,8 @@ def test_nothing_in_a_step_waits_for_the_device_but_the_number_of_concepts(kind:
     run = Steps(config, cuda, torch.bfloat16)
     run.step(0)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         run.step(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
