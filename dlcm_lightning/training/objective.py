@@ -156,7 +156,8 @@ def measure_batch(
     nothing = torch.zeros_like(counted)
     values = torch.stack([columns.get(name, nothing).double() for name in COLUMNS])  # (C, T)
     rows = (values * counted).view(len(COLUMNS), -1, batch.sequence_length).sum(-1).t()  # (B, C)
-    sums = torch.zeros(domains, len(COLUMNS), dtype=torch.float64, device=device).index_add(0, batch.domains, rows)
+    belongs = torch.arange(domains, device=device)[:, None] == batch.domains  # (domains, B)
+    sums = belongs.double() @ rows
     zero = torch.zeros((), dtype=torch.float64, device=device)
     return MetricSums(sums, torch.stack([scalars.get(name, zero).double() for name in SCALARS]), features)
 

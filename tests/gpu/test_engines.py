@@ -12,7 +12,7 @@ import pytest
 
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import DataConfig
-from tests.gpu.test_step import CONFIG, MODEL
+from tests.steps import CONFIG, MODEL
 from tests.synthetic import VOCABULARY
 
 SECONDS = 400
