@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-distributed test-slurm check tensorboard clean
+.PHONY: help setup pretrain test test-distributed test-slurm gpu check tensorboard clean
 
 help:
 	@echo 'make setup        make the environment in $(VENV) (every other target does it when needed)'
@@ -29,6 +29,7 @@ help:
 	@echo 'make test         run the test suite      (part of it: make test ARGS="tests/test_compose.py")'
 	@echo 'make test-distributed  gradients, resuming, other ranks and strategies in full (several processes, a quarter of an hour)'
 	@echo 'make test-slurm   jobs on a real SLURM of this machine: preempted, out of time, cancelled, hung (needs root, minutes)'
+	@echo 'make gpu          everything that only a GPU can say: tests, engines, speed, in at most 20 minutes'
 	@echo 'make check        lint and check the types'
 	@echo 'make clean        remove caches and build files; the environment, data and runs stay'
 
@@ -60,6 +61,9 @@ test-distributed: $(STAMP)
 
 test-slurm: $(STAMP)
 	@$(BIN)/python -m pytest -q -m '' tests/slurm $(ARGS)
+
+gpu: $(STAMP)
+	@exec $(BIN)/python -m benchmarks.gpu $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/python -m ruff check .

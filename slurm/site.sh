@@ -26,5 +26,14 @@ export DLCM_PYTHON
 
 # Caches of kernels belong on a disk of the node.
 export TRITON_CACHE_DIR="${TMPDIR:-/tmp}/triton-${SLURM_JOB_ID:-login}"
+export TORCHINDUCTOR_CACHE_DIR="${TMPDIR:-/tmp}/inductor-${SLURM_JOB_ID:-login}"
+
+# The number of concepts changes with every batch, and the sizes of buffers with it.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+
+# How NCCL adds up decides the last bits of a sum: one algorithm, one protocol, and no sums in the switch. The order of
+# the ring follows the nodes that a job is given, so the same bits need the same nodes, or nodes wired alike. Who does
+# not need them comments these out.
+export NCCL_ALGO="${NCCL_ALGO:-Ring}" NCCL_PROTO="${NCCL_PROTO:-Simple}" NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ulimit -n "$(ulimit -H -n)" # shards, sockets and loader processes

@@ -165,6 +165,7 @@ def _add_verify_resume(command: argparse.ArgumentParser) -> None:
     command.add_argument("--kills", type=_whole(0, 100_000), default=6, help="disturbances (6)")
     command.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0,
                          help="of the moments and kinds of disturbances (0)")
+    command.add_argument("--checkpoint-every", type=_whole(1, 10**9), default=4, help="steps between checkpoints (4)")
     command.add_argument("overrides", nargs="*", metavar="field=value", help="such as train.devices=4")
     command.set_defaults(run=commands.verify_resume)
 

@@ -92,7 +92,8 @@ def verify_resume(arguments: argparse.Namespace) -> None:
         given = [*given, f"train.strategy={arguments.strategy}"]
     config = load_config(arguments.config, given)
     folder = Path(config.train.output_dir) / f"verify-resume-{config.train.strategy}"
-    verdict = load("training.verify_resume", "verify_resume")(config, folder, arguments.kills, arguments.seed)
+    verdict = load("training.verify_resume", "verify_resume")(
+        config, folder, arguments.kills, arguments.seed, checkpoint_every=arguments.checkpoint_every)
     print(verdict.table())
     if not verdict.good:
         raise SystemExit(1)

@@ -168,12 +168,12 @@ def _speeds(of_node: dict[str, list[CheckResult]], slowest_share: float) -> Iter
             yield node, finding
 
 
-def room(config: Config, run: Path) -> Finding:
-    """Whether the checkpoints of the run will find room; what they take already counts as free. A quota that the file
-    system does not show is not seen."""
+def room(config: Config, run: Path, runs: int = 1) -> Finding:
+    """Whether the checkpoints of so many runs like this will find room; what they take already counts as free. A quota
+    that the file system does not show is not seen."""
     there = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
     used = sum(file.stat().st_size for file in (run / CHECKPOINTS).rglob("*") if file.is_file())
-    free, needed = shutil.disk_usage(there).free + used, kept_bytes(config)
+    free, needed = shutil.disk_usage(there).free + used, runs * kept_bytes(config)
     said = f"{free / 1e9:,.1f} GB for {needed / 1e9:,.1f} GB of checkpoints of {checkpoint_bytes(config) / 1e9:,.2f}"
     return Finding("room", free >= needed, said, "free space, choose another train.output_dir=..., or keep fewer: "
                                                  "train.keep_last, train.keep_every_tokens", of_run=True)

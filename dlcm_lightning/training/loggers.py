@@ -40,8 +40,8 @@ GROUPS = {
     "boundary": ("F", "G", "R_sampled", "R_thresholded", "p_sd", "p_near_half", "rate_loss", "concept_imbalance",
                  "concept_length"),
     "optimizer": ("grad_norm", "clipped", "lr_"),
-    "system": ("tokens_per_second", "step_seconds", "data_wait", "peak_memory_gib", "unreadable_rows", "step",
-               "save_seconds", "validation_seconds", "attempts"),
+    "system": ("tokens_per_second", "mfu", "share_of_product_rate", "step_seconds", "data_wait", "peak_memory_gib",
+               "unreadable_rows", "step", "save_seconds", "validation_seconds", "attempts"),
 }
 """Names, or their beginnings where they end in _, by group; the rest is the kind's own group."""
 BAND = 0.1
@@ -194,6 +194,7 @@ def custom_scalars(config: Config) -> dict[str, dict[str, list[Any]]]:
     }
     system = {
         "tokens per second": together("train/tokens_per_second"),
+        "share of the peak (MFU), of the measured rate": together("train/mfu", "train/share_of_product_rate"),
         "seconds per step": together("train/step_seconds"),
         "share of time that waits for data": together("train/data_wait"),
         "peak memory (GiB)": together("train/peak_memory_gib"),

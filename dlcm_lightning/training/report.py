@@ -13,41 +13,9 @@ from dlcm_lightning.config import Config
 from dlcm_lightning.data.ngram import NgramBaseline, ngram_baselines
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DataError
-from dlcm_lightning.flops import training_flops_per_token
-from dlcm_lightning.training.callbacks.metrics import Metrics
+from dlcm_lightning.training.speed import Speed
 
 FILE = "report.json"
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast the steps of this process were."""
-
-    tokens_per_second: float
-    """Steps only: validation and checkpoints do not count."""
-    flops_per_token: float
-    """Forward and backward, of the concepts and documents that really came."""
-    matrix_product_rate: float
-    """FLOP/s of large products on this machine, mean of before and after."""
-    data_wait: float
-    """Share of the steps' time in which the model waited for data."""
-
-    @property
-    def share(self) -> float:
-        """Of the machine's matrix-product rate that steps reached."""
-        return self.tokens_per_second * self.flops_per_token / self.matrix_product_rate
-
-
-def speed(config: Config, metrics: Metrics, matrix_product_rate: float) -> Speed | None:
-    """None where this process made no step."""
-    trained = metrics.trained
-    if trained is None or metrics.training_seconds == 0 or not (tokens := trained.total("tokens").item()):
-        return None
-    concepts = trained.rate.item() if config.model.kind == "dlcm" else None
-    document = trained.scalar("squared_lengths").item() / tokens
-    flops = training_flops_per_token(config.model, document, concepts)
-    return Speed(tokens / metrics.training_seconds, flops, matrix_product_rate,
-                 metrics.waiting_seconds / metrics.training_seconds)
 
 
 @dataclass(frozen=True)
@@ -122,7 +90,9 @@ def summary(config: Config, report: Report) -> str:
         pace = report.speed
         parts.append(f"{pace.tokens_per_second:,.0f} tokens/s x {pace.flops_per_token / 1e6:.1f} MFLOP/token = "
                      f"{100 * pace.share:.0f} % of this machine's matrix-product rate "
-                     f"({pace.matrix_product_rate / 1e9:,.0f} GFLOP/s); waiting for data {100 * pace.data_wait:.2f} %")
+                     f"({pace.matrix_product_rate / 1e9:,.0f} GFLOP/s)"
+                     + (f", MFU {100 * pace.mfu:.1f} %" if pace.mfu is not None else "")
+                     + f"; waiting for data {100 * pace.data_wait:.2f} %")
     parts += [
         f"run directory   {run}",
         "resume          the same command again; a finished run is left as it is",

@@ -53,6 +53,7 @@ from dlcm_lightning.training.device import (
     device_identity,
     keep_large_buffers,
     matrix_product_rate,
+    peak_flops,
     resolve_precision,
 )
 from dlcm_lightning.training.extensions import build_all
@@ -231,7 +232,8 @@ def _train(config: Config, run: Path, world: World, group: ControlGroup, where: 
     module.monitored = bool(extra.callbacks)
     metrics = Metrics(stopwatch)
     checkpoints = Checkpoints(stopwatch, stop)
-    conclude = FinalReport(run, data, metrics, partial(matrix_product_rate, dtype, where), say)
+    conclude = FinalReport(run, data, metrics, partial(matrix_product_rate, dtype, where),
+                           config.train.ranks if where.type == "cuda" else 1, peak_flops(dtype, where), say)
     opening = ResumeRun(run, Identity(data.reader.fingerprint, precision, backend), data, checkpoints, group, say)
     trainer = build_trainer(config, where, choose_strategy(config.train, where), world, [
         Heartbeat(pulse), opening, metrics, Progress(metrics), Validate(stopwatch),

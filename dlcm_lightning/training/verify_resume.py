@@ -28,21 +28,29 @@ import torch
 
 from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
+from dlcm_lightning.cluster.checks import room
 from dlcm_lightning.cluster.local import LocalRanks
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.preprocessing.prepare import prepare_sample_corpus
-from dlcm_lightning.errors import STOPPED
+from dlcm_lightning.errors import STOPPED, RunError
 from dlcm_lightning.progress import progress_bar
 from dlcm_lightning.run_directory import CHECKPOINTS, UNFINISHED, folders
+from dlcm_lightning.scaling.memory import checkpoint_bytes
 from dlcm_lightning.training.callbacks.metrics import TIMED
 
 STEPS_TO_SPARE = 6
 """For each disturbance, so that the run does not end before them."""
 LONGEST_DELAY_SECONDS = 0.6
 START_SECONDS = 120.0
-"""How long an attempt may take to its first step."""
+"""How long an attempt may take to its first step, beside reading a checkpoint."""
+COMPILE_SECONDS = 240.0
+"""And beside compiling."""
 ATTEMPT_SECONDS = 600.0
+"""How long it may take to its end, beside reading and writing checkpoints."""
+BYTES_A_SECOND = 1e8
+"""At which a slow disk and a slow processor write, read and hash them."""
+CHECKPOINT_EVERY = 4
 RESULT = "verify-resume.json"
 
 
@@ -105,9 +113,12 @@ def plan(kills: int, ranks: int, dice: random.Random) -> list[Disturbance]:
     return (kinds + more)[:kills]
 
 
-def verify_resume(config: Config, folder: Path, kills: int, seed: int, report: Callable[[str], None] = print
-                  ) -> Verdict:
-    """config: of any run; its length, and how often it saves and logs, are set here. folder: of both, made anew."""
+def verify_resume(config: Config, folder: Path, kills: int, seed: int, report: Callable[[str], None] = print,
+                  checkpoint_every: int = CHECKPOINT_EVERY) -> Verdict:
+    """config: of any run; its length, and how often it logs, are set here. folder: of both, made anew.
+    checkpoint_every: steps between checkpoints; fewer for a model whose checkpoints are large.
+
+    RunError: there is no room for the checkpoints of both runs."""
     config = replace(config, train=replace(config.train, devices=max(1, config.train.devices),
                                            nodes=max(1, config.train.nodes)))
     disturbances = plan(kills, config.train.ranks, random.Random(seed))
@@ -115,10 +126,12 @@ def verify_resume(config: Config, folder: Path, kills: int, seed: int, report: C
     tokens = steps * config.data.tokens_per_step
     base = replace(
         config, optim=replace(config.optim, total_tokens=tokens, warmup_tokens=tokens // 4),
-        train=replace(config.train, output_dir=str(folder), log_every_steps=1, checkpoint_every_steps=4,
+        train=replace(config.train, output_dir=str(folder), log_every_steps=1, checkpoint_every_steps=checkpoint_every,
                       validate_every_steps=10**9))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    if not (found := room(base, folder, runs=2)).good:
+        raise RunError(f"{folder}: {found.said}; {found.remedy}")
     if config.data.corpus == "sample":
         prepare_sample_corpus(config.data, config.model.vocab_size, report)
     verdict = Verdict(config.train.strategy, config.train.ranks, steps, base.micro_batches)
@@ -142,6 +155,10 @@ class Attempt:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.file = config, folder / f"{config.name}.yaml"
         self.run = folder / config.name
+        once = checkpoint_bytes(config) / BYTES_A_SECOND
+        saves = 1 + config.total_steps // config.train.checkpoint_every_steps
+        self.start_seconds = START_SECONDS + 2 * once + COMPILE_SECONDS * config.train.compile
+        self.seconds = self.start_seconds + ATTEMPT_SECONDS + 2 * once * saves
         save_config(config, self.file)
 
     def _start(self) -> LocalRanks:
@@ -153,7 +170,7 @@ class Attempt:
     def finish(self) -> None:
         """Lets it run to its end. RuntimeError: it ends otherwise."""
         with self._start() as ranks:
-            codes = ranks.wait(ATTEMPT_SECONDS)
+            codes = ranks.wait(self.seconds)
             if any(codes):
                 raise RuntimeError(f"{self.run} ended with {codes}:\n{ranks.tail()}")
 
@@ -161,7 +178,7 @@ class Attempt:
         """Starts it, lets it reach a step, and disturbs it. Whether it still ran, and was in a save if so wanted."""
         reached = self._steps()
         with self._start() as ranks:
-            deadline = time.monotonic() + START_SECONDS
+            deadline = time.monotonic() + self.start_seconds
             while ranks.running and self._steps() <= reached and time.monotonic() < deadline:
                 time.sleep(0.005)
             if not disturbance.in_save:
@@ -175,9 +192,9 @@ class Attempt:
                 if disturbance.rank is None:
                     ranks.kill()
                 else:
-                    ranks.wait(ATTEMPT_SECONDS)
+                    ranks.wait(self.seconds)
                 return hit
-            codes = ranks.wait(ATTEMPT_SECONDS)
+            codes = ranks.wait(self.seconds)
             return running and all(code == STOPPED for code in codes)
 
     def _saving(self) -> bool:

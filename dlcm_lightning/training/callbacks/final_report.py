@@ -15,18 +15,22 @@ from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.device import describe_hardware
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.report import Report, baselines_of, speed, summary
+from dlcm_lightning.training.report import Report, baselines_of, summary
+from dlcm_lightning.training.speed import Machine, speed_of
 from dlcm_lightning.training.validation import validate
 
 
 class FinalReport(Callback):
     """Made before the first step, when the machine's speed is measured for the first time."""
 
-    def __init__(self, run: Path, data: PretrainData, metrics: Metrics, rate: Callable[[], float],
-                 report: Callable[[str], None]) -> None:
-        """rate: measures FLOP/s of large products."""
+    def __init__(self, run: Path, data: PretrainData, metrics: Metrics, rate: Callable[[], float], gpus: int,
+                 peak: float | None, report: Callable[[str], None]) -> None:
+        """rate: measures FLOP/s of large products of this process. gpus: how many compute; 1 where processes share the
+        cores of a host. peak: of each, see speed.py."""
         self.run, self.data, self.metrics, self.rate, self.report = run, data, metrics, rate, report
+        self.gpus, self.peak = gpus, peak
         self.rate_before = self._rate()
+        metrics.machine = self._machine(self.rate_before)
         self.outcome: Report | None = None
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -34,13 +38,15 @@ class FinalReport(Callback):
         config, model, steps = module.config, module.model, trainer.global_step
         sums = validate(module, self.data.val_dataloader(), progress=trainer.is_global_zero)
         validation = metrics_of(sums, config.data.domains, module.boundary)
-        rate = (self.rate_before + self._rate()) / 2
+        machine = self._machine((self.rate_before + self._rate()) / 2)
+        trained = self.metrics.trained
         self.outcome = Report(
             steps=steps, tokens=module.consumed_tokens, hardware=describe_hardware(config.train, module.device),
             precision=str(model.compute_dtype).removeprefix("torch."), attention=model.backend,
             parameters=sum(owner.shape.numel() for _, owner in role_parameters(model)), validation=validation,
             floors=baselines_of(self.data.reader, self.report) if trainer.is_global_zero else [],
-            speed=speed(config, self.metrics, rate),
+            speed=None if trained is None else speed_of(
+                config, trained, self.metrics.training_seconds, self.metrics.waiting_seconds, machine),
         )
         if trainer.is_global_zero:
             log(trainer, "val", validation, steps)
@@ -48,6 +54,9 @@ class FinalReport(Callback):
                 logger.save()
             self.outcome.save(self.run)
             self.report(summary(config, self.outcome))
+
+    def _machine(self, rate: float) -> Machine:
+        return Machine(rate * self.gpus, self.peak and self.peak * self.gpus)
 
     def _rate(self) -> float:
         """Of one process while the others wait, or they would take each other's time."""

@@ -17,9 +17,11 @@ from dlcm_lightning.training.loggers import RunTensorBoardLogger, tag
 from dlcm_lightning.training.metrics import metrics_of
 from dlcm_lightning.training.module import LENGTHS, PretrainModule
 from dlcm_lightning.training.objective import SCALARS, MetricSums
+from dlcm_lightning.training.speed import Machine, speed_of
 from dlcm_lightning.training.stopwatch import Stopwatch
 
-TIMED = ("tokens_per_second", "step_seconds", "data_wait", "peak_memory_gib", "save_seconds", "validation_seconds")
+TIMED = ("tokens_per_second", "mfu", "share_of_product_rate", "step_seconds", "data_wait", "peak_memory_gib",
+         "save_seconds", "validation_seconds")
 """The numbers of a line that say how a step went, not what it computed."""
 PAUSES = {"save": "save_seconds", "validate": "validation_seconds"}
 """What the pauses of a stopwatch are called."""
@@ -67,6 +69,8 @@ class Metrics(Callback):
         """Time of those steps, without validation and checkpoints."""
         self.waiting_seconds = 0.0
         """Of these, spent waiting for data."""
+        self.machine: Machine | None = None
+        """Known before the first step."""
         self._recent: MetricSums | None = None
         """Steps of this process since the last line; a window that was resumed holds steps of another."""
 
@@ -117,6 +121,11 @@ class Metrics(Callback):
         metrics["data_wait"] = waited / seconds
         metrics["step_seconds"] = seconds / self._recent.scalar("steps").item()
         metrics["tokens_per_second"] = self._recent.total("tokens").item() / seconds
+        pace = speed_of(config, self._recent, seconds, waited, self.machine) if self.machine else None
+        if pace is not None:
+            metrics["share_of_product_rate"] = pace.share
+            if pace.mfu is not None:
+                metrics["mfu"] = pace.mfu
         for phase, spent in self.stopwatch.pauses.items():
             metrics[PAUSES[phase]] = spent
         self.stopwatch.pauses.clear()

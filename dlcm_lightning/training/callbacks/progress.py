@@ -1,4 +1,4 @@
-"""The progress bar: loss, R, tokens/s and the time left."""
+"""The progress bar: loss, R, tokens/s, MFU where it is known, and the time left."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class Progress(Callback):
             if "R_sampled" in latest:
                 shown["R"] = f"{latest['R_sampled']:.2f}"
             shown["tok/s"] = f"{latest['tokens_per_second']:,.0f}"
+            if "mfu" in latest:
+                shown["mfu"] = f"{100 * latest['mfu']:.1f} %"
             self.bar.set_postfix(shown, refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
 

@@ -57,3 +57,7 @@ class DdpStrategy(DDPStrategy, TorchStateStrategy):
     @property
     def torch_optimizer(self) -> Optimizer:
         return self.optimizers[0]
+
+    def teardown(self) -> None:
+        if not self.stays_on_the_device():
+            super().teardown()

@@ -86,3 +86,7 @@ class Fsdp2Strategy(ModelParallelStrategy, TorchStateStrategy):
     @property
     def torch_optimizer(self) -> Optimizer:
         return self.optimizers[0]
+
+    def teardown(self) -> None:
+        if not self.stays_on_the_device():
+            super().teardown()

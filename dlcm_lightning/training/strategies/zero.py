@@ -138,6 +138,10 @@ class ZeroStrategy(DeepSpeedStrategy, FullStateStrategy):
                                        persistent=name not in module._non_persistent_buffers_set)
         super().setup(trainer)
 
+    def teardown(self) -> None:
+        if not self.stays_on_the_device():
+            super().teardown()
+
     def construct(self, assemble: Callable[[], LanguageModel], fill: Fill) -> LanguageModel:
         """Stage 3: called inside `zero.Init`, which cuts every parameter as soon as its module is made."""
         if self.stage < 3:
