@@ -1,0 +1,74 @@
+"""What of the benchmarks a CPU can run: that they count and compare what they say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention as library
+
+from benchmarks.cross_attention import Case, compact, masked, replicated, visible
+from benchmarks.roofline import CARDS, count_step, report
+from benchmarks.rows import MIXES, document_lengths, synthetic_batch
+from dlcm_lightning.batch import IGNORE_INDEX
+from dlcm_lightning.compose import load_config
+from dlcm_lightning.config import Config
+from tests.steps import CONFIG
+
+BEFORE = {1: (2962, 254.9e9), 2: (3070, 452.5e9)}
+"""Launches and bytes beside products and attention of a micro-batch of dlcm_2b by its rows, counted by the same mode at
+commit d598d5c: before kernels were compiled, weights copied once a step and gradients multiplied in fp32."""
+
+
+def of_rows(rows: int) -> Config:
+    return load_config("configs/run/dlcm_2b_1t.yaml", [
+        f"data.micro_batch_size={rows}", f"data.global_batch_size={4 * rows}", "train.devices=1", "train.nodes=1",
+        "train.recompute=none"])
+
+
+@pytest.mark.parametrize("rows", BEFORE)
+def test_a_compiled_micro_batch_moves_less_than_half_of_what_it_did_in_half_the_launches(rows: int) -> None:
+    micro_batch, _ = count_step(of_rows(rows), True, "8192")
+    launches, elementwise = BEFORE[rows]
+    assert micro_batch.total().launches <= launches / 2
+    assert micro_batch.total("products", "attention").bytes <= 0.45 * elementwise
+
+
+def test_two_rows_allow_45_percent_of_an_h200() -> None:
+    found = report(of_rows(2), "8192")
+    assert found["compiled"]["cards"]["H200"]["mfu"] >= 0.45
+    assert found["eager"]["cards"]["H200"]["mfu"] < found["compiled"]["cards"]["H200"]["mfu"]
+    assert all(sum(one["milliseconds"].values()) > 0 for one in found["compiled"]["cards"].values())
+    assert set(found["compiled"]["cards"]) == set(CARDS)
+
+
+def test_the_compact_form_is_the_replicated_one_and_the_masked_form_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_validate_device", lambda *_: None)
+    case = Case.make(240, 2, 16, 6, 120, torch.device("cpu"), torch.float64)
+    mask = visible(case)
+    expected, mine = replicated(case, "reference"), compact(case, mask, library.flex_attention)
+    torch.testing.assert_close(mine, expected, rtol=0, atol=1e-6)
+    weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(*(torch.autograd.grad(out, case.inputs, weights) for out in (mine, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    assert (masked(case, mask, library.flex_attention) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("mix", [*MIXES, "100", "512"])
+def test_rows_that_were_not_read_are_whole(mix: str) -> None:
+    lengths = document_lengths(mix, 512, torch.Generator().manual_seed(0))
+    assert sum(lengths) == 512 and min(lengths) > 0
+    batch = synthetic_batch(CONFIG, mix, 3)
+    assert len(batch.tokens) == CONFIG.data.micro_batch_size * CONFIG.data.sequence_length
+    assert (batch.targets == IGNORE_INDEX).sum() == len(batch.documents)
+    assert batch.step.targets == CONFIG.micro_batches * (len(batch.tokens) - len(batch.documents)) or mix == "sample"
+
+
+def test_without_a_gpu_nothing_is_run_and_nothing_has_failed() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "There is no GPU here" in done.stdout and "engines" in done.stdout
