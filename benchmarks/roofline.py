@@ -59,9 +59,9 @@ class Card:
 CARDS = {
     # H200 as measured (docs/benchmarks.md): products in a step, FlexAttention, copies. The others scale it by their
     # data sheets: H100 by its bandwidth, B200 by peak and bandwidth.
-    "H200": Card(989.4e12, 700e12, (237e12, 272e12), 0.9 * 4.3e12),
-    "H100": Card(989.4e12, 700e12, (237e12, 272e12), 0.9 * 3.0e12),
-    "B200": Card(2250e12, 1590e12, (540e12, 620e12), 0.9 * 7.2e12),
+    "H200": Card(989.4e12, 700e12, (316e12, 267e12), 0.9 * 4.3e12),
+    "H100": Card(989.4e12, 700e12, (316e12, 267e12), 0.9 * 3.0e12),
+    "B200": Card(2250e12, 1590e12, (719e12, 607e12), 0.9 * 7.2e12),
 }
 
 
@@ -145,14 +145,15 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         counting, part, launches, function, rest = ctx.rest
-        saved = iter(ctx.saved_tensors)
+        tensors = ctx.saved_tensors  # asked for once: what is recomputed is given once
+        saved = iter(tensors)
         arguments = [next(saved).detach().requires_grad_() if one is None else one for one in rest]
         with counting.quiet(), torch.enable_grad():
             floating = [one for one in arguments if isinstance(one, Tensor) and one.is_floating_point()]
             found = dict(zip(map(id, floating), torch.autograd.grad(
                 function(*arguments), floating, grads, allow_unused=True), strict=True))
         given = [found.get(id(one)) for one in arguments]
-        counting.count.add(part, [*grads, *ctx.saved_tensors, *given], launches)
+        counting.count.add(part, [*grads, *tensors, *given], launches)
         return None, None, None, None, *given
 
 
@@ -210,9 +211,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        tensors = ctx.saved_tensors
         with ctx.counting.quiet():
-            found = [torch.empty_like(one) for one in ctx.saved_tensors]
-        ctx.counting.count.add("attention", [*grads, *grads, *ctx.saved_tensors, *found], 3)
+            found = [torch.empty_like(one) for one in tensors]
+        ctx.counting.count.add("attention", [*grads, *grads, *tensors, *found], 3)
         return None, *found
 
 
@@ -277,15 +279,18 @@ def count_step(config: Config, compiled: bool, documents: str) -> tuple[Count, C
 
 def seconds(config: Config, card: Card, micro_batch: Count, step: Count, document_tokens: float) -> dict[str, float]:
     """Of one micro-batch, by what causes it."""
-    rows, tokens = config.data.micro_batch_size, config.data.micro_batch_size * config.data.sequence_length
-    del rows
-    flops = forward_flops(config.model, document_tokens)
-    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[config.train.recompute]
-    products = (3 * (flops.total - flops.attention_maps) + again * flops.body) * tokens
+    model, tokens = config.model, config.data.micro_batch_size * config.data.sequence_length
+    flops = forward_flops(model, document_tokens)
+    feed_forward = 6 * model.decoder_layers * model.d_token * model.ffn_token
+    if model.kind == "dlcm":
+        feed_forward += 6 * model.encoder_layers * model.d_token * model.ffn_token
+        feed_forward += 6 * model.backbone_layers * model.d_concept * model.ffn_concept / model.boundary.target_ratio
+    again = {"none": 0.0, "selective": feed_forward, "full": flops.body}[config.train.recompute]
+    products = (3 * (flops.total - flops.attention_maps) + again) * tokens
     maps = flops.attention_maps * tokens
     moved = micro_batch.total("products", "attention").bytes
     return {"products": products / card.products,
-            "attention": maps * (1 + again * (config.train.recompute == "full")) / card.attention[0]
+            "attention": maps * (1 + (config.train.recompute == "full")) / card.attention[0]
             + 2.5 * maps / card.attention[1],
             "moving bytes": moved / card.bandwidth,
             "optimizer and clipping": step.total().bytes / card.bandwidth / config.micro_batches}

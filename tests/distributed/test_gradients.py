@@ -64,6 +64,10 @@ class Together:
             tasks |= {f"{strategy}-{mode}": task(strategy, 3, recompute=mode)
                       for strategy in STRATEGIES for mode in ("selective", "full")}
             tasks["zero3-offload"] = task("zero3", 3, offload=True)
+            tasks["fsdp2-replicas"] = task("fsdp2", 3, shard_ranks=1)
+        if ranks == 4:
+            tasks["fsdp2-replicas"] = task("fsdp2", 3, shard_ranks=2)
+        if ranks == 2:
             tasks |= {f"{strategy}-initial": Task("initial", step_config(self.config, ranks, 1, strategy=strategy,
                                                                          precision="fp32")) for strategy in STRATEGIES}
             tasks |= {mutant: task(strategy, micro, mutant) for mutant, (strategy, micro) in PLANTED.items()}
@@ -149,6 +153,13 @@ def test_what_is_recomputed_changes_no_gradient(
 
 def test_offloading_changes_no_gradient(alone: dict[bool, Found], together: Together) -> None:
     assert deviation(together[2]["zero3-offload"], alone[True]) < ROUNDED
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.whole)])
+def test_cutting_over_some_ranks_and_repeating_on_others_changes_no_gradient(
+    alone: dict[bool, Found], together: Together, ranks: int
+) -> None:
+    assert deviation(together[ranks]["fsdp2-replicas"], alone[True]) < EXACT
 
 
 @pytest.mark.parametrize("mutant", PLANTED)

@@ -11,12 +11,16 @@ import pytest
 import torch
 
 from dlcm_lightning.cluster.world import World
-from dlcm_lightning.config import Config, ConfigError
+from dlcm_lightning.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from dlcm_lightning.flops import training_flops_per_token
 from dlcm_lightning.ops import attention
 from dlcm_lightning.ops.segments import Segments
 from dlcm_lightning.training import device as device_module
+from dlcm_lightning.training import run as run_module
 from dlcm_lightning.training.device import choose_device, resolve_precision
+from dlcm_lightning.training.objective import COLUMNS, SCALARS, MetricSums
 from dlcm_lightning.training.run import pretrain
+from dlcm_lightning.training.speed import Machine, speed_of
 from dlcm_lightning.training.strategies.choice import choose_strategy
 from tests.training.test_run import last, stop_after
 
@@ -131,3 +135,68 @@ def test_a_run_keeps_the_precision_that_it_has_begun_with(run_config: Config, mo
     said: list[str] = []
     assert pretrain(config, said.append).precision == "float32"
     assert any("float32: as the run has begun" in line for line in said)
+
+
+def test_a_run_keeps_the_attention_that_it_has_begun_with(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another kernel rounds otherwise, so that the run would not end as if it had not been stopped."""
+    assert attention.choose_backend("auto", CPU, torch.float32, begun="reference") == "reference"
+    assert attention.choose_backend("auto", CPU, torch.float32, begun="varlen") == "sdpa", "which a CPU has not"
+    stop_after(run_config, 3)
+    assert last(run_config).manifest.identity.attention == "sdpa"
+    monkeypatch.setattr(run_module, "choose_backend", lambda *_, **__: "reference")
+    with pytest.raises(ConfigError, match=r"was trained with sdpa, here it means reference"):
+        pretrain(run_config, lambda _: None)
+
+
+def test_auto_takes_what_torch_compile_makes_only_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_flash_varlen", lambda: None)
+    gpu = torch.device("cuda", 0)
+    assert attention.choose_backend("auto", gpu, torch.bfloat16) == "varlen"
+    assert attention.choose_backend("auto", gpu, torch.bfloat16, compiled=True) == "flex"
+    assert attention.choose_backend("auto", gpu, torch.bfloat16, compiled=True, begun="varlen") == "varlen"
+    assert attention.choose_backend("auto", gpu, torch.float32, compiled=True) == "sdpa"
+
+
+def test_a_peak_is_that_of_the_card_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H200 that is taken for an A100 would look three times as fast; one that nobody knows has no share."""
+    named = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H100 PCIe": 756e12,
+             "NVIDIA H200": 989.4e12, "NVIDIA B200": 2.25e15, "NVIDIA GeForce RTX 4090": None, "Tesla V100": None}
+    for name, peak in named.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda where, name=name: name)
+        assert device_module.peak_flops(torch.bfloat16, torch.device("cuda", 0)) == peak, name
+        assert device_module.peak_flops(torch.float32, torch.device("cuda", 0)) is None
+    assert device_module.peak_flops(torch.bfloat16, CPU) is None
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
+def test_the_end_of_a_run_copies_nothing_from_a_gpu_to_the_host(
+    strategy: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Any = choose_strategy(TrainConfig(strategy=strategy, devices=2, nodes=1),  # type: ignore[arg-type]
+                                  torch.device(device, 0))
+    asked: list[str] = []
+    for base in type(engine).__mro__[1:]:
+        if "teardown" in vars(base):
+            monkeypatch.setattr(base, "teardown", lambda self: asked.append("Lightning"))
+            break
+    engine.teardown()
+    assert asked == ([] if device == "cuda" else ["Lightning"])
+
+
+def test_a_speed_is_of_the_concepts_and_documents_that_came() -> None:
+    model = ModelConfig(vocab_size=100, d_token=64, d_concept=64, heads_token=1, kv_heads_token=1, heads_concept=1,
+                        kv_heads_concept=1, ffn_token=64, ffn_concept=64)
+    config = Config(model=model, data=DataConfig(corpus="sample"), train=TrainConfig(devices=1, nodes=1))
+    sums = MetricSums(torch.zeros(1, len(COLUMNS), dtype=torch.float64), torch.zeros(len(SCALARS), dtype=torch.float64),
+                      torch.zeros(0, dtype=torch.float64))
+    machine = Machine(1e9, 4e9)
+    assert speed_of(config, sums, 2.0, 0.5, machine) is None
+    sums.domains[0, COLUMNS.index("tokens")], sums.domains[0, COLUMNS.index("sampled")] = 1000, 500
+    sums.scalar("squared_lengths").fill_(1000 * 40)
+    pace = speed_of(config, sums, 2.0, 0.5, machine)
+    assert pace is not None and pace.tokens_per_second == 500 and pace.data_wait == 0.25
+    assert pace.flops_per_token == training_flops_per_token(model, 40, 0.5)
+    assert pace.mfu is not None and pace.share == pytest.approx(4 * pace.mfu) == 500 * pace.flops_per_token / 1e9
+    unknown = speed_of(config, sums, 2.0, 0.5, Machine(1e9, None))
+    assert unknown is not None and unknown.mfu is None

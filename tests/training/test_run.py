@@ -261,6 +261,8 @@ def test_a_directory_of_another_run_is_refused_with_the_fields_that_differ(undis
                     optim=replace(undisturbed.optim, lr_token=1.0))
     with pytest.raises(ConfigError, match=r"differs in .*model\.d_token.*optim\.lr_token.*choose another name"):
         pretrain(other, quiet)
+    with pytest.raises(ConfigError, match=r"differs in train\.compile"):
+        pretrain(replace(undisturbed, train=replace(undisturbed.train, compile=True)), quiet)
     with pytest.raises(ConfigError, match=r"differs in train\.precision"):
         pretrain(replace(undisturbed, train=replace(undisturbed.train, precision="bf16")), quiet)
     relaxed = replace(undisturbed, train=replace(undisturbed.train, log_every_steps=7, keep_last=3, strategy="fsdp2"))
