@@ -44,6 +44,7 @@ def test_two_rows_allow_45_percent_of_an_h200() -> None:
     assert set(found["compiled"]["cards"]) == set(CARDS)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # as it runs on a CPU
 def test_the_compact_form_is_the_replicated_one_and_the_masked_form_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_validate_device", lambda *_: None)
     case = Case.make(240, 2, 16, 6, 120, torch.device("cpu"), torch.float64)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dlcm_lightning.cluster.world import World
-from dlcm_lightning.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from dlcm_lightning.config import Config, ConfigError, ModelConfig, TrainConfig
 from dlcm_lightning.flops import training_flops_per_token
 from dlcm_lightning.ops import attention
 from dlcm_lightning.ops.segments import Segments
@@ -184,10 +184,10 @@ def test_the_end_of_a_run_copies_nothing_from_a_gpu_to_the_host(
     assert asked == ([] if device == "cuda" else ["Lightning"])
 
 
-def test_a_speed_is_of_the_concepts_and_documents_that_came() -> None:
+def test_a_speed_is_of_the_concepts_and_documents_that_came(run_config: Config) -> None:
     model = ModelConfig(vocab_size=100, d_token=64, d_concept=64, heads_token=1, kv_heads_token=1, heads_concept=1,
                         kv_heads_concept=1, ffn_token=64, ffn_concept=64)
-    config = Config(model=model, data=DataConfig(corpus="sample"), train=TrainConfig(devices=1, nodes=1))
+    config = replace(run_config, model=model)
     sums = MetricSums(torch.zeros(1, len(COLUMNS), dtype=torch.float64), torch.zeros(len(SCALARS), dtype=torch.float64),
                       torch.zeros(0, dtype=torch.float64))
     machine = Machine(1e9, 4e9)
