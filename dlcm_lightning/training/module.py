@@ -15,6 +15,7 @@ running sums; and the last whole one for whoever logs.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from torch.optim import Optimizer
 from dlcm_lightning.batch import Batch, StepCounts
 from dlcm_lightning.compose import config_from
 from dlcm_lightning.config import BoundaryConfig, Config, ConfigError
+from dlcm_lightning.errors import RunError
 from dlcm_lightning.model import mup
 from dlcm_lightning.model.dlcm import DLCM, LanguageModel, Output, assemble
 from dlcm_lightning.ops.attention import choose_backend
@@ -67,6 +69,15 @@ def count_lengths(concepts: Concepts, batch: Batch) -> Tensor:
     lengths = concepts.lengths.clamp(max=LENGTHS)  # (M,)
     bins = torch.arange(1, LENGTHS + 1, device=lengths.device)
     return ((lengths[:, None] == bins) & batch.counted()[concepts.closing, None]).sum(0)
+
+
+def check_finite(norm: float, step: int) -> None:
+    """RunError: a gradient is not finite. Weights that it has reached are lost; and an engine that leaves such a step
+    out would go on with counters that say otherwise."""
+    if not math.isfinite(norm):
+        raise RunError(f"step {step}: the norm of the gradient is {norm}; the run can go on from its newest "
+                       "checkpoint, and will come here again: begin another with lower rates (optim.lr_*) or a lower "
+                       "optim.max_grad_norm, or look at the rows of this step (dlcm data inspect)")
 
 
 class PretrainModule(LightningModule):
@@ -259,6 +270,8 @@ class PretrainModule(LightningModule):
             self.low_copies.refresh()
         if (norm := self._own_grad_norm) is not None:
             self.grad_norm = norm
+            if norm.device.type == "cpu":  # DeepSpeed has read it, and has left the step out where it is not finite
+                check_finite(norm.item(), self.trainer.global_step)
         if self.monitored:
             self.log("train/grad_norm", self.grad_norm, logger=self._to_loggers)
         self.after_step()

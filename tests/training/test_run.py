@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import resource
@@ -20,6 +21,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dlcm_lightning.batch import Batch
 from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
 from dlcm_lightning.checkpoint.tensors import file_name
 from dlcm_lightning.compose import load_config, save_config
@@ -27,6 +29,7 @@ from dlcm_lightning.config import Config, ConfigError, DataConfig
 from dlcm_lightning.errors import CheckpointError, DataError, RunError, Stopped
 from dlcm_lightning.run_directory import STOP, folders
 from dlcm_lightning.training.callbacks.metrics import TIMED
+from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.report import Report
 from dlcm_lightning.training.run import pretrain
 from dlcm_lightning.training.run_lock import RunLock
@@ -254,6 +257,21 @@ def test_curves_of_an_earlier_version_go_on_under_the_runs_own_name(run_config: 
     per_step = run_config.data.tokens_per_step
     assert [event.step for event in events.Scalars("train/loss")] == [done * per_step for done in range(2, 13, 2)]
     assert [event.value for event in events.Scalars("train_system/attempts")][-1] == 2
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(
+    run_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is noticed with the next line of metrics, here at step 6, where a checkpoint would be due."""
+    honest = PretrainModule.training_step
+
+    def poisoned(self: PretrainModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        return honest(self, batch, batch_idx) * (math.nan if self.trainer.global_step == 4 else 1.0)
+
+    monkeypatch.setattr(PretrainModule, "training_step", poisoned)
+    with pytest.raises(RunError, match=r"step 6: the norm of the gradient is nan.*newest checkpoint"):
+        pretrain(run_config, quiet)
+    assert last(run_config).step == 3
 
 
 def test_a_directory_of_another_run_is_refused_with_the_fields_that_differ(undisturbed: Config) -> None:

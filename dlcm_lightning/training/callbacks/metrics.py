@@ -15,7 +15,7 @@ from torch import Tensor
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.training.loggers import RunTensorBoardLogger, tag
 from dlcm_lightning.training.metrics import metrics_of
-from dlcm_lightning.training.module import LENGTHS, PretrainModule
+from dlcm_lightning.training.module import LENGTHS, PretrainModule, check_finite
 from dlcm_lightning.training.objective import SCALARS, MetricSums
 from dlcm_lightning.training.speed import Machine, speed_of
 from dlcm_lightning.training.stopwatch import Stopwatch
@@ -94,7 +94,7 @@ class Metrics(Callback):
         self.clipped = clipped if self.clipped is None else self.clipped.to(clipped.device) + clipped
         if trainer.global_step % config.train.log_every_steps and trainer.global_step != config.total_steps:
             return
-        metrics = self._measure(module)
+        metrics = self._measure(trainer, module)
         log(trainer, "train", metrics, trainer.global_step)
         if self.lengths is not None:
             self._histogram(trainer, self.lengths.cpu())
@@ -102,7 +102,7 @@ class Metrics(Callback):
         self.trained = self._recent if self.trained is None else self.trained + self._recent
         self.window = self._recent = self.lengths = self.clipped = None
 
-    def _measure(self, module: PretrainModule) -> dict[str, Any]:
+    def _measure(self, trainer: Trainer, module: PretrainModule) -> dict[str, Any]:
         """The numbers of one line. Reading them waits for the device, so that the lap behind it is honest."""
         assert self.window is not None and self._recent is not None and self.clipped is not None
         config = module.config
@@ -111,6 +111,7 @@ class Metrics(Callback):
         if config.data.unreadable == "mask":
             metrics["unreadable_rows"] = round(self.window.scalar("unreadable").item())
         metrics["grad_norm"] = module.grad_norm.item()
+        check_finite(metrics["grad_norm"], trainer.global_step)
         metrics["clipped"] = self.clipped.item() / max(1.0, self.window.scalar("steps").item())
         metrics |= {f"lr_{role}": rate for role, rate in module.learning_rates.items()}
         if module.device.type == "cuda":
