@@ -31,7 +31,7 @@ from dlcm_lightning.cluster.heartbeat import HEARTBEATS, HeartbeatWriter
 from dlcm_lightning.cluster.launch import OtherRanks
 from dlcm_lightning.cluster.signals import StopRequest
 from dlcm_lightning.cluster.world import World, place
-from dlcm_lightning.config import Config
+from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.errors import DamagedCheckpoint, RunError
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.ops.collectives import ControlGroup
@@ -217,6 +217,15 @@ def _begun(run: Path) -> tuple[Checkpoint | None, Report | None]:
     return None, None
 
 
+def checkpoints_of(callbacks: Sequence[Callback]) -> Checkpoints:
+    """Who saves: the user's, where there is one. ConfigError: there are several."""
+    found = [one for one in callbacks if isinstance(one, Checkpoints)]
+    if len(found) > 1:
+        raise ConfigError(f"callbacks: {' and '.join(type(one).__name__ for one in found)} both save checkpoints; name "
+                          "one")
+    return found[0] if found else Checkpoints()
+
+
 def _train(config: Config, run: Path, world: World, group: ControlGroup, where: torch.device, dtype: torch.dtype,
            backend: str, stop: StopRequest, pulse: HeartbeatWriter, say: Say, extra: Extra) -> Report:
     precision = str(dtype).removeprefix("torch.")
@@ -229,15 +238,17 @@ def _train(config: Config, run: Path, world: World, group: ControlGroup, where: 
 
     module = PretrainModule(config, dtype, backend)
     module.steps_go_to_loggers = False
-    module.monitored = bool(extra.callbacks)
+    checkpoints = checkpoints_of(extra.callbacks)
+    checkpoints.attach(stopwatch, stop)
+    others = [one for one in extra.callbacks if one is not checkpoints]
+    module.monitored = bool(others)
     metrics = Metrics(stopwatch)
-    checkpoints = Checkpoints(stopwatch, stop)
     conclude = FinalReport(run, data, metrics, partial(matrix_product_rate, dtype, where),
                            config.train.ranks if where.type == "cuda" else 1, peak_flops(dtype, where), say)
     opening = ResumeRun(run, Identity(data.reader.fingerprint, precision, backend), data, checkpoints, group, say)
     trainer = build_trainer(config, where, choose_strategy(config.train, where), world, [
         Heartbeat(pulse), opening, metrics, Progress(metrics), Validate(stopwatch),
-        ShowBoundaries(data.reader, stopwatch), WatchUnreadable(run, say), *extra.callbacks, checkpoints, conclude,
+        ShowBoundaries(data.reader, stopwatch), WatchUnreadable(run, say), *others, checkpoints, conclude,
     ], [JsonLinesLogger(run, config.data.tokens_per_step), RunTensorBoardLogger(run, config), *extra.loggers])
     trainer.fit(module, datamodule=data)
     assert conclude.outcome is not None

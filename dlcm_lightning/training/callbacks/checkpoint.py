@@ -17,18 +17,39 @@ from dlcm_lightning.training.stopwatch import Stopwatch
 
 
 class Checkpoints(Callback):
-    """Saving, and leaving when asked. At every optimizer step all ranks agree whether any of them was asked."""
+    """Saving, and leaving when asked. At every optimizer step all ranks agree whether any of them was asked.
 
-    def __init__(self, stopwatch: Stopwatch, stop: StopRequest) -> None:
-        self.stopwatch, self.stop = stopwatch, stop
+    A subclass among the callbacks of a run (`train.callbacks`, `pretrain(callbacks=...)`) takes this one's place: it
+    says when a checkpoint is `due`, or does more when it is to `save`, such as copying the newest folder elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self.stopwatch = Stopwatch()
+        self.stop: StopRequest | None = None
         self.checkpoint_manager: CheckpointManager | None = None
+
+    def attach(self, stopwatch: Stopwatch, stop: StopRequest) -> None:
+        """To a run, before it trains."""
+        self.stopwatch, self.stop = stopwatch, stop
+
+    def due(self, trainer: Trainer, module: PretrainModule) -> bool:
+        """Whether the optimizer step that has just ended is saved; the same on every rank."""
+        config, step = module.config, trainer.global_step
+        return step % config.train.checkpoint_every_steps == 0 or step == config.total_steps or trainer.should_stop
+
+    def save(self, trainer: Trainer, module: PretrainModule) -> None:
+        """Writes a checkpoint. Comes on all ranks, when one is due and when the run is asked to leave."""
+        assert self.checkpoint_manager is not None
+        for logger in trainer.loggers:
+            logger.save()  # curves up to here are not written again
+        self.checkpoint_manager.save(trainer, module)
 
     def take(self, checkpoint_manager: CheckpointManager) -> None:
         """Comes when all ranks are there."""
         self.checkpoint_manager = checkpoint_manager
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        assert isinstance(module, PretrainModule)
+        assert isinstance(module, PretrainModule) and self.stop is not None
         self.stop.phase = "training"
         if asked := self._asked():
             raise Stopped(f"{self.stop.named(asked)}: nothing was done after step {trainer.global_step} of "
@@ -37,17 +58,14 @@ class Checkpoints(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        assert isinstance(module, PretrainModule) and self.checkpoint_manager is not None
+        assert isinstance(module, PretrainModule) and self.stop is not None
         if not module.finishes_step(batch_idx):
             return
         config, step = module.config, trainer.global_step
         asked = self._asked()
-        due = step % config.train.checkpoint_every_steps == 0 or step == config.total_steps or trainer.should_stop
-        if due or asked:
+        if self.due(trainer, module) or asked:
             with self.stopwatch.paused("save"):
-                for logger in trainer.loggers:
-                    logger.save()  # curves up to here are not written again
-                self.checkpoint_manager.save(trainer, module)
+                self.save(trainer, module)
         if step == config.total_steps:
             self.stop.phase = "closing"
         elif asked:
@@ -56,6 +74,6 @@ class Checkpoints(Callback):
 
     def _asked(self) -> int:
         """What any rank was asked, on all of them."""
-        assert self.checkpoint_manager is not None
+        assert self.checkpoint_manager is not None and self.stop is not None
         group = self.checkpoint_manager.group
         return group.all_reduce_max(self.stop.requested(look=group.rank == 0))
