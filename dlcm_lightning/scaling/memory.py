@@ -58,11 +58,13 @@ class Saved:
 
     per_token: float
     per_concept: float
-    matrices: float
-    """Copies of the weights in bf16; what does not depend on the batch."""
+    copies: float
+    """Of the weights in bf16, one for each use that the backward needs."""
+    head: float
+    """Gradient of the head's matrix, which its forward computes."""
 
     def total(self, tokens: int, concepts: float) -> float:
-        return self.per_token * tokens + self.per_concept * concepts + self.matrices
+        return self.per_token * tokens + self.per_concept * concepts + self.copies + self.head
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,10 @@ def saved(model: ModelConfig, recompute: str = "none", kept: int = FP32) -> Save
     angles = FP32 * model.head_dim  # of a stack: a sine and a cosine of every pair of a head
     per_token = model.decoder_layers * _block(token, kept, recompute) + angles
     per_token += _norm(d, kept) + BF16 * d  # closing norm, gradient of the head's input
-    matrices = FP32 * model.vocab_size * d  # gradient of the head, which its forward computes
-    matrices += BF16 * model.decoder_layers * token.kept_parameters(recompute)
+    head = FP32 * model.vocab_size * d
+    copies = BF16 * model.decoder_layers * token.kept_parameters(recompute)
     if model.kind == "dense":
-        return Saved(per_token, 0.0, matrices)
+        return Saved(per_token, 0.0, copies, head)
 
     weights = matrix_parameters(model)
     heads, kv_width = model.heads_token * model.head_dim, model.kv_heads_token * model.head_dim
@@ -138,10 +140,10 @@ def saved(model: ModelConfig, recompute: str = "none", kept: int = FP32) -> Save
     per_concept = model.backbone_layers * _block(concept, kept, recompute) + angles + _norm(e, kept)
     per_concept += BF16 * d + FP32 * e + _norm(e, kept) + BF16 * e  # pooled, smoothed, normed
     per_concept += kept * kv_width + FP32 * model.kv_heads_token  # norm of keys by head
-    matrices += BF16 * model.encoder_layers * token.kept_parameters(recompute)
-    matrices += BF16 * model.backbone_layers * concept.kept_parameters(recompute)
-    matrices += BF16 * (weights.up_projection + weights.cross_attention)
-    return Saved(per_token, per_concept, matrices)
+    copies += BF16 * model.encoder_layers * token.kept_parameters(recompute)
+    copies += BF16 * model.backbone_layers * concept.kept_parameters(recompute)
+    copies += BF16 * (weights.up_projection + weights.cross_attention)
+    return Saved(per_token, per_concept, copies, head)
 
 
 def _run_again(model: ModelConfig, recompute: str, tokens: int, concepts: float) -> float:
@@ -196,7 +198,12 @@ def rank_memory(config: Config, train: TrainConfig, rows: int, concepts_per_toke
     model = config.model
     tokens = rows * config.data.sequence_length
     concepts = tokens * concepts_per_token if model.kind == "dlcm" else 0.0
-    activations = saved(model, train.recompute, BF16 if train.compile else FP32).total(tokens, concepts)
+    held = saved(model, train.recompute, BF16 if train.compile else FP32)
+    activations = held.total(tokens, concepts)
+    if train.strategy in ("ddp", "zero1", "zero2") and (micro_batches > 1 or train.recompute != "none"):
+        # Weights stay where they are and are cast once a step: all copies are there all the time, and serve every use.
+        weights = matrix_parameters(model)
+        activations += BF16 * (weights.non_embedding - weights.boundary) - held.copies
     return RankMemory(
         state=parameters(model) * state_bytes(train.strategy, train.shard_ranks or train.ranks, micro_batches),
         gathered=_gathered(model, train.strategy),

@@ -2,7 +2,7 @@
 
 Counted on a CPU, where waiting shows in the operations that are called: reading a number, making a shape that depends
 on values, and giving a tensor a number of Python's by an index, which a GPU is told of by a copy. What only a GPU can
-say is in tests/gpu/test_step.py.
+say is in tests/gpu/test_syncs.py.
 """
 
 from __future__ import annotations
