@@ -177,7 +177,7 @@ def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def compile_options() -> dict[str, Any]:
     """No choice by timing: two processes, or two lives of one, must choose alike."""
-    return {name: True for name in ("deterministic",) if hasattr(torch._inductor.config, name)}
+    return {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
 
 
 @functools.cache
