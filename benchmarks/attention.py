@@ -123,7 +123,7 @@ def backends_on_a_gpu(device: torch.device) -> Iterator[dict[str, Any]]:
                     continue
                 torch.use_deterministic_algorithms("," not in name)
                 call = Flex() if backend == "flex" else backends.BACKENDS[backend]
-                found = tried(lambda call=call, segments=segments, inputs=inputs: timed(  # type: ignore[misc]
+                found = tried(lambda call=call, segments=segments, inputs=inputs: timed(
                     lambda: call(*inputs, segments), inputs))
                 torch.use_deterministic_algorithms(False)
                 if "forward" in found:
@@ -144,11 +144,11 @@ def table_6(device: torch.device) -> Iterator[dict[str, Any]]:
             torch.cuda.synchronize()
             building = 1e3 * (time.perf_counter() - began)
             forms: dict[str, Callable[[], Tensor]] = {
-                "replicated": lambda case=case: replicated(case, "varlen"),  # type: ignore[misc]
-                "masked": lambda case=case, mask=mask: masked(case, mask, flex),  # type: ignore[misc]
-                "compact": lambda case=case, mask=mask: compact(case, mask, flex)}  # type: ignore[misc]
+                "replicated": lambda case=case: replicated(case, "varlen"),
+                "masked": lambda case=case, mask=mask: masked(case, mask, flex),
+                "compact": lambda case=case, mask=mask: compact(case, mask, flex)}
             for name, form in forms.items():
-                found = tried(lambda form=form, case=case: timed(form, case.inputs))  # type: ignore[misc]
+                found = tried(lambda form=form, case=case: timed(form, case.inputs))
                 if name != "replicated":
                     found["mask_ms"] = building
                 yield {"tokens": tokens, "width": width, "form": name, **found}

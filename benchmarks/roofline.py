@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -231,49 +232,41 @@ def count_step(config: Config, compiled: bool, documents: str) -> tuple[Count, C
     copies = model.keep_low_copies()
     concepts = round(tokens / config.model.boundary.target_ratio)
     there = batch.to("meta")
-    backends = attention_module.BACKENDS
-    number = segments.HostNumber.__int__
-    chunk, padded = cross_entropy.CHUNK_ELEMENTS, cross_entropy.VOCABULARY_MULTIPLE
     head = cross_entropy._LinearCrossEntropy.forward
-    autocast = torch.autocast
-    try:
-        torch.autocast = lambda *_, **__: contextlib.nullcontext()  # type: ignore[misc,assignment]  # knows no meta
-        backends["meta"] = lambda query, key, value, _: _Attention.apply(counting, query, key, value)
-        segments.HostNumber.__int__ = lambda self: concepts  # type: ignore[method-assign]
-        linear.WIDENING.add("meta")
-        chunk["meta"], padded["meta"] = chunk["cuda"], padded["cuda"]
 
-        def headed(*arguments: Any) -> Any:
-            counting.inside = "head"
-            out = head(*arguments)
-            counting.inside = ""
-            return out
+    def headed(*arguments: Any) -> Any:
+        counting.inside = "head"
+        out = head(*arguments)
+        counting.inside = ""
+        return out
 
-        cross_entropy._LinearCrossEntropy.forward = staticmethod(headed)  # type: ignore[assignment]
-        with counting:
-            for _ in range(2):
-                counting.count = Count()
-                output = model(there.tokens, there.documents, there.noise, there.targets)
-                loss = output.nll_sum
-                if output.segmentation is not None and config.model.boundary.learned:
-                    loss = loss + output.segmentation.probabilities.sum()
-                loss.backward()
-            micro_batch, counting.count = counting.count, Count()
-            parameters = [one for one in model.parameters() if one.grad is not None]
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            for one in parameters:  # the fused kernel reads and writes weight and moments, and reads the gradient
-                counting.count.add("optimizer", [one] * 7, 0)
-            counting.count.add("optimizer", [], 10)
-            if copies is not None:
-                copies.refresh()
-    finally:
-        torch.autocast = autocast  # type: ignore[misc]
-        linear.WIDENING.discard("meta")
-        backends.pop("meta", None)
-        segments.HostNumber.__int__ = number  # type: ignore[method-assign]
-        chunk.pop("meta", None)
-        padded.pop("meta", None)
-        cross_entropy._LinearCrossEntropy.forward = staticmethod(head)  # type: ignore[assignment]
+    attend = {"meta": lambda query, key, value, _: _Attention.apply(counting, query, key, value)}
+    with contextlib.ExitStack() as stack:
+        # What a shape cannot say is put in: the number of concepts, and what kernels and tables know of a GPU.
+        stack.enter_context(patch.dict(attention_module.BACKENDS, attend))
+        stack.enter_context(patch.object(segments.HostNumber, "__int__", lambda _: concepts))
+        stack.enter_context(patch.dict(cross_entropy.CHUNK_ELEMENTS, meta=cross_entropy.CHUNK_ELEMENTS["cuda"]))
+        stack.enter_context(patch.dict(cross_entropy.VOCABULARY_MULTIPLE,
+                                       meta=cross_entropy.VOCABULARY_MULTIPLE["cuda"]))
+        stack.enter_context(patch.object(linear, "WIDENING", {"meta"}))
+        stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()))  # knows no meta
+        stack.enter_context(patch.object(cross_entropy._LinearCrossEntropy, "forward", staticmethod(headed)))
+        stack.enter_context(counting)
+        for _ in range(2):
+            counting.count = Count()
+            output = model(there.tokens, there.documents, there.noise, there.targets)
+            loss = output.nll_sum
+            if output.segmentation is not None and config.model.boundary.learned:
+                loss = loss + output.segmentation.probabilities.sum()
+            loss.backward()
+        micro_batch, counting.count = counting.count, Count()
+        parameters = [one for one in model.parameters() if one.grad is not None]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for one in parameters:  # the fused kernel reads and writes weight and moments, and reads the gradient
+            counting.count.add("optimizer", [one] * 7, 0)
+        counting.count.add("optimizer", [], 10)
+        if copies is not None:
+            copies.refresh()
     return micro_batch, counting.count
 
 

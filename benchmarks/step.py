@@ -101,7 +101,7 @@ class Bench:
         for _ in range(SETTLING):
             sums, _ = self.module.measure(batch, batch.noise)
             wanted = torch.log(1 / boundary.target_ratio / sums.rate)
-            self.module.model.boundary.rate_bias += 0.5 * wanted.to(torch.float32)  # type: ignore[operator]
+            self.module.model.boundary.rate_bias += 0.5 * wanted.to(torch.float32)
 
     def batches(self, number: int) -> list[Batch]:
         """Of a step, on the device."""
@@ -239,7 +239,7 @@ def deterministic() -> None:
     """As a run computes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def main() -> None:

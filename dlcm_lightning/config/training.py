@@ -107,8 +107,8 @@ class TrainConfig:
     backward. selective: it keeps its attention and runs its feed-forward, which keeps most, again."""
     compile: bool = False
     """What stands between the matrix products (norms, rotary angles, SwiGLU, the head's softmax) goes through
-    torch.compile: a third of the memory traffic of a step on a GPU, a minute at every start. Rounds otherwise, so a run
-    keeps what it has begun with."""
+    torch.compile: by count a third of the memory traffic of a step (docs/benchmarks.md). Compiles at every start, and
+    rounds otherwise, so a run keeps what it has begun with."""
     log_every_steps: int = 10
     """Optimizer steps between two lines of metrics."""
     validate_every_steps: int = 1000

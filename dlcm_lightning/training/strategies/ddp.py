@@ -23,8 +23,8 @@ from dlcm_lightning.model.dlcm import LanguageModel
 from dlcm_lightning.training.strategies.full_state import Fill, TorchStateStrategy, whole_model
 
 BUCKET_MEGABYTES = 256
-"""That are reduced at once. With torch's 25 a large model makes a hundred reductions a step, each as long as its
-latency between many nodes."""
+"""That are reduced at once. With torch's 25 nearly every matrix of a large model is a reduction of its own, and costs a
+latency between nodes. An assumption, not measured."""
 
 
 class DdpStrategy(DDPStrategy, TorchStateStrategy):
