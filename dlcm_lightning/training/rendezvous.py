@@ -35,6 +35,7 @@ from dlcm_lightning.ops.collectives import ControlGroup
 FIRST_WORD_SECONDS, WORD_SECONDS, POLL_SECONDS = 5.0, 15.0, 0.1
 COLLECTIVE_MINUTES = 30.0
 """That one rank may come to a collective later than another."""
+READING = timedelta(seconds=10)
 SHOWN = 8
 NOT_COMPARED = ("train.devices", "train.nodes", "data.root", "data.workers")
 """Of the configuration: how many processes there are is on the cards, and shards may lie elsewhere on each node."""
@@ -77,10 +78,14 @@ def meet(world: World, config: Config, distributed: bool) -> tuple[World, Contro
                        "run meeting there (then set MASTER_PORT), or are RANK and WORLD_SIZE left over in a shell?")
     store.set(f"card/{world.rank}", json.dumps(asdict(card)))
     if world.rank == 0:
-        cards = _all_cards(store, world, patience)
-        store.set("verdict", json.dumps([_objection(cards), _local_places(cards)]))
+        cards, missing = _all_cards(store, world, patience)
+        objection = missing or _objection(cards)
+        store.set("verdict", json.dumps([objection, [] if objection else _local_places(cards)]))
     objection, places = json.loads(_waited_for(store, "verdict", patience))
+    store.set(f"read/{world.rank}", "")
     if objection:
+        if world.rank == 0:
+            _wait_for_readers(store, [card.rank for card in cards])
         raise RunError(objection)
     local_rank, local_size = places[world.rank]
     world = replace(world, local_rank=local_rank, local_size=local_size)
@@ -133,18 +138,27 @@ def _saying(words: Callable[[], str]) -> Iterator[None]:
         done.set()
 
 
-def _all_cards(store: Store, world: World, patience: timedelta) -> list[Card]:
+def _all_cards(store: Store, world: World, patience: timedelta) -> tuple[list[Card], str]:
+    """The cards that have come, and what there is to say where some have not."""
     missing = list(range(world.size))
+    said = ""
     deadline = time.monotonic() + patience.total_seconds()
     with _saying(lambda: f"{world.here} waits at {_place(world)} for {_listed(missing)}"):
-        while missing:
+        while missing and not said:
             missing = [rank for rank in missing if not store.check([f"card/{rank}"])]
             if missing and time.monotonic() > deadline:
-                raise RunError(f"{_listed(missing)} did not come to {_place(world)} within "
-                               f"{patience.total_seconds() / 60:g} minutes (job.start_minutes); see their logs")
-            if missing:
+                said = (f"{_listed(missing)} did not come to {_place(world)} within "
+                        f"{patience.total_seconds() / 60:g} minutes (job.start_minutes); see their logs")
+            elif missing:
                 time.sleep(POLL_SECONDS)
-    return [Card(**json.loads(store.get(f"card/{rank}"))) for rank in range(world.size)]
+    come = sorted(set(range(world.size)) - set(missing))
+    return [Card(**json.loads(store.get(f"card/{rank}"))) for rank in come], said
+
+
+def _wait_for_readers(store: Store, ranks: Sequence[int]) -> None:
+    """Rank 0 may serve the store: who leaves first takes its words along."""
+    with contextlib.suppress(RuntimeError):  # one that died in between is not waited for any longer
+        store.wait([f"read/{rank}" for rank in ranks], READING)
 
 
 def _listed(ranks: Sequence[int]) -> str:
