@@ -34,7 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlcm_lightning.config import BoundaryConfig
+from dlcm_lightning.model.cache import BoundaryState
 from dlcm_lightning.model.mup import MupLinear, Role
+from dlcm_lightning.ops.extension import Extension
 from dlcm_lightning.ops.scan import linear_scan
 from dlcm_lightning.ops.segments import Segments
 
@@ -69,6 +71,15 @@ def previous(x: Tensor) -> Tensor:
     return torch.cat([x[:1], x[:-1]])
 
 
+def handed_on(x: Tensor, new: Extension, state: Tensor) -> Tensor:
+    """`previous` of new positions (N, D): the row before each, for the first of a sequence the one that state (S, D)
+    holds. The state is given the last ones."""
+    before = previous(x)
+    before[new.firsts] = state[new.slot_index]
+    state[new.slot_index] = x[new.lasts]
+    return before
+
+
 def sharpen(p: Tensor, tau: float) -> Tensor:
     """p^(1/tau) from one half up, 1 - (1 - p)^(1/tau) below: decisions near p = 0 and 1 become nearly sure."""
     return torch.where(p >= 0.5, p ** (1 / tau), 1 - (1 - p) ** (1 / tau))
@@ -86,6 +97,10 @@ class Boundary(nn.Module, ABC):
     @abstractmethod
     def forward(self, hidden: Tensor, documents: Segments, noise: Tensor | None) -> Segmentation:
         """hidden (T, D), documents over T, noise (T,) or None for thresholded decisions."""
+
+    @abstractmethod
+    def extend(self, hidden: Tensor, new: Extension, noise: Tensor | None, state: BoundaryState) -> Segmentation:
+        """The same of new tokens (N, D), whose predecessors the state knows."""
 
     def after_step(self, rate: Tensor, feature_mean: Tensor) -> None:  # most forms keep no state
         """Called once after each optimizer step with F of the global batch () and its mean hidden state (D,)."""
@@ -111,23 +126,44 @@ class LearnedBoundary(Boundary):
             first = document_starts(documents, hidden.shape[0])
             states = features.detach() if self.config.centred else None
             if states is not None:
-                features = features - self.running_mean(states, documents, first)
-            query = F.normalize(previous(self.query(features)), dim=-1, eps=COSINE_EPSILON)
-            key = F.normalize(self.key(features), dim=-1, eps=COSINE_EPSILON)
-            p = ((1 - (query * key).sum(-1)) / 2).clamp(0, 1)
-            if self.config.biased:
-                odds = self.rate_bias.to(p.dtype).exp()
-                p = p * odds / (1 - p + p * odds)
-            p = torch.where(first, 1.0, p)
-            return Segmentation(p, decide(p, noise, self.config.sharpening) | first, states)
+                sums = self.running_sums(states, first)
+                features = features - self.running_mean(sums, documents.positions(hidden.shape[0]))
+            query = self.query(features)
+            return self.segmentation(previous(query), self.key(features), first, noise, states)
 
-    def running_mean(self, features: Tensor, documents: Segments, first: Tensor) -> Tensor:
-        """(T, D): mean of each document's tokens up to and including each, with the prior as its first tokens."""
+    def extend(self, hidden: Tensor, new: Extension, noise: Tensor | None, state: BoundaryState) -> Segmentation:
+        with torch.autocast(hidden.device.type, enabled=False):
+            features = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            if self.config.centred:
+                sums = self.running_sums(features, document_starts(new.segments, hidden.shape[0]))
+                sums += state.sums[new.slot_index[new.owner]]
+                state.sums[new.slot_index] = sums[new.lasts]
+                features = features - self.running_mean(sums, new.positions)
+            query = handed_on(self.query(features), new, state.previous)
+            return self.segmentation(query, self.key(features), new.positions == 0, noise, None)
+
+    def segmentation(self, previous_query: Tensor, key: Tensor, first: Tensor, noise: Tensor | None,
+                     states: Tensor | None) -> Segmentation:
+        """Eq. 6. previous_query and key (T, D), first (T,) bool: whether a token begins its document."""
+        query, key = (F.normalize(one, dim=-1, eps=COSINE_EPSILON) for one in (previous_query, key))
+        p = ((1 - (query * key).sum(-1)) / 2).clamp(0, 1)
+        if self.config.biased:
+            odds = self.rate_bias.to(p.dtype).exp()
+            p = p * odds / (1 - p + p * odds)
+        p = torch.where(first, 1.0, p)
+        return Segmentation(p, decide(p, noise, self.config.sharpening) | first, states)
+
+    @staticmethod
+    def running_sums(features: Tensor, first: Tensor) -> Tensor:
+        """(T, D): of each document's tokens up to and including each. first (T,) bool: where documents begin."""
+        return linear_scan((~first).to(features.dtype), features)  # a coefficient of exactly 0 where one begins
+
+    def running_mean(self, sums: Tensor, positions: Tensor) -> Tensor:
+        """sums (T, D) and positions (T,) of tokens in their documents -> (T, D) means, the prior being the first
+        tokens."""
         weight = self.config.centre_prior_tokens
-        carried = (~first).to(features.dtype)  # (T,) exactly 0 where a document begins
-        sums = linear_scan(carried, features)
-        counts = documents.positions(features.shape[0]).to(features.dtype) + 1
-        return (sums + weight * self.prior_mean.to(features.dtype)) / (counts + weight)[:, None]
+        counts = positions.to(sums.dtype) + 1
+        return (sums + weight * self.prior_mean.to(sums.dtype)) / (counts + weight)[:, None]
 
     @torch.no_grad()
     def after_step(self, rate: Tensor, feature_mean: Tensor) -> None:
@@ -152,9 +188,18 @@ class RuleBoundary(Boundary):
     def forward(self, hidden: Tensor, documents: Segments, noise: Tensor | None) -> Segmentation:
         with torch.autocast(hidden.device.type, enabled=False):
             features = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
-            cosine = F.cosine_similarity(previous(features), features, dim=-1, eps=COSINE_EPSILON)
-            boundaries = (cosine < self.threshold) | document_starts(documents, hidden.shape[0])
-            return Segmentation(boundaries.to(features.dtype), boundaries, None)
+            return self.segmentation(previous(features), features, document_starts(documents, hidden.shape[0]))
+
+    def extend(self, hidden: Tensor, new: Extension, noise: Tensor | None, state: BoundaryState) -> Segmentation:
+        with torch.autocast(hidden.device.type, enabled=False):
+            features = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            return self.segmentation(handed_on(features, new, state.previous), features, new.positions == 0)
+
+    def segmentation(self, before: Tensor, features: Tensor, first: Tensor) -> Segmentation:
+        """before (T, D): the state in front of each of the features (T, D)."""
+        cosine = F.cosine_similarity(before, features, dim=-1, eps=COSINE_EPSILON)
+        boundaries = (cosine < self.threshold) | first
+        return Segmentation(boundaries.to(features.dtype), boundaries, None)
 
 
 class FixedBoundary(Boundary):
@@ -165,7 +210,14 @@ class FixedBoundary(Boundary):
         self.ratio = int(config.target_ratio)
 
     def forward(self, hidden: Tensor, documents: Segments, noise: Tensor | None) -> Segmentation:
-        boundaries = documents.positions(hidden.shape[0]) % self.ratio == 0
+        return self.segmentation(hidden, documents.positions(hidden.shape[0]))
+
+    def extend(self, hidden: Tensor, new: Extension, noise: Tensor | None, state: BoundaryState) -> Segmentation:
+        return self.segmentation(hidden, new.positions)
+
+    def segmentation(self, hidden: Tensor, positions: Tensor) -> Segmentation:
+        """positions (T,) of the tokens in their documents."""
+        boundaries = positions % self.ratio == 0
         return Segmentation(boundaries.to(torch.promote_types(hidden.dtype, torch.float32)), boundaries, None)
 
 

@@ -3,7 +3,8 @@
 A token may see the concepts 1..j(t) of its document. Following section 4.1, keys and values are *replicated* along the
 visible runs [phi(m), phi(m+1)), so that position i carries the newest concept visible at i, and ordinary causal
 attention over tokens serves, in every backend. That is not Eq. 14 to the letter: concept m then weighs
-n_m(t) exp(q . k_m), n_m(t) being the number of its replicas up to t. It is the form the paper ships, hence ours.
+n_m(t) exp(q . k_m), n_m(t) being the number of its replicas up to t. It is the form the paper ships, hence ours. A
+decoder that remembers every concept once adds log n_m(t) to the scores instead.
 
 Queries and keys are RMS-normalised per head with gains shared by the heads; no rotary angles; no FFN of its own.
 Axes: T tokens, M concepts, D token width, E concept width, H heads, K key-value heads, d head width.
@@ -11,11 +12,15 @@ Axes: T tokens, M concepts, D token width, E concept width, H heads, K key-value
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from dlcm_lightning.model.cache import ConceptMemory
+from dlcm_lightning.model.concepts import ClosedConcepts
 from dlcm_lightning.model.layers import RMSNorm
 from dlcm_lightning.model.mup import MupLinear, Role
 from dlcm_lightning.ops.attention import attention
+from dlcm_lightning.ops.extension import Extension, attend
 from dlcm_lightning.ops.pool_and_replicate import replicate
 from dlcm_lightning.ops.segments import Concepts, Segments
 
@@ -44,8 +49,39 @@ class CrossAttention(nn.Module):
     def forward(self, query: Tensor, z: Tensor, concepts: Concepts, documents: Segments, backend: str) -> Tensor:
         """query: what `queries` gives."""
         split = (-1, self.head_dim)
+        key, value = (replicate(one.flatten(1), concepts).unflatten(-1, split) for one in self._keys_values(z))
+        return self.out(attention(query, key, value, documents, backend).flatten(1))  # key and value (T, K, d)
+
+    def extend(self, query: Tensor, z: Tensor | None, closed: ClosedConcepts, new: Extension, memory: ConceptMemory,
+               backend: str) -> Tensor:
+        """The same of new tokens. z: (M', E) the concepts that close at them, which the memory is given; None where
+        none does."""
+        if z is not None:
+            key, value = self._keys_values(z)
+            memory.write(key, value, closed.concepts)
+            memory.closing[closed.concepts.slot_index[closed.concepts.owner], closed.concepts.positions] = closed.tokens
+            if new.fresh:
+                key, value = (one.index_select(0, closed.newest) for one in (key, value))
+                return self.out(attention(query, key, value, new.segments, backend).flatten(1))
+        longest = closed.longest
+        keys, values = (new.rows_of(one, longest) for one in (memory.keys, memory.values))
+        phi = memory.closing[: len(new.counts)] if new.leading else memory.closing.index_select(0, new.slot_index)
+        replicas = self.replicas(phi[:, : longest + 1], new.table(), longest)
+        bias = replicas.to(torch.promote_types(query.dtype, torch.float32)).log()
+        return self.out(attend(query, keys, values, new, bias).flatten(1))
+
+    @staticmethod
+    def replicas(closing: Tensor, positions: Tensor, concepts: int) -> Tensor:
+        """n_m(t). closing (n, concepts or one more): the token that closes each concept; positions (n, P) of tokens ->
+        (n, P, concepts) int64, 0 where a concept is not visible yet."""
+        until = closing[:, 1 : concepts + 1]
+        if until.shape[1] < concepts:
+            until = torch.cat([until, positions[:, -1:] + 1], 1)
+        end = torch.minimum(positions[..., None] + 1, until[:, None])
+        return (end - closing[:, None, :concepts]).clamp(min=0)
+
+    def _keys_values(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z (M, E) -> keys and values (M, K, d)."""
         normed = self.concept_norm(z)
-        key = self.key_head_norm(self.key(normed).unflatten(-1, split)).flatten(1)  # (M, K d)
-        key = replicate(key, concepts).unflatten(-1, split)  # (T, K, d)
-        value = replicate(self.value(normed), concepts).unflatten(-1, split)
-        return self.out(attention(query, key, value, documents, backend).flatten(1))
+        split = (-1, self.head_dim)
+        return self.key_head_norm(self.key(normed).unflatten(-1, split)), self.value(normed).unflatten(-1, split)

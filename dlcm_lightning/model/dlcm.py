@@ -14,6 +14,7 @@ The dense LLaMA baseline is the same assembly with one stack.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +24,14 @@ from torch import Tensor, nn
 from dlcm_lightning.config import ModelConfig
 from dlcm_lightning.model import mup
 from dlcm_lightning.model.boundary import Segmentation, build_boundary
-from dlcm_lightning.model.concepts import Pool, round_up, smooth
+from dlcm_lightning.model.cache import FAR, BoundaryState, ConceptMemory, ConceptState, DecodingState, KeyValues
+from dlcm_lightning.model.concepts import Pool, close_concepts, extend_smoothing, round_up, smooth
 from dlcm_lightning.model.decoder import CrossAttention
 from dlcm_lightning.model.layers import Stack, StackShape
 from dlcm_lightning.model.mup import MupLinear, Role, RoleModule
 from dlcm_lightning.model.priming import Priming
 from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
+from dlcm_lightning.ops.extension import Extension
 from dlcm_lightning.ops.fused import UsesKernels, compiled
 from dlcm_lightning.ops.linear import LowCopies
 from dlcm_lightning.ops.segments import Concepts, Decisions, Segments, concepts_from_boundaries
@@ -51,6 +54,16 @@ class Output:
     """None for the dense model."""
     concepts: Concepts | None
     """None for the dense model."""
+
+
+@dataclass(frozen=True)
+class Extended:
+    """What N new tokens give."""
+
+    hidden: Tensor
+    """(N, D) in the compute dtype."""
+    segmentation: Segmentation | None
+    """None for a dense model."""
 
 
 class Embedding(RoleModule):
@@ -141,6 +154,53 @@ class LanguageModel(nn.Module):
         """What blocks there are, and how many positions they run over."""
         return [(token_stack(self.config, self.config.decoder_layers, "none"), tokens)]
 
+    def new_state(self, slots: int, tokens: int) -> DecodingState:
+        """What `extend` remembers: so many sequences, of so many tokens before arrays have to grow."""
+        return DecodingState(slots, [], self._caches(token_stack, self.config.decoder_layers, slots, tokens), [])
+
+    def _caches(self, shape_of: Callable[..., StackShape], layers: int, slots: int, capacity: int) -> list[KeyValues]:
+        shape = shape_of(self.config, layers, "none")
+        return [KeyValues.empty(slots, shape.kv_heads, capacity, shape.head_dim, self.compute_dtype, self.where)
+                for _ in range(layers)]
+
+    @property
+    def where(self) -> torch.device:
+        """The device that the model is on."""
+        return self.embedding.weight.device
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, counts: list[int], slots: list[int], state: DecodingState,
+               noise: Tensor | None = None) -> Extended:
+        """`forward` of the next tokens of some sequences, with what the state remembers of those before; no gradients.
+
+        tokens (N,) int64: `counts[r]` of them, at least one, go on the sequence in slot `slots[r]`, row behind row.
+        noise (N,) in [0, 1) samples the boundaries, None thresholds them. However a sequence is cut into calls, and
+        whatever is in the other slots, each token's hidden state is that of one `forward` but for rounding.
+        """
+        if not len(counts) == len(slots) == len(set(slots)) or min(counts) < 1 or sum(counts) != tokens.shape[0]:
+            raise ValueError(f"extend: {tokens.shape[0]} tokens, counts {counts}, slots {slots}: give one count of at "
+                             "least 1 for each slot, each slot once, and as many tokens as they add up to")
+        before = [state.tokens[slot] for slot in slots]
+        new = Extension.of(slots, before, counts, tokens.device)
+        state.reserve_tokens(new.longest)
+        extended = self._extend(self.embedding(tokens, self.compute_dtype), new, state, noise)
+        for slot, count in zip(slots, counts, strict=True):
+            state.tokens[slot] += count
+        return extended
+
+    def prefill(self, tokens: Tensor, counts: list[int], slots: list[int], state: DecodingState,
+                noise: Tensor | None = None) -> Extended:
+        """`extend` of sequences that begin: one packed forward that fills the state."""
+        state.reset(slots)
+        return self.extend(tokens, counts, slots, state, noise)
+
+    def step(self, tokens: Tensor, slots: list[int], state: DecodingState, noise: Tensor | None = None) -> Extended:
+        """`extend` by one token a sequence: tokens (n,)."""
+        return self.extend(tokens, [1] * len(slots), slots, state, noise)
+
+    def _extend(self, h: Tensor, new: Extension, state: DecodingState, noise: Tensor | None) -> Extended:
+        raise NotImplementedError
+
     def output(self, hidden: Tensor, targets: Tensor | None, segmentation: Segmentation | None = None,
                concepts: Concepts | None = None) -> Output:
         """The loss is taken here, inside the model's forward: what shards a model gathers weights only there."""
@@ -157,6 +217,9 @@ class Dense(LanguageModel):
         """tokens (T,) int64, documents over T; noise is not used; targets (T,) int64 for the loss."""
         hidden = self.decoder(self.embedding(tokens, self.compute_dtype), documents, self.backend)
         return self.output(hidden, targets)
+
+    def _extend(self, h: Tensor, new: Extension, state: DecodingState, noise: Tensor | None) -> Extended:
+        return Extended(self.decoder.extend(h, new, state.decoder, self.backend), None)
 
 
 class DLCM(LanguageModel):
@@ -194,6 +257,40 @@ class DLCM(LanguageModel):
         z = smooth(z, gates, concepts.documents)  # (M, E)
         h = h + self.cross_attention(query, z, concepts, documents, self.backend)
         return self.output(self.decoder(h, documents, self.backend), targets, segmentation, concepts)
+
+    def new_state(self, slots: int, tokens: int) -> DecodingState:
+        config = self.config
+        wide = torch.promote_types(self.compute_dtype, torch.float32)
+        concepts = round(tokens / config.boundary.target_ratio) + 1
+
+        def rows(width: int) -> Tensor:
+            return torch.zeros(slots, width, dtype=wide, device=self.where)
+
+        memory = KeyValues.empty(slots, config.kv_heads_token, concepts, config.head_dim, self.compute_dtype,
+                                 self.where)
+        closing = torch.full((slots, concepts), FAR, device=self.where)
+        return DecodingState(
+            slots, self._caches(token_stack, config.encoder_layers, slots, tokens),
+            self._caches(token_stack, config.decoder_layers, slots, tokens),
+            [KeyValues.empty(slots, config.kv_heads_concept, concepts, config.head_dim, self.compute_dtype, self.where)
+             for _ in range(config.backbone_layers)],
+            ConceptMemory(memory.keys, memory.values, closing),
+            BoundaryState(rows(config.d_token), rows(config.d_token)),
+            ConceptState(rows(config.d_token), rows(config.d_concept)))
+
+    def _extend(self, h: Tensor, new: Extension, state: DecodingState, noise: Tensor | None) -> Extended:
+        h = self.encoder.extend(h, new, state.encoder, self.backend)
+        segmentation = self.boundary.extend(h, new, noise, state.boundary)
+        query = self.cross_attention.queries(h)
+        closed = close_concepts(segmentation.boundaries, new, state)
+        pooled = self.pool.extend(h, closed, new, state.concept)
+        z: Tensor | None = None
+        if closed.any:  # only rows that close a concept go through the backbone
+            state.reserve_concepts(closed.longest)
+            z = self.backbone.extend(pooled, closed.concepts, state.backbone, self.backend)
+            z = extend_smoothing(z, segmentation.probabilities[closed.closing], closed.concepts, state.concept.smoothed)
+        h = h + self.cross_attention.extend(query, z, closed, new, state.memory, self.backend)
+        return Extended(self.decoder.extend(h, new, state.decoder, self.backend), segmentation)
 
 
 def assemble(config: ModelConfig, compute_dtype: torch.dtype, backend: str, recompute: str = "none",

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dlcm_lightning.model.cache import KeyValues
 from dlcm_lightning.model.mup import MupLinear, Role, RoleModule
 from dlcm_lightning.ops.attention import attention
+from dlcm_lightning.ops.extension import Extension, attend, causal_bias
 from dlcm_lightning.ops.fused import UsesKernels
 from dlcm_lightning.ops.rope import Rotation, rotation
 from dlcm_lightning.ops.segments import Segments
@@ -78,9 +80,22 @@ class SelfAttention(UsesKernels, nn.Module):
         self.out = MupLinear(shape.role, shape.heads * shape.head_dim, shape.width)
 
     def forward(self, x: Tensor, segments: Segments, angles: Rotation, backend: str) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, d)
-        query, key, value = self.kernels.rotate_split(qkv, angles.cos, angles.sin, self.heads, self.kv_heads)
+        query, key, value = self._turned(x, angles)
         return self.out(attention(query, key, value, segments, backend).flatten(1))
+
+    def extend(self, x: Tensor, new: Extension, angles: Rotation, cache: KeyValues, bias: Tensor | None, backend: str
+               ) -> Tensor:
+        """The same of new positions (N, W), which the cache is given. bias: of `attend`."""
+        query, key, value = self._turned(x, angles)
+        cache.write(key, value, new)
+        if new.fresh:
+            return self.out(attention(query, key, value, new.segments, backend).flatten(1))
+        keys, values = (new.rows_of(one, new.longest) for one in (cache.keys, cache.values))
+        return self.out(attend(query, keys, values, new, bias).flatten(1))
+
+    def _turned(self, x: Tensor, angles: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, d)
+        return self.kernels.rotate_split(qkv, angles.cos, angles.sin, self.heads, self.kv_heads)
 
 
 class FeedForward(UsesKernels, nn.Module):
@@ -125,6 +140,13 @@ class Block(nn.Module):
         x, normed = self.ffn_norm(x, self.attention(normed, segments, angles, backend))
         return x, self.ffn(normed)
 
+    def extend(self, x: Tensor, delta: Tensor | None, new: Extension, angles: Rotation, cache: KeyValues,
+               bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+        """`forward` of new positions; see `SelfAttention.extend`."""
+        x, normed = self.attention_norm(x, delta)
+        x, normed = self.ffn_norm(x, self.attention.extend(normed, new, angles, cache, bias, backend))
+        return x, self.ffn(normed)
+
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.ffn(self.ffn_norm(x, None)[1])
 
@@ -149,6 +171,19 @@ class Stack(nn.Module):
         delta: Tensor | None = None
         for layer in self.layers:
             x, delta = layer(x, delta, segments, angles, backend)
+        return self._closed(x, delta)
+
+    def extend(self, x: Tensor, new: Extension, cache: list[KeyValues], backend: str) -> Tensor:
+        """The same of new positions (N, W) behind those in the caches, one a layer, which are given them."""
+        angles = rotation(new.positions, self.head_dim, self.rope_base, x.dtype)
+        bias = None if new.fresh else causal_bias(new, torch.promote_types(x.dtype, torch.float32))
+        delta: Tensor | None = None
+        for layer, own in zip(self.layers, cache, strict=True):
+            assert isinstance(layer, Block)
+            x, delta = layer.extend(x, delta, new, angles, own, bias, backend)
+        return self._closed(x, delta)
+
+    def _closed(self, x: Tensor, delta: Tensor | None) -> Tensor:
         if self.norm is not None:
             return self.norm(x, delta)[1]
         return x if delta is None else x + delta

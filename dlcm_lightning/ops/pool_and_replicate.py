@@ -17,7 +17,7 @@ from torch import Tensor
 from dlcm_lightning.ops.segments import Concepts
 
 
-def _segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
+def segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
     """x (P, D), offsets (M + 1,) -> (M, D): sums of consecutive runs, at least in fp32. Empty runs give zero."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.segment_reduce(wide, "sum", offsets=offsets, axis=0, initial=0)
@@ -29,7 +29,7 @@ class _MeanPool(torch.autograd.Function):
         ctx.save_for_backward(owner, lengths)
         # Runs are consecutive but for tails, which count as zeros in front of the concept behind them.
         pooled = torch.where((owner >= 0)[:, None], x, 0.0)
-        return (_segment_sum(pooled, F.pad(closing + 1, (1, 0))) / lengths[:, None]).to(x.dtype)
+        return (segment_sum(pooled, F.pad(closing + 1, (1, 0))) / lengths[:, None]).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -48,7 +48,7 @@ class _Replicate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (starts,) = ctx.saved_tensors
-        return _segment_sum(grads[0], starts).to(grads[0].dtype), None, None
+        return segment_sum(grads[0], starts).to(grads[0].dtype), None, None
 
 
 def mean_pool(x: Tensor, concepts: Concepts) -> Tensor:
