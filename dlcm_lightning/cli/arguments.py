@@ -69,6 +69,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the matrices (fp32)")
     command.add_argument("--split-megabytes", type=_real(0.001, 1e9), default=5000, help="largest file (5000)")
     command.set_defaults(run=commands.export)
+    _add_upcycle(subcommands.add_parser(
+        "upcycle", help="a trained dense model as the beginning of a DLCM",
+        description="Write a model of ours that begins with the weights of a dense one: a folder of the Hugging Face "
+                    "hub, a .gguf file, an export or a run of ours."))
+    _add_generate(subcommands.add_parser(
+        "generate", help="text from a run or an exported model",
+        description="Go on prompts, several at a time, with the concepts that the text falls into."))
     _add_tokenize(subcommands.add_parser(
         "tokenize", help="documents -> shards with a manifest",
         description="Tokenise jsonl, parquet, WebDataset and text files, compressed or not, into WebDataset shards. "
@@ -86,6 +93,20 @@ def parser() -> argparse.ArgumentParser:
     _add_looking(actions)
     _add_shipped(subcommands)
     return top
+
+
+def _add_upcycle(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="SOURCE", type=_path, help="of the weights")
+    command.add_argument("out", metavar="OUT", nargs="?", type=_path, help="folder to write; must not exist")
+    command.add_argument("--config", dest="for_run", metavar="RUN_FILE", type=_path,
+                         help="run file, or the name of a shipped one, whose model is written")
+    command.add_argument("overrides", nargs="*", metavar="field=value", help="such as model.backbone_layers=8")
+    command.add_argument("--tokenizer", metavar="FOLDER", type=_path, help="in place of the source's own")
+    command.add_argument("--skip-layers", action="store_true",
+                         help="layers between encoder and decoder may be left out; the first loss is another one then")
+    command.add_argument("--seed", type=_whole(0, 2**63 - 1), help="of what is not taken over (that of the run file)")
+    command.add_argument("--show", action="store_true", help="print the model section of a run file that fits SOURCE")
+    command.set_defaults(run=commands.upcycle)
 
 
 def _add_shipped(subcommands: Any) -> None:
@@ -155,6 +176,33 @@ def _add_estimate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true",
                          help="also run one step, validation, save, load and export at debug width")
     command.set_defaults(run=commands.estimate)
+
+
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("place", metavar="RUN_OR_EXPORT", type=_path, help="such as runs/quickstart")
+    command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
+    command.add_argument("--prompts", metavar="FILE", help='one a line; FILE.jsonl has {"prompt": ...}; - is the '
+                                                           "standard input")
+    command.add_argument("--samples", type=_whole(1, 10**6), default=1, help="texts of each prompt (1)")
+    command.add_argument("--max-tokens", type=int, help="new tokens of a text (128)")
+    command.add_argument("--greedy", action="store_true", help="the likeliest token always, as --temperature 0")
+    command.add_argument("--temperature", type=float, help="logits are divided by it (0.8)")
+    command.add_argument("--top-k", type=int, help="only the k likeliest tokens (all)")
+    command.add_argument("--top-p", type=float, help="only the likeliest tokens that add up to this (0.95)")
+    command.add_argument("--min-p", type=float, help="only tokens this share as likely as the likeliest (0)")
+    command.add_argument("--repetition-penalty", type=float, help="of tokens that the text holds already (1)")
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
+    command.add_argument("--seed", type=int, help="(0)")
+    command.add_argument("--boundaries", choices=("thresholded", "sampled"), help="where concepts end (thresholded)")
+    command.add_argument("--concepts", action="store_true", help="show the concepts")
+    command.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="of concepts")
+    command.add_argument("--json", action="store_true", help="a line of JSON a text")
+    command.add_argument("--batch-size", type=_whole(1, 2**20), default=8, help="texts that decode together (8)")
+    command.add_argument("--context", type=_whole(2, 2**24), help="tokens of prompt and text (a row of the run)")
+    command.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                         help="auto: bf16 on a GPU, fp32 on a CPU")
+    command.add_argument("--step", type=_whole(0, LARGEST_COUNT), help="of a run's checkpoint (the newest)")
+    command.set_defaults(run=commands.generate)
 
 
 def _add_verify_resume(command: argparse.ArgumentParser) -> None:

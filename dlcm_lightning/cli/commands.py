@@ -111,6 +111,45 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"{out} holds the model; dlcm_lightning.load_model reads it")
 
 
+def upcycle(arguments: argparse.Namespace) -> None:
+    if arguments.show and (arguments.out or arguments.for_run):
+        raise ConfigError("--show prints a model section and writes nothing; give SOURCE alone")
+    if not arguments.show and not (arguments.out and arguments.for_run):
+        raise ConfigError("dlcm upcycle SOURCE OUT --config RUN_FILE writes a model; dlcm upcycle SOURCE --show prints "
+                          "the model section of such a run file")
+    config = None if arguments.show else load_config(arguments.for_run, arguments.overrides)
+    source = load("upcycling.opening", "open_source")(arguments.source)
+    if config is None:
+        _say_all(load("upcycling.matching", "matching_section")(source))
+        return
+    folder = arguments.tokenizer
+    spelling = load("upcycling.spelling", "spelling_of")(Path(folder)) if folder else None
+    done = load("upcycling.upcycle", "upcycle")(source, config, arguments.out, spelling=spelling,
+                                                skip_layers=arguments.skip_layers, seed=arguments.seed)
+    _say_all(done.report)
+    _say(f"loss on the probe texts: {done.source_loss:.6f} nats a token of {source.origin}, {done.loss:.6f} of "
+         f"{arguments.out}")
+    _say(f"dlcm pretrain {arguments.for_run} train.init_from={arguments.out}")
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    given = {name: value for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+                                      "max_tokens", "boundaries")
+             if (value := getattr(arguments, name)) is not None}
+    if arguments.greedy:
+        if arguments.temperature:
+            raise ConfigError(f"--temperature {arguments.temperature:g}: --greedy is temperature 0; choose one")
+        given["temperature"] = 0.0
+    sampling = load("inference.sampling", "Sampling")(**given, stop=tuple(arguments.stop))
+    prompts = load("inference.terminal", "read_prompts")(arguments.prompt, arguments.prompts)
+    generator = load("inference.generator", "Generator").load(
+        arguments.place, step=arguments.step, precision=arguments.precision, context=arguments.context)
+    load("inference.terminal", "run")(
+        generator, prompts, sampling, samples=arguments.samples, batch_size=arguments.batch_size,
+        concepts=arguments.concepts, colour={"auto": None, "always": True, "never": False}[arguments.color],
+        as_lines=arguments.json, note=lambda line: print(line, file=sys.stderr))
+
+
 def tokenize(arguments: argparse.Namespace) -> None:
     given = {"name": arguments.source, "domain": arguments.domain, "glob": arguments.glob,
              "text_field": arguments.text_field, "format": arguments.format}

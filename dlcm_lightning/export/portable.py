@@ -4,7 +4,7 @@
         model.safetensors     weights and the boundary's buffers, named as in `LanguageModel.state_dict()`; above a size
                               model-00001-of-00003.safetensors ... and model.safetensors.index.json, which says where
         config.yaml           of the run that trained it
-        tokenizer.json
+        tokenizer.json, tokenizer_config.json
         portable.json         step, tokens, dtype, what the model says of the probe text, sha256 of the other files
 
     from dlcm_lightning.export.portable import load_model
@@ -31,12 +31,13 @@ from dlcm_lightning.checkpoint import tensors
 from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, open_checkpoint
 from dlcm_lightning.checkpoint.probe import Probe, difference
 from dlcm_lightning.compose import load_saved_config
-from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.config import Config
+from dlcm_lightning.data.tokenizer import SETTINGS, TOKENIZER, Tokenizer
 from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.model.dlcm import LanguageModel, assemble
+from dlcm_lightning.model.mup import Role, RoleModule
 from dlcm_lightning.ops.attention import choose_backend
 
-TOKENIZER = "tokenizer.json"
 ABOUT = "portable.json"
 INDEX = "model.safetensors.index.json"
 SPLIT_BYTES = 5 * 1000**3
@@ -71,7 +72,9 @@ def export(run: str | Path, out: str | Path, *, step: int | None = None, dtype: 
         making.mkdir(parents=True)
         _write_state(state, making, split_bytes)
         shutil.copyfile(checkpoint.folder / CONFIG, making / CONFIG)
-        shutil.copyfile(run / TOKENIZER, making / TOKENIZER)
+        for name in (TOKENIZER, SETTINGS):
+            if (run / name).is_file():  # runs of older versions have no settings
+                shutil.copyfile(run / name, making / name)
         for file in making.iterdir():
             flush(file)
         about = {"step": checkpoint.step, "tokens": checkpoint.manifest.tokens, "dtype": dtype,
@@ -133,7 +136,7 @@ def about(folder: str | Path) -> dict[str, Any]:
 
 
 def load_model(folder: str | Path, compute_dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel:
-    """The model, parameters in fp32 (fp64 to compute in fp64), in evaluation mode.
+    """The model, in evaluation mode; its matrices in the dtype to compute in, all else in fp32 (fp64 for fp64).
 
     CheckpointError: a file is missing, cannot be read or is not as portable.json says; other tensors than the model's.
     """
@@ -146,12 +149,26 @@ def load_model(folder: str | Path, compute_dtype: torch.dtype = torch.float32, d
         raise CheckpointError(f"{folder}: not a whole exported model ({error!r}); export it again") from error
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read ({error}); correct the permissions") from error
-    config = load_saved_config(folder / CONFIG).model
-    where = torch.device(device)
-    model = assemble(config, compute_dtype, choose_backend(config.attention, where, compute_dtype))
+    return model_of(load_config(folder), load_state(folder), compute_dtype, torch.device(device), str(folder))
+
+
+def load_config(folder: str | Path) -> Config:
+    """Of the run that trained it."""
+    return load_saved_config(Path(folder) / CONFIG)
+
+
+def model_of(config: Config, state: dict[str, Tensor], compute_dtype: torch.dtype, device: torch.device, place: str
+             ) -> LanguageModel:
+    """A model with these numbers, in evaluation mode. Matrices are stored in the dtype that they are multiplied in, the
+    boundary's and everything else in fp32: it computes what a model computes that casts them at every use. place: where
+    they are from, for the words of a CheckpointError: they are not those of the configuration's model."""
+    model = assemble(config.model, compute_dtype, choose_backend(config.model.attention, device, compute_dtype))
     try:
-        model.load_state_dict(load_state(folder))
+        model.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: its tensors are not those of its model ({' '.join(str(error).split())}); "
+        raise CheckpointError(f"{place}: its tensors are not those of its model ({' '.join(str(error).split())}); "
                               "export it again with the version that trained it") from error
-    return model.to(where).eval()
+    for module in model.modules():
+        if isinstance(module, RoleModule) and module.weight.dim() > 1 and module.role is not Role.BOUNDARY:
+            module.weight.data = module.weight.data.to(compute_dtype)
+    return model.to(device).eval()

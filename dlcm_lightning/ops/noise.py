@@ -1,4 +1,4 @@
-"""Uniform numbers that are a function of a key and a position: the dice of the boundary.
+"""Uniform numbers that are a function of a key and a position: the dice of the boundary, and of what is generated.
 
     u[b, i] = the upper 24 bits of splitmix64(key[b] + i x golden), as a float in [0, 1)
 
@@ -26,8 +26,12 @@ def _shifted(values: Tensor, bits: int) -> Tensor:
 
 def uniform(keys: Tensor, count: int) -> Tensor:
     """keys (B,) int64 -> (B, count) float32 in [0, 1), 24 bits each, on the device of the keys."""
-    offsets = torch.arange(1, count + 1, device=keys.device) * _GOLDEN
-    values = keys[:, None] + offsets
+    return uniform_at(keys[:, None], torch.arange(count, device=keys.device))
+
+
+def uniform_at(keys: Tensor, positions: Tensor) -> Tensor:
+    """keys and positions int64, of shapes that go together -> float32 in [0, 1): u[key, position]."""
+    values = keys + (positions + 1) * _GOLDEN
     values = (values ^ _shifted(values, 30)) * _FIRST
     values = (values ^ _shifted(values, 27)) * _SECOND
     return _shifted(values ^ _shifted(values, 31), 40).float() * 2.0**-24

@@ -1,12 +1,8 @@
-"""What this process computes on, and in which precision: device, memory settings of a CPU, rate of matrix products.
-
-`DLCM_DEVICE=cpu` takes the CPU though there is a GPU, everywhere; it is how the tests run on a machine with GPUs.
-"""
+"""What this process computes on, and in which precision: device, memory settings of a CPU, rate of matrix products."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import re
 import time
@@ -16,8 +12,8 @@ import torch
 
 from dlcm_lightning.cluster.world import World
 from dlcm_lightning.config import ConfigError, TrainConfig
+from dlcm_lightning.ops.device import on_gpu
 
-DEVICE = "DLCM_DEVICE"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
@@ -26,16 +22,6 @@ PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e
 """FLOP/s of dense bf16 products by the makers' data sheets; the first name that a GPU's own contains counts."""
 PROBE_SECONDS = 0.04
 """For which products of a precision are timed, to choose one."""
-
-
-def on_gpu() -> bool:
-    """Whether runs compute on GPUs here. ConfigError: DLCM_DEVICE asks for what is not there."""
-    wanted = os.environ.get(DEVICE, "")
-    if wanted not in ("", "cpu", "cuda"):
-        raise ConfigError(f"{DEVICE} = {wanted!r}: choose cpu or cuda, or leave it out")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"{DEVICE} = 'cuda': torch finds no GPU here; driver and torch's CUDA have to agree")
-    return wanted != "cpu" and torch.cuda.is_available()
 
 
 def choose_device(world: World = World()) -> torch.device:  # noqa: B008 - frozen

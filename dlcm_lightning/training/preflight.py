@@ -35,8 +35,8 @@ from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.ops.device import DEVICE
 from dlcm_lightning.training.device import (
-    DEVICE,
     choose_device,
     describe_hardware,
     matrix_product_rate,

@@ -44,7 +44,7 @@ def newest(run: Path) -> Checkpoint:
 def test_every_number_of_the_checkpoint_is_in_the_model(run: Path, tmp_path: Path) -> None:
     out = export(run, tmp_path / "out")
     assert sorted(file.name for file in out.iterdir()) == ["config.yaml", "model.safetensors", "portable.json",
-                                                          "tokenizer.json"]
+                                                          "tokenizer.json", "tokenizer_config.json"]
     state, model = load_state(out), load_model(out)
     assert state.keys() == model.state_dict().keys()
     with newest(run).tensors() as stored:

@@ -166,6 +166,7 @@ def test_the_running_mean_of_centred_features_uses_the_past_alone() -> None:
     for t in (0, 1, 63, 64, 89):
         changed = hidden.detach().clone()
         changed[t + 1:] = torch.randn(149 - t, config.d_token, dtype=torch.float64, generator=generator)
-        mean, other = (module.running_mean(x.detach(), documents, first) for x in (hidden, changed))
+        mean, other = (module.running_mean(module.running_sums(x.detach(), first), documents.positions(150))
+                       for x in (hidden, changed))
         assert torch.equal(mean[:t + 1], other[:t + 1])
         assert not torch.equal(mean[t + 1:], other[t + 1:])

@@ -1,4 +1,4 @@
-"""Decoding with state equals one forward: every form, batch, cut and growth of the caches; and the mutants it must catch.
+"""Decoding with state equals one forward: every form, batch, cut and growth of caches; and the mutants it must catch.
 
 Sequences are cut into calls at random, some rows a call, one token or several a row, while other slots hold other
 things. Each token's boundary must be that of one packed forward, its logits equal to 1e-9 in float64 and 1e-4 in fp32.

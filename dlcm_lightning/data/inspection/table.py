@@ -11,11 +11,12 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 
-def escape_control_characters(text: str) -> str:
-    """The text with every character spelled out (`\\x1b`, `\\u202e`) that a terminal would not simply print."""
+def escape_control_characters(text: str, keep: str = "") -> str:
+    """The text with every character spelled out (`\\x1b`, `\\u202e`) that a terminal would not simply print, but for
+    those to keep."""
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() or unicodedata.category(one) == "Zs"
+    return "".join(one if one.isprintable() or one in keep or unicodedata.category(one) == "Zs"
                    else one.encode("unicode_escape").decode() for one in text)
 
 

@@ -60,7 +60,7 @@ class ResumeRun(Callback):
         sweep(self.run, config.train.keep_last, config.train.keep_every_tokens)
         save_config(config, self.run / CONFIG_FILE)
         if not (self.run / TOKENIZER_FILE).is_file():
-            (self.run / TOKENIZER_FILE).write_bytes(self.data.reader.store.whole(TOKENIZER_FILE))
+            Tokenizer.load(self.data.reader.store).save(self.run)
         for logger in trainer.loggers:
             if isinstance(logger, JsonLinesLogger):
                 logger.begin(step, config.total_steps)

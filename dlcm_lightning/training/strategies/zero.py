@@ -26,7 +26,7 @@ from torch import Tensor, nn, zeros
 
 from dlcm_lightning.model.dlcm import LanguageModel
 from dlcm_lightning.ops.collectives import all_reduce_sum
-from dlcm_lightning.training.device import on_gpu
+from dlcm_lightning.ops.device import on_gpu
 from dlcm_lightning.training.strategies.full_state import Fill, FullStateStrategy, Moment, init_adamw_state, whole_model
 
 if not on_gpu():
