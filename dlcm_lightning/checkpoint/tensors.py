@@ -86,4 +86,4 @@ class Tensors:
         return torch.Size(piece.get_shape()), DTYPES[piece.get_dtype()]
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}

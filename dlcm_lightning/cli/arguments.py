@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("run_folder", metavar="RUN", type=_path, help="directory of a run, such as runs/quickstart")
     command.add_argument("out", metavar="OUT", type=_path, help="folder to write; must not exist")
     command.add_argument("--step", type=_whole(0, LARGEST_COUNT), help="of a checkpoint (the newest)")
+    command.add_argument("--hf", action="store_true", help="as a folder that Hugging Face's transformers loads")
     command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the matrices (fp32)")
     command.add_argument("--split-megabytes", type=_real(0.001, 1e9), default=5000, help="largest file (5000)")
     command.set_defaults(run=commands.export)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -105,10 +106,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     megabyte = 1000**2
-    out = load("export.portable", "export")(
-        arguments.run_folder, arguments.out, step=arguments.step, dtype=arguments.dtype,
-        split_bytes=max(1, int(arguments.split_megabytes * megabyte)))
-    print(f"{out} holds the model; dlcm_lightning.load_model reads it")
+    writer = ("export.huggingface.folder", "export_huggingface") if arguments.hf else ("export.portable", "export")
+    out = load(*writer)(arguments.run_folder, arguments.out, step=arguments.step, dtype=arguments.dtype,
+                        split_bytes=max(1, int(arguments.split_megabytes * megabyte)))
+    print(f"{out} holds the model; " + (
+        "AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True) reads it" if arguments.hf else
+        "dlcm_lightning.load_model reads it"))
 
 
 def upcycle(arguments: argparse.Namespace) -> None:
@@ -129,7 +132,7 @@ def upcycle(arguments: argparse.Namespace) -> None:
     _say_all(done.report)
     _say(f"loss on the probe texts: {done.source_loss:.6f} nats a token of {source.origin}, {done.loss:.6f} of "
          f"{arguments.out}")
-    _say(f"dlcm pretrain {arguments.for_run} train.init_from={arguments.out}")
+    _say(shlex.join(["dlcm", "pretrain", arguments.for_run, *arguments.overrides, f"train.init_from={arguments.out}"]))
 
 
 def generate(arguments: argparse.Namespace) -> None:

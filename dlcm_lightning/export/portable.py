@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,80 +30,135 @@ from torch import Tensor
 
 from dlcm_lightning.atomic_io import flush, sha256_of, write_atomically
 from dlcm_lightning.checkpoint import tensors
-from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, open_checkpoint
+from dlcm_lightning.checkpoint.exported import ABOUT, CONFIG, Exported
+from dlcm_lightning.checkpoint.folder import Checkpoint, Fingerprint, open_checkpoint
 from dlcm_lightning.checkpoint.probe import Probe, difference
-from dlcm_lightning.compose import load_saved_config
+from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.tokenizer import SETTINGS, TOKENIZER, Tokenizer
-from dlcm_lightning.errors import CheckpointError
+from dlcm_lightning.errors import CheckpointError, ConfigError
 from dlcm_lightning.model.dlcm import LanguageModel, assemble
 from dlcm_lightning.model.mup import Role, RoleModule
 from dlcm_lightning.ops.attention import choose_backend
+from dlcm_lightning.run_directory import folders
 
-ABOUT = "portable.json"
 INDEX = "model.safetensors.index.json"
 SPLIT_BYTES = 5 * 1000**3
 BOUNDARY = "boundary."
+PREFIX = "model."
+"""In front of every name where Hugging Face's transformers is to load it."""
 
 
-def model_state(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def model_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """By their names in the model."""
     with checkpoint.tensors() as stored:
         state = {name: stored.get(f"weight/{name}") for name in stored.names("weight/")}
         state |= {name: stored.get(f"buffer/model.{name}") for name in stored.names("buffer/model.")}
-    return {name: _rounded(name, tensor, dtype) for name, tensor in sorted(state.items())}
+    return dict(sorted(state.items()))
 
 
-def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.dim() > 1 and not name.startswith(BOUNDARY) else tensor
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, wherever it stands."""
+
+    place: Path
+    """The checkpoint, or the export."""
+    folder: Path
+    """Of the run, or the export: where the tokenizer lies."""
+    config: Config
+    state: dict[str, Tensor]
+    step: int
+    tokens: int
+    fingerprint: Fingerprint
+    rough: bool
+    """Whether it computed in half precision, or was rounded to it, when the fingerprint was taken."""
 
 
-def export(run: str | Path, out: str | Path, *, step: int | None = None, dtype: Literal["fp32", "bf16"] = "fp32",
+def open_trained(place: str | Path, step: int | None = None) -> Trained:
+    """place: a run's directory, or what `dlcm export` or `dlcm upcycle` wrote. step: of a run's checkpoint, or the
+    newest. CheckpointError: there is no model, a damaged one, or no tokenizer. ConfigError: an export has one step."""
+    place = Path(place)
+    if (place / ABOUT).exists():
+        exported = Exported(place)
+        exported.check_whole()
+        said = about(place)
+        if step is not None:
+            raise ConfigError(f"--step {step}: {place} is an exported model, of step {said['step']}")
+        found = Trained(place, place, exported.config, load_state(place), said["step"], said["tokens"],
+                        Fingerprint(**said["fingerprint"]), True)
+    elif folders(place) or step is not None:
+        checkpoint = open_checkpoint(place, step)
+        manifest = checkpoint.manifest
+        found = Trained(checkpoint.folder, place, checkpoint.config, model_state(checkpoint), checkpoint.step,
+                        manifest.tokens, manifest.fingerprint, manifest.identity.precision == "bfloat16")
+    else:
+        what = "holds no checkpoint and is no exported model" if place.is_dir() else "is not there"
+        raise CheckpointError(f"{place}: {what}; name the directory of a run, runs/NAME, or what `dlcm export` wrote")
+    if not (found.folder / TOKENIZER).is_file():
+        raise CheckpointError(f"{found.folder / TOKENIZER}: missing; copy it there from the data.root that the model "
+                              "was trained on")
+    return found
+
+
+def export(place: str | Path, out: str | Path, *, step: int | None = None, dtype: Literal["fp32", "bf16"] = "fp32",
            split_bytes: int = SPLIT_BYTES) -> Path:
-    """Writes OUT whole or not at all. CheckpointError: no such checkpoint, a damaged one, OUT exists, no tokenizer."""
-    run, out = Path(run), Path(out)
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already; remove it or write elsewhere")
-    checkpoint = open_checkpoint(run, step)
-    if not (run / TOKENIZER).is_file():
-        raise CheckpointError(f"{run / TOKENIZER}: missing; copy it there from the data.root the run was trained on")
-    state = model_state(checkpoint, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
-    making = out.with_name(f".{out.name}.unfinished")
-    try:
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
-        _write_state(state, making, split_bytes)
-        shutil.copyfile(checkpoint.folder / CONFIG, making / CONFIG)
+    """Writes OUT whole or not at all. place, step: see `open_trained`. CheckpointError: OUT exists, or it cannot be
+    written."""
+    out = Path(out)
+    with making(out) as folder:
+        trained = open_trained(place, step)
+        write_state(rounded(trained.state, dtype), folder, split_bytes)
         for name in (TOKENIZER, SETTINGS):
-            if (run / name).is_file():  # runs of older versions have no settings
-                shutil.copyfile(run / name, making / name)
-        for file in making.iterdir():
-            flush(file)
-        about = {"step": checkpoint.step, "tokens": checkpoint.manifest.tokens, "dtype": dtype,
-                 "parameters": sum(tensor.numel() for name, tensor in state.items()),
-                 "fingerprint": asdict(checkpoint.manifest.fingerprint),
-                 "files": {file.name: sha256_of(file) for file in sorted(making.iterdir())}}
-        write_atomically(making / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
-        _check(making, checkpoint, dtype)
-        making.rename(out)
-    except OSError as error:
-        shutil.rmtree(making, ignore_errors=True)
-        raise CheckpointError(f"{out}: cannot be written ({error}); free space or correct the permissions") from error
+            if (trained.folder / name).is_file():  # runs of older versions have no settings
+                shutil.copyfile(trained.folder / name, folder / name)
+        finish(folder, trained, dtype)
     return out
 
 
-def _check(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
-    """What was written is loaded, and must say of the probe text what the run's model said when it was saved."""
-    rough = "bf16" in dtype or checkpoint.manifest.identity.precision == "bfloat16"
+@contextmanager
+def making(out: Path) -> Iterator[Path]:
+    """A folder that becomes OUT when all has gone well, and is gone when not."""
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already; remove it or write elsewhere")
+    folder = out.with_name(f".{out.name}.unfinished")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        folder.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error}); free space or correct the permissions") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def finish(folder: Path, trained: Trained, dtype: str) -> None:
+    """Writes config.yaml and, last, portable.json; then loads what was written, which must say of the probe text what
+    the run's model said when it was saved."""
+    save_config(trained.config, folder / CONFIG)
+    for file in folder.iterdir():
+        flush(file)
+    said = {"step": trained.step, "tokens": trained.tokens, "dtype": dtype,
+            "parameters": sum(tensor.numel() for tensor in trained.state.values()),
+            "fingerprint": asdict(trained.fingerprint),
+            "files": {file.name: sha256_of(file) for file in sorted(folder.iterdir())}}
+    write_atomically(folder / ABOUT, (json.dumps(said, indent=1) + "\n").encode())
     now = Probe(Tokenizer.load(folder)).fingerprint(load_model(folder), torch.device("cpu"))
-    said = difference(checkpoint.manifest.fingerprint, now, torch.bfloat16 if rough else torch.float32)
-    if said:
-        shutil.rmtree(folder)
-        raise CheckpointError(f"{checkpoint.folder} is read but computes something else: {said}; it was written by "
+    rough = dtype == "bf16" or trained.rough
+    if differs := difference(trained.fingerprint, now, torch.bfloat16 if rough else torch.float32):
+        raise CheckpointError(f"{trained.place} is read but computes something else: {differs}; it was written by "
                               "other code than this: export with the version that wrote it")
 
 
-def _write_state(state: dict[str, Tensor], folder: Path, split_bytes: int) -> None:
+def rounded(state: dict[str, Tensor], dtype: Literal["fp32", "bf16"]) -> dict[str, Tensor]:
+    """Matrices in that dtype, but for the boundary's."""
+    low = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    return {name: tensor.to(low) if tensor.dim() > 1 and not name.startswith(BOUNDARY) else tensor
+            for name, tensor in state.items()}
+
+
+def write_state(state: dict[str, Tensor], folder: Path, split_bytes: int = SPLIT_BYTES) -> None:
+    """As model.safetensors, or in parts with an index."""
     parts: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in state.items():
@@ -124,9 +181,9 @@ def _write_state(state: dict[str, Tensor], folder: Path, split_bytes: int) -> No
 
 
 def load_state(folder: str | Path) -> dict[str, Tensor]:
-    """As stored."""
+    """As stored, by their names in the model."""
     with tensors.Tensors(sorted(Path(folder).glob("model*.safetensors"))) as stored:
-        return {name: stored.get(name) for name in stored.names()}
+        return {name.removeprefix(PREFIX): stored.get(name) for name in stored.names()}
 
 
 def about(folder: str | Path) -> dict[str, Any]:
@@ -140,21 +197,9 @@ def load_model(folder: str | Path, compute_dtype: torch.dtype = torch.float32, d
 
     CheckpointError: a file is missing, cannot be read or is not as portable.json says; other tensors than the model's.
     """
-    folder = Path(folder)
-    try:
-        for name, stated in about(folder)["files"].items():
-            if sha256_of(folder / name) != stated:
-                raise CheckpointError(f"{folder / name} is damaged: its sha256 differs from {ABOUT}'s")
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: not a whole exported model ({error!r}); export it again") from error
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error}); correct the permissions") from error
-    return model_of(load_config(folder), load_state(folder), compute_dtype, torch.device(device), str(folder))
-
-
-def load_config(folder: str | Path) -> Config:
-    """Of the run that trained it."""
-    return load_saved_config(Path(folder) / CONFIG)
+    exported = Exported(folder)
+    exported.check_whole()
+    return model_of(exported.config, load_state(folder), compute_dtype, torch.device(device), str(folder))
 
 
 def model_of(config: Config, state: dict[str, Tensor], compute_dtype: torch.dtype, device: torch.device, place: str

@@ -19,17 +19,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dlcm_lightning.checkpoint.folder import open_checkpoint
-from dlcm_lightning.data.tokenizer import TOKENIZER, Tokenizer
-from dlcm_lightning.errors import CheckpointError, ConfigError, RunError
-from dlcm_lightning.export import portable
+from dlcm_lightning.data.tokenizer import Tokenizer
+from dlcm_lightning.errors import ConfigError, RunError
+from dlcm_lightning.export.portable import model_of, open_trained
 from dlcm_lightning.inference.sampling import Sampling, choose, key_of, utf8
 from dlcm_lightning.inference.text import TextStream
 from dlcm_lightning.model.cache import DecodingState
 from dlcm_lightning.model.dlcm import Extended, LanguageModel
 from dlcm_lightning.ops.device import on_gpu
 from dlcm_lightning.ops.noise import uniform_at
-from dlcm_lightning.run_directory import folders
 
 PREFILL_TOKENS = 8192
 """Of prompts that go through the model at once, unless one alone is longer."""
@@ -128,26 +126,12 @@ class Generator:
         """place: a run's directory, or what `dlcm export` wrote. step: of a run's checkpoint. precision: auto is bf16
         on a GPU, fp32 on a CPU, where it is exact and texts are reproducible. context: the run's sequence length.
         CheckpointError: there is no model, or a damaged one."""
-        place = Path(place)
         device = torch.device("cuda" if on_gpu() else "cpu")
         low = precision == "bf16" or (precision == "auto" and device.type == "cuda")
         dtype = torch.bfloat16 if low else torch.float32
-        if (place / portable.ABOUT).exists():
-            if step is not None:
-                raise ConfigError(f"--step {step}: {place} is an exported model, of step "
-                                  f"{portable.about(place)['step']}")
-            model, config = portable.load_model(place, dtype, str(device)), portable.load_config(place)
-        elif folders(place):
-            checkpoint = open_checkpoint(place, step)
-            config = checkpoint.config
-            model = portable.model_of(config, portable.model_state(checkpoint), dtype, device, str(checkpoint.folder))
-        else:
-            what = "is neither a run's directory nor an exported model" if place.is_dir() else "is not there"
-            raise CheckpointError(f"{place}: {what}; name runs/NAME, or what `dlcm export` wrote")
-        if not (place / TOKENIZER).is_file():
-            raise CheckpointError(f"{place / TOKENIZER}: missing; copy it there from the data.root that the "
-                                  "model was trained on")
-        return Generator(model, Tokenizer.load(place), context or config.data.sequence_length)
+        trained = open_trained(place, step)
+        model = model_of(trained.config, trained.state, dtype, device, str(trained.place))
+        return Generator(model, Tokenizer.load(trained.folder), context or trained.config.data.sequence_length)
 
     def generate(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling = Sampling(),  # noqa: B008 - frozen
                  *, samples: int = 1, batch_size: int = 8) -> list[Completion]:

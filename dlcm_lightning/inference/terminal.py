@@ -119,7 +119,8 @@ def as_json(generator: Generator, completion: Completion, prompts: Sequence[str]
     read = len(completion.boundaries)
     found: dict[str, Any] = {
         "prompt": prompts[completion.prompt], "sample": completion.sample, "text": completion.text,
-        "finish": completion.finish, "prompt_tokens": len(completion.prompt_ids), "tokens": len(completion.ids)}
+        "finish": completion.finish, "prompt_tokens": len(completion.prompt_ids), "tokens": len(completion.ids),
+        "ids": completion.ids}
     if read:
         found |= {"concepts": completion.concepts, "tokens_per_concept": round(read / completion.concepts, 3)}
     if concepts and read:

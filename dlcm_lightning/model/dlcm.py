@@ -22,13 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlcm_lightning.config import ModelConfig
-from dlcm_lightning.model import mup
 from dlcm_lightning.model.boundary import Segmentation, build_boundary
 from dlcm_lightning.model.cache import FAR, BoundaryState, ConceptMemory, ConceptState, DecodingState, KeyValues
 from dlcm_lightning.model.concepts import Pool, close_concepts, extend_smoothing, round_up, smooth
 from dlcm_lightning.model.decoder import CrossAttention
 from dlcm_lightning.model.layers import Stack, StackShape
-from dlcm_lightning.model.mup import MupLinear, Role, RoleModule
+from dlcm_lightning.model.mup import MupLinear, Role, RoleModule, initialise, logit_scale
 from dlcm_lightning.model.priming import Priming
 from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
 from dlcm_lightning.ops.extension import Extension
@@ -120,7 +119,7 @@ class LanguageModel(nn.Module):
         self.backend = backend
         self.embedding = Embedding(config.vocab_size, config.d_token)
         self.decoder = Stack(token_stack(config, config.decoder_layers, recompute), final_norm=True)
-        self.unembedding = Unembedding(config.d_token, config.vocab_size, mup.logit_scale(config))
+        self.unembedding = Unembedding(config.d_token, config.vocab_size, logit_scale(config))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, D) -> (T, V)."""
@@ -308,5 +307,5 @@ def assemble(config: ModelConfig, compute_dtype: torch.dtype, backend: str, reco
 def build_model(config: ModelConfig, compute_dtype: torch.dtype, backend: str, seed: int) -> LanguageModel:
     """The same, initialised by the muP table."""
     model = assemble(config, compute_dtype, backend)
-    mup.initialise(model, config, seed)
+    initialise(model, config, seed)
     return model

@@ -138,6 +138,18 @@ def role_parameters(module: nn.Module) -> Iterator[tuple[str, RoleModule]]:
         yield name, owners[name]
 
 
+def initial_value(owner: RoleModule, model: ModelConfig, generator: torch.Generator | None = None) -> Tensor:
+    """What a parameter begins as, fp32 on the host. generator: draws it; torch's own where there is none."""
+    host = torch.device("cpu")
+    deviation = _deviation(owner.role, model)
+    if deviation is not None:
+        drawn = torch.randn(owner.shape, generator=generator, dtype=torch.float32, device=host)
+        return drawn.mul_(deviation)
+    if owner.role is Role.BOUNDARY:
+        return torch.eye(*owner.shape, device=host)
+    return torch.ones(owner.shape, device=host)
+
+
 def _copy(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.copy_(value)
 
@@ -151,15 +163,8 @@ def initialise(module: nn.Module, model: ModelConfig, seed: int,
 
     @torch.no_grad()
     def draw(name: str, owner: RoleModule) -> Tensor:
-        host = torch.device("cpu")
-        deviation = _deviation(owner.role, model)
-        if deviation is not None:
-            generator = torch.Generator(host).manual_seed((seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**63)
-            drawn = torch.randn(owner.shape, generator=generator, dtype=torch.float32, device=host)
-            return drawn.mul_(deviation)
-        if owner.role is Role.BOUNDARY:
-            return torch.eye(*owner.shape, device=host)
-        return torch.ones(owner.shape, device=host)
+        generator = torch.Generator("cpu").manual_seed((seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**63)
+        return initial_value(owner, model, generator)
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:

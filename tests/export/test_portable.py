@@ -102,8 +102,10 @@ def test_an_older_step_can_be_asked_for(run: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_exported_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not there"):
         export(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        export(tmp_path, tmp_path / "out")
     (tmp_path / "there").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
         export(run, tmp_path / "there")
@@ -126,8 +128,8 @@ def test_weights_in_a_wrong_place_are_noticed_by_what_they_compute(run: Path, tm
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     honest = portable.model_state
 
-    def shuffled(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        state = honest(checkpoint, dtype)
+    def shuffled(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        state = honest(checkpoint)
         one, other = "encoder.layers.0.attention.out.weight", "decoder.layers.0.attention.out.weight"
         assert state[one].shape == state[other].shape
         state[one], state[other] = state[other], state[one]

@@ -109,9 +109,9 @@ def test_mistakes_are_one_line(run: Path, given: list[str], words: str, capsys: 
 
 def test_what_is_no_model_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(tmp_path / "nowhere"), "--prompt", "a"]) == 2
-    assert "is not there; name runs/NAME" in capsys.readouterr().err
+    assert "is not there; name the directory of a run" in capsys.readouterr().err
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
-    assert "neither a run's directory nor an exported model" in capsys.readouterr().err
+    assert "holds no checkpoint and is no exported model" in capsys.readouterr().err
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (copy / "tokenizer.json").unlink()
