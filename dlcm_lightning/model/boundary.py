@@ -135,8 +135,9 @@ class LearnedBoundary(Boundary):
         with torch.autocast(hidden.device.type, enabled=False):
             features = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             if self.config.centred:
-                sums = self.running_sums(features, document_starts(new.segments, hidden.shape[0]))
-                sums += state.sums[new.slot_index[new.owner]]
+                sums = features if new.single else self.running_sums(
+                    features, document_starts(new.segments, hidden.shape[0]))
+                sums = sums + state.sums[new.slot_index[new.owner]]
                 state.sums[new.slot_index] = sums[new.lasts]
                 features = features - self.running_mean(sums, new.positions)
             query = handed_on(self.query(features), new, state.previous)

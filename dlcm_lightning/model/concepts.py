@@ -134,8 +134,10 @@ def extend_smoothing(z: Tensor, gates: Tensor, new: Extension, state: Tensor) ->
     gate = torch.where(new.positions == 0, 1.0, gates.clamp(GATE_MARGIN, 1 - GATE_MARGIN)).to(wide)
     mixed = gate[:, None] * z.to(wide)
     mixed[new.firsts] += (1 - gate[new.firsts])[:, None] * state[new.slot_index].to(wide)
-    first = document_starts(new.segments, z.shape[0])
-    smoothed = linear_scan(torch.where(first, 0.0, 1 - gate), mixed)
+    smoothed = mixed
+    if not new.single:
+        first = document_starts(new.segments, z.shape[0])
+        smoothed = linear_scan(torch.where(first, 0.0, 1 - gate), mixed)
     state[new.slot_index] = smoothed[new.lasts].to(state.dtype)
     return smoothed.to(z.dtype)
 

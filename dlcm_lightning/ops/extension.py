@@ -62,6 +62,11 @@ class Extension:
         return not any(self.before)
 
     @property
+    def single(self) -> bool:
+        """Whether each row has one new position."""
+        return self.segments.max_seqlen == 1
+
+    @property
     def longest(self) -> int:
         """Positions of the longest row, its new ones included."""
         return max(past + count for past, count in zip(self.before, self.counts, strict=True))
@@ -121,7 +126,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, new: Extension, bias: Te
 
 def causal_bias(new: Extension, dtype: torch.dtype) -> Tensor | None:
     """(n, P, L) for `attend`: 0 where a position is not in the future, -inf where it is."""
-    if new.segments.max_seqlen == 1 and len(set(new.before)) == 1:
+    if new.single and len(set(new.before)) == 1:
         return None
     keys = torch.arange(new.longest, device=new.positions.device)
     return torch.zeros((), dtype=dtype, device=keys.device).masked_fill(keys > new.table()[..., None], float("-inf"))
