@@ -222,7 +222,7 @@ def main() -> None:
         state = build_model(shape, torch.float32, "sdpa", seed=0).state_dict()
         models[name] = model_of(replace(config, model=shape), state, dtype, device, name)
     rate, speed = matrix_product_rate(dtype, device), bandwidth(device)
-    hardware = f"{describe_hardware(device)}: {rate / 1e9:,.0f} GFLOP/s, reads {speed / 1e9:,.1f} GB/s, {dtype}"
+    hardware = f"{describe_hardware(config.train, device)}: {rate / 1e9:,.0f} GFLOP/s, reads {speed / 1e9:,.1f} GB/s, {dtype}"
     dense = shapes["dense"]
     print(f"{hardware}\n{config.name}: R = {config.model.boundary.target_ratio:g}; dense: {dense.decoder_layers} "
           f"layers, FFN {dense.ffn_token}\n{HEAD}")

@@ -87,7 +87,7 @@ def at_debug_width(config: Config, folder: Path) -> tuple[Config, bool]:
         model = replace(model, vocab_size=VOCABULARY)
     data = replace(data, block_rows=min(data.block_rows, 64), weight_changes=[])
     optim = replace(config.optim, total_tokens=STEPS * data.tokens_per_step, warmup_tokens=0)
-    train = replace(config.train, output_dir=str(folder / "runs"), devices=1, nodes=1, log_every_steps=1,
+    train = replace(config.train, output_dir=str(folder / "runs"), init_from="", devices=1, nodes=1, log_every_steps=1,
                     validate_every_steps=1, checkpoint_every_steps=1, keep_last=2, keep_every_tokens=0)
     return replace(config, name="dry-run", model=model, data=data, optim=optim, train=train), stand_in
 

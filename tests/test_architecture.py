@@ -24,7 +24,7 @@ FLOORS = (
     {"model", "data"},
     {"checkpoint", "cluster"},
     {"export", "training"},
-    {"inference"},
+    {"inference", "upcycling"},
     {"evaluation", "dry_run"},
     {"cli", "benchmarks"},
     {"__main__"},
@@ -32,7 +32,7 @@ FLOORS = (
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 WITHOUT_TORCH = {"errors", "paths", "config", "shipped", "compose", "flops", "atomic_io", "run_directory", "progress",
                  "scaling"}
-USING_A_MODEL = {"export", "inference", "evaluation"}
+USING_A_MODEL = {"export", "inference", "upcycling", "evaluation"}
 TRAINING_ONLY = {"lightning", "pytorch_lightning", "lightning_utilities", "torchmetrics", "deepspeed"}
 MAY_IMPORT_INSIDE_FUNCTIONS = {"cli"}  # refuses a wrong configuration before anything heavy loads
 MEANINGLESS_NAMES = {"util", "utils", "common", "base", "helper", "helpers", "misc"}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from dlcm_lightning.config.checks import (
     LARGEST_COUNT,
+    local_path,
     path_or_address,
     require,
     require_member,
@@ -15,6 +17,8 @@ from dlcm_lightning.config.checks import (
     require_range,
 )
 
+TOKENIZERS = ("bpe", "deepseek")
+"""Of the sample corpus, beside those in folders."""
 BOUNDS = (
     ("sequence_length", 1, 2**24), ("global_batch_size", 1, 2**24), ("micro_batch_size", 1, 2**20),
           ("block_rows", 1, 2**26),
@@ -69,9 +73,10 @@ class DataConfig:
     root: str = "data/built/sample"
     """Folder, or address that fsspec knows, with tokenizer.json and one folder of shards per source and split. A
     leading ~ and variables ($HOME) are replaced."""
-    tokenizer: Literal["bpe", "deepseek"] = "deepseek"
-    """What the sample corpus is tokenised with: a byte-level BPE of model.vocab_size trained on the corpus itself,
-    or DeepSeek-V3's 128,815 ids. Shards made by `dlcm tokenize` carry their own tokenizer."""
+    tokenizer: str = "deepseek"
+    """What the sample corpus is tokenised with. bpe: a byte-level BPE of model.vocab_size trained on the corpus itself.
+    deepseek: DeepSeek-V3's 128,815 ids. Otherwise a folder with tokenizer.json, such as an export. Shards made by
+    `dlcm tokenize` carry their own tokenizer."""
     sources: list[SourceConfig] = field(default_factory=list)
     sequence_length: int = 8192
     """Tokens a row feeds to the model. The row is the sample; documents are cut at its ends."""
@@ -102,7 +107,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_member("data.corpus", self.corpus, Literal["sample", "shards"])
-        require_member("data.tokenizer", self.tokenizer, Literal["bpe", "deepseek"])
+        object.__setattr__(self, "tokenizer", _tokenizer(self.tokenizer))
         require_member("data.unreadable", self.unreadable, Literal["stop", "mask"])
         object.__setattr__(self, "root", path_or_address("data.root", self.root))
         for name, least, most in BOUNDS:
@@ -132,3 +137,13 @@ class DataConfig:
     def domains(self) -> list[str]:
         """Domains in the order of their first source; a batch's domain numbers index this list."""
         return list(dict.fromkeys(source.domain for source in self.sources))
+
+
+def _tokenizer(value: str) -> str:
+    """The value, a path in it expanded. Whether the folder holds one is asked by who reads it."""
+    if value in TOKENIZERS:
+        return value
+    is_path = "/" in value or value.startswith(("~", "$", ".")) or Path(value).is_dir()
+    require(is_path, "data.tokenizer", value, f"choose one of {', '.join(TOKENIZERS)}, or name a folder with "
+                                              "tokenizer.json; there is none of this name")
+    return local_path("data.tokenizer", value)

@@ -88,6 +88,9 @@ class TrainConfig:
 
     output_dir: str = "runs"
     """Folder that holds one directory per run, named by `name`. A leading ~ and variables ($HOME) are replaced."""
+    init_from: str = ""
+    """Folder that `dlcm upcycle` or `dlcm export` wrote: the run begins with its weights and the boundary's buffers in
+    place of drawn ones. Empty: they are drawn. Read at the first start only; a run that continues has its own."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """Arithmetic of the matrix products; parameters and their gradients stay fp32. auto: bf16 where the device
     multiplies it fast (GPUs since Ampere, CPUs with avx512_bf16 or amx_bf16), else fp32. fp64 is for proofs."""
@@ -127,6 +130,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_member("train.precision", self.precision, Literal["auto", "bf16", "fp32", "fp64"])
         object.__setattr__(self, "output_dir", local_path("train.output_dir", self.output_dir))
+        if self.init_from:
+            object.__setattr__(self, "init_from", local_path("train.init_from", self.init_from))
         for name in ("log_every_steps", "validate_every_steps", "checkpoint_every_steps"):
             require_range(f"train.{name}", getattr(self, name), 1, LARGEST_COUNT)
         for name in ("devices", "nodes"):

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import numpy as np
 
 KEEPS_TEXT = ("ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts", "FixedLength")
 """Pre-tokenizers that only cut, as long as they do not remove what they cut at."""
+IN_NO_TEXT = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
+"""Bytes that UTF-8 never writes."""
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -66,10 +68,16 @@ def why_lossy(definition: dict[str, Any]) -> str:
             return "add_prefix_space puts a space in front of every text; set it to false"
     if not any(one["type"] == "ByteLevel" for one in cutters):
         return "it has no ByteLevel pre-tokenizer, so it does not work on bytes; choose a byte-level BPE"
-    if missing := sorted(byte for sign, byte in byte_alphabet().items() if sign not in model["vocab"]):
+    if missing := missing_bytes(model["vocab"]):
         shown = ", ".join(f"0x{byte:02x}" for byte in missing[:5])
         return f"its vocabulary lacks {len(missing)} of the 256 bytes ({shown}), which would vanish; choose another"
     return ""
+
+
+def missing_bytes(vocabulary: Container[str]) -> list[int]:
+    """Bytes of UTF-8 texts that have no token of their own, ascending."""
+    return sorted(byte for sign, byte in byte_alphabet().items()
+                  if sign not in vocabulary and byte not in IN_NO_TEXT)
 
 
 def _parts(node: dict[str, Any] | None, name: str) -> Iterator[dict[str, Any]]:

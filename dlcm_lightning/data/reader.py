@@ -16,6 +16,7 @@ place.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -25,6 +26,7 @@ import numpy as np
 
 from dlcm_lightning.batch import Batch, Unreadable
 from dlcm_lightning.config import DataConfig, SourceConfig
+from dlcm_lightning.config.data import TOKENIZERS
 from dlcm_lightning.data.manifest import MANIFEST
 from dlcm_lightning.data.mixture import Mixture, Part
 from dlcm_lightning.data.order import NOISE, Order, key, keys_of
@@ -43,10 +45,27 @@ VALIDATION = "validation"
 
 
 def corpus_folder(config: DataConfig, vocab_size: int) -> Path:
-    """Where tokenizer.json and the sources lie: data.root, or for the sample corpus a folder per tokenizer in it."""
+    """Where tokenizer.json and the sources lie: data.root, or for the sample corpus a folder per tokenizer in it.
+    DataError: `data.tokenizer` names a folder that holds none."""
     if config.corpus == "shards":
         return Path(config.root)
-    return Path(config.root) / (f"bpe-{vocab_size}" if config.tokenizer == "bpe" else "deepseek")
+    if config.tokenizer in TOKENIZERS:
+        return Path(config.root) / (f"bpe-{vocab_size}" if config.tokenizer == "bpe" else config.tokenizer)
+    tokenizer = given_tokenizer(config, vocab_size)
+    frame = json.dumps([tokenizer.fingerprint, tokenizer.begin, tokenizer.end])
+    return Path(config.root) / f"tokenizer-{hashlib.sha256(frame.encode()).hexdigest()[:16]}"
+
+
+def given_tokenizer(config: DataConfig, vocab_size: int) -> Tokenizer:
+    """Of the folder that `data.tokenizer` names. DataError: it holds none, or one of more ids than the model has."""
+    try:
+        tokenizer = Tokenizer.load(config.tokenizer)
+    except DataError as error:
+        raise DataError(f"data.tokenizer = {config.tokenizer!r}: {error}") from error
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(f"data.tokenizer = {config.tokenizer!r}: {tokenizer.vocab_size} ids, but model.vocab_size = "
+                        f"{vocab_size}; raise it to at least {tokenizer.vocab_size}")
+    return tokenizer
 
 
 def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world: int) -> int:

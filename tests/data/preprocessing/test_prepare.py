@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from dlcm_lightning.atomic_io import sha256_of
-from dlcm_lightning.config import DataConfig, SourceConfig
+from dlcm_lightning.config import ConfigError, DataConfig, SourceConfig
 from dlcm_lightning.data.preprocessing import extract, prepare, wheels
 from dlcm_lightning.data.preprocessing.prepare import Material, prepare_sample_corpus
 from dlcm_lightning.data.preprocessing.wheels import Wheel, fetch, fetch_all
-from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.data.reader import Reader, corpus_folder
+from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import DataError
 from tests.synthetic import make_texts
 
@@ -254,3 +255,41 @@ def test_python_files_are_read_by_their_declared_encoding(tmp_path: Path) -> Non
     (tmp_path / "site-packages" / "c.py").write_text("x = 1\n" * 50)
     (found,) = extract.python_files(tmp_path)
     assert "café\nx = 1" in found
+
+
+def test_a_tokenizer_of_a_folder_builds_a_corpus_of_its_own(sample: DataConfig, tmp_path: Path) -> None:
+    given = Tokenizer.load(run(sample))
+    given.save(tmp_path / "given")
+    with_it = replace(sample, tokenizer=str(tmp_path / "given"))
+    prepare_sample_corpus(with_it, 400, lambda _: None, tmp_path / "downloads")
+    reader = Reader(with_it, 0, 400, report=lambda _: None)
+    folder = corpus_folder(with_it, 400)
+    assert folder.name.startswith("tokenizer-") and folder != corpus_folder(sample, 400)
+    assert Tokenizer.load(folder).fingerprint == given.fingerprint
+    assert contents(folder / "wiki") == contents(Path(sample.root) / f"bpe-{VOCABULARY}" / "wiki")
+    assert reader.step_batches(0)[0].tokens.shape == (32,)
+
+
+def test_two_tokenizers_never_share_a_folder(sample: DataConfig, tmp_path: Path) -> None:
+    given = Tokenizer.load(run(sample))
+    given.save(tmp_path / "given")
+    found = {corpus_folder(replace(sample, tokenizer=str(tmp_path / "given")), 400)}
+    (tmp_path / "given" / "tokenizer_config.json").write_text('{"bos_token": "</s>", "eos_token": "<s>"}')
+    found.add(corpus_folder(replace(sample, tokenizer=str(tmp_path / "given")), 400))
+    (tmp_path / "given" / "tokenizer.json").write_text((tmp_path / "given" / "tokenizer.json").read_text() + " ")
+    found.add(corpus_folder(replace(sample, tokenizer=str(tmp_path / "given")), 400))
+    assert len(found) == 3
+
+
+def test_a_tokenizer_that_is_not_there_or_has_more_ids_than_the_model_is_refused(sample: DataConfig, tmp_path: Path
+                                                                                 ) -> None:
+    missing = replace(sample, tokenizer=str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"data\.tokenizer = .*nowhere.*tokenizer\.json: missing"):
+        prepare_sample_corpus(missing, VOCABULARY, lambda _: None, tmp_path / "downloads")
+    Tokenizer.load(run(sample)).save(tmp_path / "given")
+    with pytest.raises(DataError, match=f"{VOCABULARY} ids, but model.vocab_size = 100; raise it"):
+        corpus_folder(replace(sample, tokenizer=str(tmp_path / "given")), 100)
+    for wrong in ("bpee", "gpt2", ""):
+        with pytest.raises(ConfigError, match=r"data\.tokenizer = "):
+            replace(sample, tokenizer=wrong)
+    assert replace(sample, tokenizer="bpe").tokenizer == "bpe"
