@@ -1,7 +1,7 @@
 """Prefill and decoding of a DLCM beside a dense model of equal FLOPs: `python -m benchmarks.decode` (minutes).
 
-Both models have drawn weights, one width, one vocabulary and one head; the dense one has as many layers, and an FFN as
-wide, as make its FLOPs per decoded token those of the DLCM at R tokens per concept. Concepts end every R tokens (form
+Both models have drawn weights, one width and one vocabulary; the dense one is as deep as makes its FLOPs per decoded
+token those of the DLCM at R tokens per concept (`dense_partner`). Concepts end every R tokens (form
 `fixed`), so that the ratio is exact. Sequences of a batch are a token apart, so that every step closes concepts in
 about 1 / R of them, as with learned boundaries; `--aligned` lets all of them close at once.
 
@@ -85,7 +85,9 @@ def cost(config: ModelConfig, batch: int, context: int, width: int, backbone_sha
 
 
 def dense_partner(config: ModelConfig, context: int) -> ModelConfig:
-    """Of the same widths and head, as deep and its FFN as wide as makes its FLOPs per token equal."""
+    """Of the same width, heads and vocabulary, and as deep as makes its FLOPs per token equal, with an FFN of about 8/3
+    of its width: the shape of the paper's baseline, but for keys, of which that has one a head and this as few as the
+    DLCM."""
     wanted = cost(config, 1, context, 4, 1).flops_per_token
 
     def with_layers(layers: int, ffn: int) -> ModelConfig:
@@ -94,9 +96,10 @@ def dense_partner(config: ModelConfig, context: int) -> ModelConfig:
     def flops(layers: int, ffn: int) -> float:
         return cost(with_layers(layers, ffn), 1, context, 4, 1).flops_per_token
 
-    one, two = (flops(layers, config.ffn_token) for layers in (1, 2))
+    usual = 8 * config.d_token // 3
+    one, two = (flops(layers, usual) for layers in (1, 2))
     layers = max(1, round(1 + (wanted - one) / (two - one)))
-    ffn = min(range(64, 4 * config.ffn_token, 64), key=lambda one: abs(flops(layers, one) - wanted))
+    ffn = min(range(64, 4 * config.ffn_token, 64), key=lambda ffn: abs(flops(layers, ffn) - wanted))
     return with_layers(layers, ffn)
 
 
@@ -199,7 +202,7 @@ def line(found: dict[str, Any]) -> str:
     return "  ".join(cells)
 
 
-HEAD = ("                     DLCM                          dense\n"
+HEAD = ("                      DLCM                          dense\n"
         "batch context    prefill   decode predicted    prefill   decode predicted  ratio  steps/token, with backbone")
 
 
@@ -222,10 +225,14 @@ def main() -> None:
         state = build_model(shape, torch.float32, "sdpa", seed=0).state_dict()
         models[name] = model_of(replace(config, model=shape), state, dtype, device, name)
     rate, speed = matrix_product_rate(dtype, device), bandwidth(device)
-    hardware = f"{describe_hardware(config.train, device)}: {rate / 1e9:,.0f} GFLOP/s, reads {speed / 1e9:,.1f} GB/s, {dtype}"
+    hardware = (f"{describe_hardware(config.train, device)}: {rate / 1e9:,.0f} GFLOP/s, reads {speed / 1e9:,.1f} GB/s, "
+                f"{dtype}")
     dense = shapes["dense"]
     print(f"{hardware}\n{config.name}: R = {config.model.boundary.target_ratio:g}; dense: {dense.decoder_layers} "
-          f"layers, FFN {dense.ffn_token}\n{HEAD}")
+          f"layers, FFN {dense.ffn_token}")
+    each = {name: cost(shape, 1, 2048, dtype.itemsize, 1) for name, shape in shapes.items()}
+    print("; ".join(f"{name} {one.flops_per_token:.3g} FLOPs a token at 2,048, cache {one.cache_bytes_per_token:,.0f} "
+                    "bytes a token" for name, one in each.items()) + f"\n{HEAD}")
     cases = [(batch, context) for batch in arguments.batches for context in arguments.contexts]
     found, left_out = [], []
     for batch, context in tqdm(cases, desc="decode", unit="case", disable=None):

@@ -8,13 +8,16 @@ import sys
 import pytest
 import torch
 from torch.nn.attention import flex_attention as library
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cross_attention import Case, compact, masked, replicated, visible
+from benchmarks.decode import cost, dense_partner
 from benchmarks.roofline import CARDS, count_step, report
 from benchmarks.rows import MIXES, document_lengths, synthetic_batch
 from dlcm_lightning.batch import IGNORE_INDEX
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
+from dlcm_lightning.model.dlcm import build_model
 from tests.steps import CONFIG
 
 BEFORE = {1: (2962, 254.9e9), 2: (3070, 452.5e9)}
@@ -73,3 +76,31 @@ def test_without_a_gpu_nothing_is_run_and_nothing_has_failed() -> None:
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert "There is no GPU here" in done.stdout and "engines" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["smoke", "quickstart", "ladder_87m", "dlcm_2b_1t"])
+def test_a_dense_partner_needs_as_many_flops_for_a_decoded_token(name: str) -> None:
+    config = load_config(name).model
+    partner = dense_partner(config, 2048)
+    flops = [cost(one, 1, 2048, 2, 1).flops_per_token for one in (config, partner)]
+    assert flops[1] == pytest.approx(flops[0], rel=0.02)
+    assert (partner.d_token, partner.kv_heads_token, partner.vocab_size) == (
+        config.d_token, config.kv_heads_token, config.vocab_size)
+
+
+@pytest.mark.parametrize("kind", ["dlcm", "dense"])
+def test_decoding_is_counted_as_the_model_does_it(kind: str) -> None:
+    """Products of a forward over one more token, and the bytes of what the state holds."""
+    config = load_config("smoke", ["model.boundary.form=fixed"]).model
+    config = config if kind == "dlcm" else dense_partner(config, 512)
+    model = build_model(config, torch.float32, "sdpa", 0).eval()
+    state = model.new_state(1, 512)
+    counted = cost(config, 1, 512, 4, 1)
+    held = sum(one.numel() * 4 for arrays in state.arrays() for one in arrays.tensors()
+               if one.dim() == 4)
+    assert held == pytest.approx(512 * counted.cache_bytes_per_token, rel=0.01)
+    model.prefill(torch.zeros(508, dtype=torch.long), [508], [0], state)
+    with FlopCounterMode(display=False) as counter:  # four steps, of which one closes a concept
+        for _ in range(4):
+            model.logits(model.step(torch.zeros(1, dtype=torch.long), [0], state).hidden)
+    assert counter.get_total_flops() / 4 == pytest.approx(counted.flops_per_token, rel=0.02)

@@ -42,14 +42,18 @@ def add_norm(x: Tensor, delta: Tensor, gain: Tensor, epsilon: float) -> tuple[Te
     return total, rms_norm(total, gain, epsilon)
 
 
+def _activated(joined: Tensor) -> Tensor:
+    gate, up = joined.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 class _SwiGLU(torch.autograd.Function):
     """Keeps only its input: the activation is computed again in the backward."""
 
     @staticmethod
     def forward(ctx: Any, joined: Tensor) -> Tensor:
         ctx.save_for_backward(joined)
-        gate, up = joined.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return _activated(joined)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -60,13 +64,18 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(joined: Tensor) -> Tensor:
     """joined (T, 2 I), gate in front of up -> silu(gate) * up (T, I)."""
-    return _SwiGLU.apply(joined)
+    return _SwiGLU.apply(joined) if torch.is_grad_enabled() else _activated(joined)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (T, heads, d), its halves as pairs, turned by angles (T, 1, d / 2)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def _parts(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    return _turned(query, cos, sin), _turned(key, cos, sin), value
 
 
 class _RotateSplit(torch.autograd.Function):
@@ -76,8 +85,8 @@ class _RotateSplit(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
                 ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        return _turned(query, cos, sin), _turned(key, cos, sin), value.clone()
+        query, key, value = _parts(qkv, cos, sin, heads, kv_heads)
+        return query, key, value.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -88,6 +97,8 @@ class _RotateSplit(torch.autograd.Function):
 
 def rotate_split(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """qkv (T, H + 2K, d), cos and sin (T, 1, d / 2) -> turned queries (T, H, d), turned keys, and values (T, K, d)."""
+    if not torch.is_grad_enabled():
+        return _parts(qkv, cos, sin, heads, kv_heads)
     return _RotateSplit.apply(qkv, cos, sin, heads, kv_heads)
 
 

@@ -56,6 +56,8 @@ class _MixedLinear(torch.autograd.Function):
 def mixed_linear(x: Tensor, weight: Tensor, low: Tensor | None = None) -> Tensor:
     """x (..., I), weight (O, I) of any float dtype -> x weight^T (..., O) in the dtype of x. low: the weight in that
     dtype, where there is one already; the gradient is the weight's all the same."""
+    if not torch.is_grad_enabled():  # decoding is many small products: an autograd function costs as much as one
+        return torch.nn.functional.linear(x, weight.to(x.dtype) if low is None else low)
     return _MixedLinear.apply(x, weight, low)
 
 

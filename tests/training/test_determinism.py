@@ -103,7 +103,7 @@ def adds_by_scattering(monkeypatch: pytest.MonkeyPatch) -> None:
         out = torch.zeros(len(offsets) - 1, x.shape[1])
         return out.scatter_add(0, owner[:, None].expand_as(x), x.float())
 
-    monkeypatch.setattr(pool_and_replicate, "_segment_sum", segment_sum)
+    monkeypatch.setattr(pool_and_replicate, "segment_sum", segment_sum)
 
 
 @pytest.mark.parametrize("plant", [adds_by_index, adds_by_scattering])
