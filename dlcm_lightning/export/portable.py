@@ -132,15 +132,15 @@ def making(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def finish(folder: Path, trained: Trained, dtype: str) -> None:
+def finish(folder: Path, trained: Trained, dtype: str, more: dict[str, Any] | None = None) -> None:
     """Writes config.yaml and, last, portable.json; then loads what was written, which must say of the probe text what
-    the run's model said when it was saved."""
+    the model said when it was saved. more: to be kept in portable.json."""
     save_config(trained.config, folder / CONFIG)
     for file in folder.iterdir():
         flush(file)
     said = {"step": trained.step, "tokens": trained.tokens, "dtype": dtype,
             "parameters": sum(tensor.numel() for tensor in trained.state.values()),
-            "fingerprint": asdict(trained.fingerprint),
+            "fingerprint": asdict(trained.fingerprint), **(more or {}),
             "files": {file.name: sha256_of(file) for file in sorted(folder.iterdir())}}
     write_atomically(folder / ABOUT, (json.dumps(said, indent=1) + "\n").encode())
     now = Probe(Tokenizer.load(folder)).fingerprint(load_model(folder), torch.device("cpu"))

@@ -13,22 +13,17 @@ the source, computed by a dense model of ours.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dlcm_lightning.atomic_io import flush, sha256_of, write_atomically
-from dlcm_lightning.checkpoint.exported import ABOUT, CONFIG
 from dlcm_lightning.checkpoint.probe import LOSS_TOLERANCE, Probe
-from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import CheckpointError
-from dlcm_lightning.export.portable import SPLIT_BYTES, load_model, write_state
+from dlcm_lightning.export.portable import SPLIT_BYTES, Trained, finish, making, write_state
 from dlcm_lightning.model import mup
 from dlcm_lightning.model.dlcm import LanguageModel, assemble
 from dlcm_lightning.upcycling.filling import Filling
@@ -59,9 +54,12 @@ def upcycle(source: DenseSource, config: Config, out: str | Path, *, spelling: S
     ConfigError: the model does not fit the source. CheckpointError: OUT exists or cannot be written, no tokenizer, what
     was written computes something else than the source.
     """
-    out = Path(out)
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already; remove it or write elsewhere")
+    with making(Path(out)) as folder:
+        return _write(folder, source, config, spelling, skip_layers, seed, split_bytes)
+
+
+def _write(folder: Path, source: DenseSource, config: Config, spelling: Spelling | None, skip_layers: bool,
+           seed: int | None, split_bytes: int) -> Upcycled:
     placement = place_layers(source, config, skip_layers)
     tokenizer, said = _spelling(source, spelling)
     probe = Probe(tokenizer)
@@ -71,33 +69,18 @@ def upcycle(source: DenseSource, config: Config, out: str | Path, *, spelling: S
     mup.initialise(model, config.model, seed)
     report = list(Filling(model, source, placement, seed).report())
     report += [f"{'tokenizer':<30}  {said}"] if said else []
+    fingerprint = probe.fingerprint(model.eval(), HOST)
+    same = math.isclose(fingerprint.loss, source_loss, rel_tol=LOSS_TOLERANCE[torch.float32])
+    if not same and not placement.skipped(source.shape.layers):
+        raise CheckpointError(f"{folder.name}: not written, for its loss on the probe texts would be "
+                              f"{fingerprint.loss:.6g}, and that of {source.origin} is {source_loss:.6g}; this is a "
+                              "fault of upcycling/")
     state = dict(model.state_dict())
-    making = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(making, ignore_errors=True)
-    try:
-        making.mkdir(parents=True)
-        write_state(state, making, split_bytes)
-        save_config(config, making / CONFIG)
-        tokenizer.save(making)
-        for file in making.iterdir():
-            flush(file)
-        fingerprint = probe.fingerprint(model.eval(), HOST)
-        about = {"step": 0, "tokens": 0, "dtype": "fp32", "parameters": sum(one.numel() for one in state.values()),
-                 "fingerprint": asdict(fingerprint),
-                 "upcycled": {"source": source.origin, "source_loss": source_loss, "report": report},
-                 "files": {file.name: sha256_of(file) for file in sorted(making.iterdir())}}
-        write_atomically(making / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
-        loss = probe.fingerprint(load_model(making), HOST).loss
-        same = math.isclose(loss, source_loss, rel_tol=LOSS_TOLERANCE[torch.float32])
-        if not same and not placement.skipped(source.shape.layers):
-            raise CheckpointError(f"{out}: not written, for its loss on the probe texts would be {loss:.6g}, and that "
-                                  f"of {source.origin} is {source_loss:.6g}; this is a fault of upcycling/")
-        making.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written ({error}); free space or correct the permissions") from error
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-    return Upcycled(report, source_loss, loss)
+    write_state(state, folder, split_bytes)
+    tokenizer.save(folder)
+    made = Trained(folder, folder, config, state, 0, 0, fingerprint, False)
+    finish(folder, made, "fp32", {"upcycled": {"source": source.origin, "source_loss": source_loss, "report": report}})
+    return Upcycled(report, source_loss, fingerprint.loss)
 
 
 @torch.no_grad()

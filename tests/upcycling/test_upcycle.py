@@ -18,11 +18,12 @@ from dlcm_lightning.compose import load_config, save_config
 from dlcm_lightning.config import Config, ConfigError, MupConfig
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import CheckpointError
+from dlcm_lightning.export import portable
 from dlcm_lightning.export.portable import about, export, load_model, load_state
 from dlcm_lightning.model import mup
+from dlcm_lightning.model.dlcm import assemble
 from dlcm_lightning.training.run import pretrain
 from dlcm_lightning.upcycling import filling
-from dlcm_lightning.upcycling import upcycle as upcycling
 from dlcm_lightning.upcycling.filling import OUT, UP
 from dlcm_lightning.upcycling.opening import open_source
 from dlcm_lightning.upcycling.placement import spread
@@ -90,7 +91,7 @@ def test_every_part_is_what_the_report_says(llama: Path, target: Config, tmp_pat
 
 
 def mup_state(config: Config, seed: int) -> dict[str, torch.Tensor]:
-    model = upcycling.assemble(config.model, torch.float32, "sdpa")
+    model = assemble(config.model, torch.float32, "sdpa")
     mup.initialise(model, config.model, seed)
     return dict(model.state_dict())
 
@@ -179,7 +180,7 @@ def test_what_is_half_written_never_has_the_name(llama: Path, target: Config, tm
         assert not (tmp_path / "out").exists() and (tmp_path / ".out.unfinished").exists()
         raise OSError("no space left")
 
-    monkeypatch.setattr(upcycling, "save_config", full)
+    monkeypatch.setattr(portable, "save_config", full)
     with pytest.raises(CheckpointError, match=r"out: cannot be written \(no space left\)"):
         upcycle(open_source(llama), target, tmp_path / "out")
     assert not [one for one in tmp_path.iterdir() if "out" in one.name]
