@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--aligned", action="store_true", help="all sequences close their concepts in the same steps")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", default="", help="of this measurement in the results")
     arguments = parser.parse_args()
     device = choose_device()
@@ -252,9 +253,9 @@ def main() -> None:
             "models": {name: asdict(one) for name, one in shapes.items()}, "aligned": arguments.aligned,
             "cases": found, "left_out": left_out}
     name = arguments.name or (config.name + ("-aligned" if arguments.aligned else ""))
-    kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    RESULTS.write_text(json.dumps(kept | {name: keep}, indent=1) + "\n")
-    print(f"{RESULTS} holds it as {name!r}")
+    kept = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    arguments.out.write_text(json.dumps(kept | {name: keep}, indent=1) + "\n")
+    print(f"{arguments.out} holds it as {name!r}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     engines     every strategy, eager and compiled: killed, stopped, continued, compared bit for bit
     steps       tokens/s, MFU, memory, kernels of dlcm_2b and dense_1b
     attention   the attention kernels beside each other
+    decode      prefill and decoding of dlcm_2b beside a dense model of equal FLOPs
 
 Each part is a process of its own with its own limit; one that fails or takes too long does not end the others. What
 they print and find lies in a folder, `gpu.json` says on what card, with which versions, and what became of each part.
@@ -94,6 +95,7 @@ def parts(out: Path) -> tuple[Part, ...]:
         Part("engines", 420, (*PYTEST, "-n", "10", "tests/gpu/test_engines.py")),
         Part("steps", 420, ("-m", "benchmarks.gpu", "--steps", "--out", str(out))),
         Part("attention", 120, ("-m", "benchmarks.attention", "--out", str(out / "attention.json"))),
+        Part("decode", 240, ("-m", "benchmarks.decode", "--out", str(out / "decode.json"))),
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of TensorBoard and of the segmented texts: `python docs/make_screenshots.py runs/NAME`.
+"""Pictures of TensorBoard, segmented texts and generation: `python docs/make_screenshots.py runs/NAME`.
 
 Needs Chromium and a Chinese font (`apt install chromium fonts-wqy-zenhei`). Writes docs/images/*.png. Look at them
 before they are committed.
@@ -6,6 +6,8 @@ before they are committed.
 
 from __future__ import annotations
 
+import html
+import shlex
 import shutil
 import socket
 import subprocess
@@ -15,6 +17,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+from dlcm_lightning.inference.terminal import COLOURS
+
 IMAGES = Path(__file__).parent / "images"
 PAGES = {"tensorboard": ("?darkMode=false&forceSVG=true#timeseries", "1500,1150"),
          "custom_scalars": ("#custom_scalars", "1500,1500")}
@@ -22,6 +26,8 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
          "--virtual-time-budget=60000")
 START_SECONDS = 120
+PROMPTS = ("The city of", "def area(", "If x", "曹操")
+"""In `generate.png`, each with the concepts that it and its text fall into."""
 
 
 def shoot(url: str, size: str, to: Path) -> None:
@@ -53,6 +59,27 @@ def main(run: Path) -> None:
         server.terminate()
         server.wait()
     shoot((run / "boundaries.html").resolve().as_uri(), "1000,900", IMAGES / "boundaries.png")
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "generate.html"
+        page.write_text(terminal(run), encoding="utf-8")
+        shoot(page.as_uri(), "1000,430", IMAGES / "generate.png")
+
+
+def terminal(run: Path) -> str:
+    """What `dlcm generate --concepts` writes to a terminal, as a page."""
+    command = ["generate", str(run), "--concepts", "--seed", "1", "--max-tokens", "56"]
+    command += [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
+    done = subprocess.run([sys.executable, "-m", "dlcm_lightning", *command, "--color", "always"], check=True,
+                          text=True, capture_output=True)
+    levels = (0, 95, 135, 175, 215, 255)  # of the colour cube that terminals share
+    text = html.escape(done.stdout + done.stderr.splitlines()[-1])
+    for colour in COLOURS:
+        red, green, blue = (levels[(colour - 16) // step % 6] for step in (36, 6, 1))
+        text = text.replace(f"\x1b[30;48;5;{colour}m", f'<b style="background:rgb({red},{green},{blue})">')
+    shown = " ".join(shlex.quote(one) for one in ["dlcm", *command])
+    return (f'<meta charset="utf-8"><style>body{{margin:16px;background:#1b1b1f;color:#ddd;font:15px/1.5 monospace;'
+            "white-space:pre-wrap}b{color:#000;font-weight:normal}</style>"
+            f"$ {html.escape(shown)}\n{text.replace(chr(27) + '[0m', '</b>')}")
 
 
 def _get(url: str) -> str:

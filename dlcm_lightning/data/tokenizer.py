@@ -54,9 +54,9 @@ class Tokenizer:
     """Text to ids and back. Made by `load` or `train_bpe`; immutable."""
 
     def __init__(self, definition: str, begin: str, end: str) -> None:
-        """definition: the text of tokenizer.json. begin, end: the BOS and EOS tokens, which it must hold. DataError:
-        the library refuses it, it changes texts, or it lacks these tokens."""
-        self._definition = definition
+        """definition: the text of tokenizer.json, kept as it is. begin, end: the BOS and EOS tokens, which it must
+        hold. DataError: the library refuses it, it changes texts, or it lacks these tokens."""
+        self.definition = definition
         try:
             found = json.loads(definition)
             reason = why_lossy(found)
@@ -130,7 +130,7 @@ class Tokenizer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         settings = {"bos_token": self.begin, "eos_token": self.end, "tokenizer_class": "PreTrainedTokenizerFast"}
         write_atomically(Path(folder) / SETTINGS, (json.dumps(settings, ensure_ascii=False, indent=2) + "\n").encode())
-        write_atomically(Path(folder) / TOKENIZER, self._definition.encode())
+        write_atomically(Path(folder) / TOKENIZER, self.definition.encode())
 
     @property
     def vocab_size(self) -> int:
@@ -140,7 +140,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of tokenizer.json."""
-        return hashlib.sha256(self._definition.encode()).hexdigest()
+        return hashlib.sha256(self.definition.encode()).hexdigest()
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One uint32 array per text: BOS, the text's ids, EOS."""

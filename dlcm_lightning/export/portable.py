@@ -35,7 +35,7 @@ from dlcm_lightning.checkpoint.folder import Checkpoint, Fingerprint, open_check
 from dlcm_lightning.checkpoint.probe import Probe, difference
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config
-from dlcm_lightning.data.tokenizer import SETTINGS, TOKENIZER, Tokenizer
+from dlcm_lightning.data.tokenizer import TOKENIZER, Tokenizer
 from dlcm_lightning.errors import CheckpointError, ConfigError
 from dlcm_lightning.model.dlcm import LanguageModel, assemble
 from dlcm_lightning.model.mup import Role, RoleModule
@@ -63,15 +63,24 @@ class Trained:
 
     place: Path
     """The checkpoint, or the export."""
-    folder: Path
-    """Of the run, or the export: where the tokenizer lies."""
     config: Config
+    tokenizer: Tokenizer
     state: dict[str, Tensor]
     step: int
     tokens: int
     fingerprint: Fingerprint
     rough: bool
-    """Whether it computed in half precision, or was rounded to it, when the fingerprint was taken."""
+    """Whether it computed in half precision when the fingerprint was taken, or was rounded to it since."""
+    folder: Path | None = None
+    """Of the run, where it is one."""
+
+    def check(self, model: LanguageModel) -> None:
+        """CheckpointError: the model does not say of the probe text what was said when the fingerprint was taken."""
+        now = Probe(self.tokenizer).fingerprint(model, model.where)
+        rough = self.rough or model.compute_dtype not in (torch.float32, torch.float64)
+        if differs := difference(self.fingerprint, now, torch.bfloat16 if rough else torch.float32):
+            raise CheckpointError(f"{self.place} is read but computes something else: {differs}; it was written by "
+                                  f"other code than this, or {TOKENIZER} is not the one that it was trained with")
 
 
 def open_trained(place: str | Path, step: int | None = None) -> Trained:
@@ -84,20 +93,27 @@ def open_trained(place: str | Path, step: int | None = None) -> Trained:
         said = about(place)
         if step is not None:
             raise ConfigError(f"--step {step}: {place} is an exported model, of step {said['step']}")
-        found = Trained(place, place, exported.config, load_state(place), said["step"], said["tokens"],
-                        Fingerprint(**said["fingerprint"]), True)
-    elif folders(place) or step is not None:
+        return Trained(place, exported.config, _tokenizer(place, exported.config), load_state(place), said["step"],
+                       said["tokens"], Fingerprint(**said["fingerprint"]), said.get("rough", True))
+    if folders(place) or step is not None:
         checkpoint = open_checkpoint(place, step)
-        manifest = checkpoint.manifest
-        found = Trained(checkpoint.folder, place, checkpoint.config, model_state(checkpoint), checkpoint.step,
-                        manifest.tokens, manifest.fingerprint, manifest.identity.precision == "bfloat16")
-    else:
-        what = "holds no checkpoint and is no exported model" if place.is_dir() else "is not there"
-        raise CheckpointError(f"{place}: {what}; name the directory of a run, runs/NAME, or what `dlcm export` wrote")
-    if not (found.folder / TOKENIZER).is_file():
-        raise CheckpointError(f"{found.folder / TOKENIZER}: missing; copy it there from the data.root that the model "
-                              "was trained on")
-    return found
+        manifest, config = checkpoint.manifest, checkpoint.config
+        return Trained(checkpoint.folder, config, _tokenizer(place, config), model_state(checkpoint), checkpoint.step,
+                       manifest.tokens, manifest.fingerprint, manifest.identity.precision == "bfloat16", place)
+    what = "holds no checkpoint and is no exported model" if place.is_dir() else "is not there"
+    raise CheckpointError(f"{place}: {what}; name the directory of a run, runs/NAME, or what `dlcm export` wrote")
+
+
+def _tokenizer(folder: Path, config: Config) -> Tokenizer:
+    """CheckpointError: there is none, or one that cannot be the model's."""
+    if not (folder / TOKENIZER).is_file():
+        raise CheckpointError(f"{folder / TOKENIZER}: missing; copy it there from the data.root that the model was "
+                              "trained on")
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise CheckpointError(f"{folder / TOKENIZER}: {tokenizer.vocab_size:,} ids, but the model knows "
+                              f"{config.model.vocab_size:,} (model.vocab_size); put its own tokenizer there")
+    return tokenizer
 
 
 def export(place: str | Path, out: str | Path, *, step: int | None = None, dtype: Literal["fp32", "bf16"] = "fp32",
@@ -108,9 +124,7 @@ def export(place: str | Path, out: str | Path, *, step: int | None = None, dtype
     with making(out) as folder:
         trained = open_trained(place, step)
         write_state(rounded(trained.state, dtype), folder, split_bytes)
-        for name in (TOKENIZER, SETTINGS):
-            if (trained.folder / name).is_file():  # runs of older versions have no settings
-                shutil.copyfile(trained.folder / name, folder / name)
+        trained.tokenizer.save(folder)
         finish(folder, trained, dtype)
     return out
 
@@ -140,14 +154,10 @@ def finish(folder: Path, trained: Trained, dtype: str, more: dict[str, Any] | No
         flush(file)
     said = {"step": trained.step, "tokens": trained.tokens, "dtype": dtype,
             "parameters": sum(tensor.numel() for tensor in trained.state.values()),
-            "fingerprint": asdict(trained.fingerprint), **(more or {}),
+            "fingerprint": asdict(trained.fingerprint), "rough": trained.rough or dtype == "bf16", **(more or {}),
             "files": {file.name: sha256_of(file) for file in sorted(folder.iterdir())}}
     write_atomically(folder / ABOUT, (json.dumps(said, indent=1) + "\n").encode())
-    now = Probe(Tokenizer.load(folder)).fingerprint(load_model(folder), torch.device("cpu"))
-    rough = dtype == "bf16" or trained.rough
-    if differs := difference(trained.fingerprint, now, torch.bfloat16 if rough else torch.float32):
-        raise CheckpointError(f"{trained.place} is read but computes something else: {differs}; it was written by "
-                              "other code than this: export with the version that wrote it")
+    open_trained(folder).check(load_model(folder))
 
 
 def rounded(state: dict[str, Tensor], dtype: Literal["fp32", "bf16"]) -> dict[str, Tensor]:

@@ -131,7 +131,8 @@ class Generator:
         dtype = torch.bfloat16 if low else torch.float32
         trained = open_trained(place, step)
         model = model_of(trained.config, trained.state, dtype, device, str(trained.place))
-        return Generator(model, Tokenizer.load(trained.folder), context or trained.config.data.sequence_length)
+        trained.check(model)
+        return Generator(model, trained.tokenizer, context or trained.config.data.sequence_length)
 
     def generate(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling = Sampling(),  # noqa: B008 - frozen
                  *, samples: int = 1, batch_size: int = 8) -> list[Completion]:

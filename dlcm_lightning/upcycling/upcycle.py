@@ -78,7 +78,7 @@ def _write(folder: Path, source: DenseSource, config: Config, spelling: Spelling
     state = dict(model.state_dict())
     write_state(state, folder, split_bytes)
     tokenizer.save(folder)
-    made = Trained(folder, folder, config, state, 0, 0, fingerprint, False)
+    made = Trained(folder, config, tokenizer, state, 0, 0, fingerprint, False)
     finish(folder, made, "fp32", {"upcycled": {"source": source.origin, "source_loss": source_loss, "report": report}})
     return Upcycled(report, source_loss, fingerprint.loss)
 

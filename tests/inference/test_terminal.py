@@ -12,10 +12,12 @@ import pytest
 
 from dlcm_lightning.cli import main
 from dlcm_lightning.config import Config, OptimConfig, TrainConfig
+from dlcm_lightning.data.tokenizer import train_bpe
 from dlcm_lightning.errors import ConfigError
 from dlcm_lightning.inference.terminal import read_prompts, spans_of
 from dlcm_lightning.training.run import pretrain
 from tests.conftest import MODEL
+from tests.synthetic import VOCABULARY, make_texts
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,17 @@ def test_what_is_no_model_is_said(run: Path, tmp_path: Path, capsys: pytest.Capt
     (copy / "tokenizer.json").unlink()
     assert main(["generate", str(copy), "--prompt", "a"]) == 2
     assert "tokenizer.json: missing" in capsys.readouterr().err
+    texts = make_texts("english", 200) + make_texts("chinese", 200)
+    others = ((texts[100:300], VOCABULARY, "is not the one that it was trained with"),
+              (texts, VOCABULARY + 4, "put its own tokenizer there"))
+    for texts, size, words in others:
+        train_bpe(texts, size).save(copy)
+        for command in (["generate", str(copy), "--prompt", "a"], ["export", str(copy), str(tmp_path / "wrong")],
+                        ["export", str(copy), str(tmp_path / "wrong"), "--hf"]):
+            assert main(command) == 2
+            said = capsys.readouterr().err
+            assert words in said and len(said.splitlines()) == 1, said
+    assert not (tmp_path / "wrong").exists()
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     (tmp_path / "out" / "config.yaml").unlink()
     assert main(["generate", str(tmp_path / "out"), "--prompt", "a"]) == 2

@@ -45,7 +45,7 @@ def difference(model: LanguageModel, lengths: list[int], sampled: bool, seed: in
 
     backbone_rows: is given the number of rows that run through the backbone."""
     choose = random.Random(seed)
-    tokens, noise, documents = tokens_and_noise(lengths, seed)
+    tokens, noise, documents = (one.to(model.where) for one in tokens_and_noise(lengths, seed))
     drawn = noise if sampled else None
     with torch.no_grad():
         whole = model(tokens, documents, drawn)
@@ -62,7 +62,7 @@ def difference(model: LanguageModel, lengths: list[int], sampled: bool, seed: in
             continue
         counts = [min(choose.choice([1, 1, 1, 2, 7, 40]), lengths[row] - done[row]) for row in rows]
         where = torch.cat([torch.arange(starts[row] + done[row], starts[row] + done[row] + count)
-                           for row, count in zip(rows, counts, strict=True)])
+                           for row, count in zip(rows, counts, strict=True)]).to(model.where)
         now = model.extend(tokens[where], counts, [slots[row] for row in rows], state,
                            None if drawn is None else drawn[where])
         if whole.segmentation is not None and now.segmentation is not None and not torch.equal(

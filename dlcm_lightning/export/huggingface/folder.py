@@ -21,7 +21,6 @@ from typing import Any, Literal
 from dlcm_lightning import __version__
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.tokenizer import SETTINGS, TOKENIZER, Tokenizer
-from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.export.huggingface.bundle import modelling_files
 from dlcm_lightning.export.huggingface.model_card import CURVES, curves, model_card
 from dlcm_lightning.export.portable import PREFIX, SPLIT_BYTES, finish, making, open_trained, rounded, write_state
@@ -29,22 +28,18 @@ from dlcm_lightning.export.portable import PREFIX, SPLIT_BYTES, finish, making, 
 
 def export_huggingface(place: str | Path, out: str | Path, *, step: int | None = None,
                        dtype: Literal["fp32", "bf16"] = "fp32", split_bytes: int = SPLIT_BYTES) -> Path:
-    """Writes OUT whole or not at all; see `portable.export`. CheckpointError also: the tokenizer has other ids than the
-    model."""
+    """Writes OUT whole or not at all; see `portable.export`."""
     out = Path(out)
     with making(out) as folder:
         trained = open_trained(place, step)
-        tokenizer = Tokenizer.load(trained.folder)
-        if tokenizer.vocab_size > trained.config.model.vocab_size:
-            raise CheckpointError(f"{trained.folder / TOKENIZER}: {tokenizer.vocab_size:,} ids, but the model knows "
-                                  f"{trained.config.model.vocab_size:,}; put its own tokenizer there")
+        tokenizer = trained.tokenizer
         state = rounded(trained.state, dtype)
         write_state({PREFIX + name: tensor for name, tensor in state.items()}, folder, split_bytes)
         for name, content in modelling_files(__version__).items():
             (folder / name).write_text(content, encoding="utf-8")
         _write_json(folder / "config.json", _config(trained.config, tokenizer, dtype))
         _write_json(folder / "generation_config.json", _generation(trained.config, tokenizer))
-        _write_json(folder / TOKENIZER, _framing(json.loads((trained.folder / TOKENIZER).read_bytes()), tokenizer))
+        _write_json(folder / TOKENIZER, _framing(tokenizer))
         _write_json(folder / SETTINGS, _settings(trained.config, tokenizer))
         drawn = curves(trained)
         if drawn:
@@ -74,8 +69,9 @@ def _generation(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
             "suppress_tokens": never, "do_sample": False}
 
 
-def _framing(definition: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def _framing(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer with BOS in front of every text, as in training."""
+    definition: dict[str, Any] = json.loads(tokenizer.definition)
     name, index = tokenizer.begin, tokenizer.bos_id
     begin = {"SpecialToken": {"id": name, "type_id": 0}}
     definition["post_processor"] = {

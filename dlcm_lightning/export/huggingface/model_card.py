@@ -17,8 +17,7 @@ WIDTH, HEIGHT, MARGIN = 720, 300, 56
 
 def validations(trained: Trained) -> list[dict[str, Any]]:
     """Of the run up to its checkpoint, oldest first; none where its metrics are not at hand."""
-    file = trained.folder / METRICS
-    if not file.is_file():
+    if trained.folder is None or not (file := trained.folder / METRICS).is_file():
         return []
     found: dict[int, dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
