@@ -15,6 +15,8 @@ from dlcm_lightning.config import Config
 from dlcm_lightning.errors import CheckpointError
 
 ABOUT, CONFIG, TOKENIZER = "portable.json", "config.yaml", "tokenizer.json"
+PREFIX = "model."
+"""In front of every name where Hugging Face's transformers is to load it."""
 
 
 class Exported:
@@ -46,15 +48,17 @@ class Exported:
         return load_saved_config(self.folder / CONFIG)
 
     def tokenizer_fingerprint(self) -> str:
-        """sha256 of its tokenizer.json. CheckpointError: it cannot be read."""
+        """sha256 of the tokenizer.json that it was trained with; that of its own file, unless portable.json says
+        another, as where BOS was added for transformers. CheckpointError: it cannot be read."""
         try:
-            return sha256_of(self.folder / TOKENIZER)
+            stated: str | None = json.loads((self.folder / ABOUT).read_bytes()).get("tokenizer")
+            return stated or sha256_of(self.folder / TOKENIZER)
         except OSError as error:
             raise CheckpointError(f"{self.folder / TOKENIZER}: cannot be read ({error}); write it again") from error
 
     def tensors(self) -> Tensors:
         """CheckpointError: they cannot be read."""
         try:
-            return Tensors(sorted(self.folder.glob("model*.safetensors")))
+            return Tensors(sorted(self.folder.glob("model*.safetensors")), prefix=PREFIX)
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{self.folder}: {error}; write it again") from error

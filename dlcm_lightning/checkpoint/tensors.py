@@ -51,18 +51,20 @@ def share_out(sizes: dict[str, int], writers: int) -> dict[str, int]:
 class Tensors:
     """All tensors of a checkpoint, read when asked for. A context manager."""
 
-    def __init__(self, files: Iterable[Path]) -> None:
-        """ValueError: a file that is no safetensors file, or two with a tensor of one name."""
-        self._open: dict[str, safe_open] = {}
+    def __init__(self, files: Iterable[Path], prefix: str = "") -> None:
+        """prefix: left out of names that begin with it. ValueError: a file that is no safetensors file, or two with a
+        tensor of one name."""
+        self._open: dict[str, tuple[safe_open, str]] = {}
         for path in files:
             try:
                 file = safe_open(path, framework="pt")
             except SafetensorError as error:
                 raise ValueError(f"{path}: not a safetensors file ({error})") from error
-            for name in file.keys():  # noqa: SIM118 - no dict
+            for stored in file.keys():  # noqa: SIM118 - no dict
+                name = stored.removeprefix(prefix)
                 if name in self._open:
                     raise ValueError(f"{path}: {name} is in another file of the checkpoint too")
-                self._open[name] = file
+                self._open[name] = file, stored
 
     def __enter__(self) -> Tensors:
         return self
@@ -77,12 +79,14 @@ class Tensors:
 
     def get(self, name: str) -> Tensor:
         """KeyError: there is none."""
-        tensor: Tensor = self._open[name].get_tensor(name)
+        file, stored = self._open[name]
+        tensor: Tensor = file.get_tensor(stored)
         return tensor
 
     def shape(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """Without reading it."""
-        piece = self._open[name].get_slice(name)
+        file, stored = self._open[name]
+        piece = file.get_slice(stored)
         return torch.Size(piece.get_shape()), DTYPES[piece.get_dtype()]
 
 

@@ -18,6 +18,9 @@ from dlcm_lightning.cluster.launch import leave
 from dlcm_lightning.data.inspection.table import escape_control_characters
 from dlcm_lightning.errors import DONE, FAILED, INTERRUPTED, STOPPED, USER_ERROR, Stopped, UserError
 
+CONTINUED = ("pretrain", "job", "prepare", "tokenize", "data", "verify-resume", "submit")
+"""Commands that go on where they were interrupted."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; errors.py has them all."""
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("interrupted" + "; the same command continues" * (arguments.command in CONTINUED), file=sys.stderr)
         return INTERRUPTED
     except UserError as error:
         print(f"dlcm: {_rank()}{escape_control_characters(str(error))}", file=sys.stderr)

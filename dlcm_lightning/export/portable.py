@@ -45,8 +45,6 @@ from dlcm_lightning.run_directory import folders
 INDEX = "model.safetensors.index.json"
 SPLIT_BYTES = 5 * 1000**3
 BOUNDARY = "boundary."
-PREFIX = "model."
-"""In front of every name where Hugging Face's transformers is to load it."""
 
 
 def model_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -71,8 +69,12 @@ class Trained:
     fingerprint: Fingerprint
     rough: bool
     """Whether it computed in half precision when the fingerprint was taken, or was rounded to it since."""
+    tokenizer_fingerprint: str
+    """sha256 of the tokenizer.json that it was trained with."""
     folder: Path | None = None
     """Of the run, where it is one."""
+    upcycled: dict[str, Any] | None = None
+    """What `dlcm upcycle` keeps of where the weights come from."""
 
     def check(self, model: LanguageModel) -> None:
         """CheckpointError: the model does not say of the probe text what was said when the fingerprint was taken."""
@@ -94,12 +96,14 @@ def open_trained(place: str | Path, step: int | None = None) -> Trained:
         if step is not None:
             raise ConfigError(f"--step {step}: {place} is an exported model, of step {said['step']}")
         return Trained(place, exported.config, _tokenizer(place, exported.config), load_state(place), said["step"],
-                       said["tokens"], Fingerprint(**said["fingerprint"]), said.get("rough", True))
+                       said["tokens"], Fingerprint(**said["fingerprint"]), said.get("rough", True),
+                       exported.tokenizer_fingerprint(), upcycled=said.get("upcycled"))
     if folders(place) or step is not None:
         checkpoint = open_checkpoint(place, step)
         manifest, config = checkpoint.manifest, checkpoint.config
-        return Trained(checkpoint.folder, config, _tokenizer(place, config), model_state(checkpoint), checkpoint.step,
-                       manifest.tokens, manifest.fingerprint, manifest.identity.precision == "bfloat16", place)
+        tokenizer = _tokenizer(place, config)
+        return Trained(checkpoint.folder, config, tokenizer, model_state(checkpoint), checkpoint.step, manifest.tokens,
+                       manifest.fingerprint, manifest.identity.precision == "bfloat16", tokenizer.fingerprint, place)
     what = "holds no checkpoint and is no exported model" if place.is_dir() else "is not there"
     raise CheckpointError(f"{place}: {what}; name the directory of a run, runs/NAME, or what `dlcm export` wrote")
 
@@ -146,15 +150,17 @@ def making(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def finish(folder: Path, trained: Trained, dtype: str, more: dict[str, Any] | None = None) -> None:
+def finish(folder: Path, trained: Trained, dtype: str) -> None:
     """Writes config.yaml and, last, portable.json; then loads what was written, which must say of the probe text what
-    the model said when it was saved. more: to be kept in portable.json."""
+    the model said when it was saved."""
     save_config(trained.config, folder / CONFIG)
     for file in folder.iterdir():
         flush(file)
     said = {"step": trained.step, "tokens": trained.tokens, "dtype": dtype,
             "parameters": sum(tensor.numel() for tensor in trained.state.values()),
-            "fingerprint": asdict(trained.fingerprint), "rough": trained.rough or dtype == "bf16", **(more or {}),
+            "fingerprint": asdict(trained.fingerprint), "rough": trained.rough or dtype == "bf16",
+            "tokenizer": trained.tokenizer_fingerprint,
+            **({"upcycled": trained.upcycled} if trained.upcycled else {}),
             "files": {file.name: sha256_of(file) for file in sorted(folder.iterdir())}}
     write_atomically(folder / ABOUT, (json.dumps(said, indent=1) + "\n").encode())
     open_trained(folder).check(load_model(folder))
@@ -192,8 +198,8 @@ def write_state(state: dict[str, Tensor], folder: Path, split_bytes: int = SPLIT
 
 def load_state(folder: str | Path) -> dict[str, Tensor]:
     """As stored, by their names in the model."""
-    with tensors.Tensors(sorted(Path(folder).glob("model*.safetensors"))) as stored:
-        return {name.removeprefix(PREFIX): stored.get(name) for name in stored.names()}
+    with Exported(folder).tensors() as stored:
+        return {name: stored.get(name) for name in stored.names()}
 
 
 def about(folder: str | Path) -> dict[str, Any]:

@@ -150,6 +150,8 @@ class Generator:
         batch_size: sequences that decode together. ConfigError: a prompt fills the context or is none. RunError: the
         model gives no numbers.
         """
+        if isinstance(prompts, str):
+            raise ConfigError(f"prompts = {prompts!r}: give several, as [{prompts!r}]")
         if samples < 1 or batch_size < 1:
             raise ConfigError(f"samples = {samples}, batch_size = {batch_size}: each must be at least 1")
         waiting = deque(self._sequences(prompts, sampling, samples))

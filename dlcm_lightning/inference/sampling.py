@@ -101,10 +101,11 @@ def choose(logits: Tensor, sampling: Sampling, drawn: Tensor, seen: Tensor | Non
         scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
     if sampling.greedy:
         return scores.argmax(-1)
-    scores = filtered(scores / sampling.temperature, sampling)
-    weights = scores.double().softmax(-1).cumsum(-1)  # wide: an edge hardly moves with the size of the batch
-    chosen = torch.searchsorted(weights, drawn.double()[:, None] * weights[:, -1:], right=True).squeeze(-1)
-    return chosen.minimum(weights.argmax(-1))
+    scores = filtered((scores - scores.amax(-1, keepdim=True)) / sampling.temperature, sampling)
+    # On the host, in fp64: an edge hardly moves with the batch, and a GPU adds up floats in an order of its own.
+    weights = scores.cpu().double().softmax(-1).cumsum(-1)
+    chosen = torch.searchsorted(weights, drawn.cpu().double()[:, None] * weights[:, -1:], right=True).squeeze(-1)
+    return chosen.minimum(weights.argmax(-1)).to(scores.device)
 
 
 def filtered(scores: Tensor, sampling: Sampling) -> Tensor:
@@ -114,9 +115,9 @@ def filtered(scores: Tensor, sampling: Sampling) -> Tensor:
         scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[:, -1:], out)
     if sampling.top_p < 1:
         ordered, order = scores.sort(descending=True, stable=True)
-        shares = ordered.softmax(-1)
+        shares = ordered.softmax(-1).cpu()
         beyond = shares.cumsum(-1) - shares >= sampling.top_p  # what lies in front is enough
-        scores = scores.masked_fill(beyond.gather(1, order.argsort(-1)), out)
+        scores = scores.masked_fill(beyond.to(scores.device).gather(1, order.argsort(-1)), out)
     if sampling.min_p > 0:
         shares = scores.softmax(-1)
         scores = scores.masked_fill(shares < sampling.min_p * shares.amax(-1, keepdim=True), out)

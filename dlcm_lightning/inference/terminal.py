@@ -43,12 +43,12 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
 def _from_file(file: str) -> Iterator[str]:
     try:
         content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        lines = content.decode().splitlines()
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts {file}: not a text in UTF-8 ({error})") from error
     except OSError as error:
         raise ConfigError(f"--prompts {file}: cannot be read ({error})") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate((line.removesuffix("\r") for line in lines), 1):
         if not line.strip():
             continue
         if not file.endswith(".jsonl"):
@@ -72,9 +72,13 @@ class Screen:
         self.concepts, self.colour, self._out = concepts, colour, out
         self._concept: int | None = None
 
+    @property
+    def utf8(self) -> bool:
+        return (self._out.encoding or "").lower().replace("-", "") == "utf8"
+
     def span(self, text: str, concept: int) -> None:
         """Text of one concept, shown at once."""
-        text = escape_control_characters(text, keep="\n\t")
+        text = escape_control_characters(text, keep="\n\t\u200c\u200d")  # joiners of letters and signs
         if self.concepts and self.colour:
             begin = f"\x1b[30;48;5;{COLOURS[concept % len(COLOURS)]}m"
             text = "\n".join(f"{begin}{line}{RESET}" if line else "" for line in text.split("\n"))
@@ -85,8 +89,12 @@ class Screen:
 
     def write(self, text: str) -> None:
         encoding = self._out.encoding or "utf-8"
-        self._out.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        self._out.flush()
+        try:
+            self._out.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._out.flush()
+        except BrokenPipeError:  # what the texts are piped to, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
+            raise SystemExit(0) from None
 
     def close(self) -> None:
         self._concept = None
@@ -182,7 +190,8 @@ def _whole_texts(generator: Generator, events: Iterable[Begun | Piece | Completi
             while following and following[0] in waiting:
                 one = waiting.pop(following.pop(0))
                 if as_lines:
-                    screen.write(json.dumps(as_json(generator, one, prompts, concepts), ensure_ascii=False) + "\n")
+                    screen.write(json.dumps(as_json(generator, one, prompts, concepts), ensure_ascii=not screen.utf8)
+                                 + "\n")
                 else:
                     screen.write(f"--- prompt {one.prompt + 1}" + f", sample {one.sample + 1}" * (samples > 1) + "\n")
                     for text, concept in spans_of_completion(generator, one):

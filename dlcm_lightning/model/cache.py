@@ -140,13 +140,19 @@ class DecodingState:
         yield from (one for one in (self._memory, self._boundary, self._concept) if one is not None)
 
     def reset(self, slots: Sequence[int]) -> None:
-        """These slots are as new."""
+        """These slots are as new, whatever was in them."""
         for slot in slots:
+            read = self.tokens[slot], self.concepts[slot]
             self.tokens[slot] = self.concepts[slot] = self.open_tokens[slot] = 0
+            # What is masked is multiplied by zero, and zero times what is not a number is none.
+            for caches, count in (((*self.encoder, *self.decoder), read[0]), (self.backbone, read[1])):
+                for cache in caches:
+                    cache.keys[slot, :, :count] = cache.values[slot, :, :count] = 0
             if self._memory is not None:
+                self.memory.keys[slot, :, : read[1]] = self.memory.values[slot, :, : read[1]] = 0
                 self.memory.closing[slot] = FAR
                 self.boundary.sums[slot] = 0
-                self.concept.open_sums[slot] = 0
+                self.concept.open_sums[slot] = self.concept.smoothed[slot] = 0
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Slots `targets` go on from where `sources` are; all are read before one is written."""

@@ -111,7 +111,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, new: Extension, bias: Te
     groups = q.shape[2]
     q = q.reshape(rows, kv_heads, groups * most, width)
     if query.is_cuda:
-        mask = None if bias is None else bias.to(query.dtype)[:, None, None].expand(-1, kv_heads, groups, -1, -1)
+        mask = None if bias is None else bias.to(query.dtype)[:, None, None].expand(-1, 1, groups, -1, -1)
         out = torch.nn.functional.scaled_dot_product_attention(
             q, keys, values, attn_mask=None if mask is None else mask.flatten(2, 3))
     else:

@@ -65,10 +65,9 @@ def read_folder(folder: Path) -> DenseSource:
     for field, (wanted, why) in FUNCTION.items():
         if field in about and about[field] is not None and about[field] != wanted:
             _refuse(folder, field, about[field], why)
-    window = _window(folder, about)
     try:
-        shape = _shape(folder, about)
-    except (KeyError, TypeError, ValueError) as error:
+        window, shape = _window(folder, about), _shape(folder, about)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{folder / CONFIG}: not the configuration of a {kind} model ({error!r}); fetch it "
                               "again") from error
     tied = bool(about.get("tie_word_embeddings", False))
@@ -131,7 +130,8 @@ def _window(folder: Path, about: dict[str, Any]) -> int:
     if other := sorted(kinds - {"full_attention", "sliding_attention"}):
         _refuse(folder, "layer_types", other, "only causal softmax attention is computed here")
     used = "sliding_attention" in kinds if kinds else about.get("use_sliding_window", True)
-    return int(about.get("sliding_window") or 0) if used else 0
+    usual = 4096 if about.get("model_type") == "mistral" else 0  # what its configuration has where a file is silent
+    return int(about.get("sliding_window", usual) or 0) if used else 0
 
 
 def _open(folder: Path) -> Tensors:

@@ -72,14 +72,14 @@ def _write(folder: Path, source: DenseSource, config: Config, spelling: Spelling
     fingerprint = probe.fingerprint(model.eval(), HOST)
     same = math.isclose(fingerprint.loss, source_loss, rel_tol=LOSS_TOLERANCE[torch.float32])
     if not same and not placement.skipped(source.shape.layers):
-        raise CheckpointError(f"{folder.name}: not written, for its loss on the probe texts would be "
-                              f"{fingerprint.loss:.6g}, and that of {source.origin} is {source_loss:.6g}; this is a "
-                              "fault of upcycling/")
+        raise CheckpointError(f"{source.origin}: not written, for its loss on the probe texts would be "
+                              f"{fingerprint.loss:.6g} and is {source_loss:.6g}; this is a fault of upcycling/")
     state = dict(model.state_dict())
     write_state(state, folder, split_bytes)
     tokenizer.save(folder)
-    made = Trained(folder, config, tokenizer, state, 0, 0, fingerprint, False)
-    finish(folder, made, "fp32", {"upcycled": {"source": source.origin, "source_loss": source_loss, "report": report}})
+    origin = {"source": source.origin, "source_loss": source_loss, "report": report}
+    finish(folder, Trained(folder, config, tokenizer, state, 0, 0, fingerprint, False, tokenizer.fingerprint,
+                           upcycled=origin), "fp32")
     return Upcycled(report, source_loss, fingerprint.loss)
 
 

@@ -13,8 +13,11 @@ import pytest
 
 from dlcm_lightning import __version__
 from dlcm_lightning.cli import main
+from dlcm_lightning.compose import load_saved_config, save_config
 from dlcm_lightning.config import BoundaryConfig, Config, DataConfig, OptimConfig, TrainConfig
+from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.export.huggingface.bundle import modelling_files
+from dlcm_lightning.export.huggingface.folder import _framing
 from dlcm_lightning.export.huggingface.model_card import draw
 from dlcm_lightning.export.portable import load_model, load_state
 from dlcm_lightning.training.run import pretrain
@@ -70,10 +73,46 @@ def test_it_is_an_export_too(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["generate", str(tmp_path / "parts"), "--prompt", "the", "--max-tokens", "3"]) == 0
 
 
+def test_names_in_a_text_are_spelled_out_though_a_tokenizer_does_not_call_them_special(
+        run: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    file = run / "tokenizer.json"
+    definition = json.loads(file.read_text())
+    for number, (name, special) in enumerate((("<think>", False), ("<tool>", True)), 360):
+        definition["added_tokens"].append({
+            "id": number, "content": name, "special": special, "normalized": False, "lstrip": False, "rstrip": False,
+            "single_word": False})
+    assert _framing(Tokenizer(json.dumps(definition), "<s>", "</s>"))["added_tokens"][-2]["special"] is True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(_framing(Tokenizer(json.dumps(definition), "<s>", "</s>"))))
+    loaded = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>",
+                                                  eos_token="</s>", split_special_tokens=True)
+    own = Tokenizer(json.dumps(definition), "<s>", "</s>")
+    for text in ("a <think> b", "<tool>", "</s> <s>", "the river"):
+        assert loaded(text)["input_ids"] == own.encode_documents([text])[0][:-1].tolist(), text
+
+
+def test_every_command_that_takes_an_export_takes_the_folder(config: DataConfig, tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(config, tmp_path / "runs", kind="dense")
+    for name, flags in (("plain", []), ("hf", ["--hf"])):
+        assert main(["export", str(run), str(tmp_path / name), *flags]) == 0
+    assert main(["export", str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
+    for name in ("plain", "hf", "back"):
+        begun = replace(load_saved_config(run / "config.yaml"), name=f"from-{name}")
+        save_config(replace(begun, train=replace(begun.train, init_from=str(tmp_path / name))), tmp_path / "run.yaml")
+        assert main(["pretrain", str(tmp_path / "run.yaml")]) == 0, name
+        assert main(["upcycle", str(tmp_path / name), str(tmp_path / f"up-{name}"), "--config", str(run / "config.yaml")
+                     ]) == 0, capsys.readouterr().err
+        assert main(["generate", str(tmp_path / name), "--prompt", "the", "--max-tokens", "3"]) == 0
+    assert main(["export", str(tmp_path / "up-hf"), str(tmp_path / "card"), "--hf"]) == 0
+    assert f"begin with those of {tmp_path / 'hf'}" in (tmp_path / "card" / "README.md").read_text()
+
+
 def test_the_card_says_what_it_is_and_what_it_is_not(run: Path, tmp_path: Path) -> None:
     assert main(["export", str(run), str(tmp_path / "hf"), "--hf"]) == 0
     card = (tmp_path / "hf" / "README.md").read_text()
-    for words in ("license: apache-2.0", "## Limits", "has no chat template", "| a | en | 0.7 |", "| all |",
+    assert "license:" not in card
+    for words in ("## Limits", "has no chat template", "| a | en | 0.7 |", "| all |",
                   "curves.svg", "1,536 tokens in 6 steps of 256"):
         assert words in card, words
     assert (tmp_path / "hf" / "curves.svg").read_text().count("<polyline") == 3  # two domains, and all

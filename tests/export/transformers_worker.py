@@ -84,6 +84,32 @@ torch.testing.assert_close(outputs.loss.detach(), reference, rtol=1e-5, atol=1e-
 count = int(begun.sum())
 torch.testing.assert_close(model(**together, labels=labels, num_items_in_batch=2 * count).loss * 2, outputs.loss)
 
+# Documents that lie end to end in one row, as collators without padding lay them.
+texts = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+row = torch.tensor([[index for text in texts for index in text]])
+places = torch.cat([torch.arange(len(text)) for text in texts])[None]
+with torch.no_grad():
+    packed = model(row, position_ids=places).logits[0].split([len(text) for text in texts])
+    for text, logits in zip(texts, packed, strict=True):
+        torch.testing.assert_close(logits, model(torch.tensor([text])).logits[0], rtol=0, atol=1e-4)
+    shown = (together["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    torch.testing.assert_close(model(**together, position_ids=shown).logits, whole, rtol=0, atol=1e-4)
+torch.testing.assert_close(model(row, position_ids=places, labels=row).loss.detach(), reference, rtol=1e-5, atol=1e-5)
+
+# Under autocast, as a Trainer with bf16=True runs it: fp32 weights, products in bf16, gradients in fp32.
+with torch.autocast("cpu", torch.bfloat16):
+    mixed = model(**together, labels=labels)
+    mixed.loss.backward()
+    assert mixed.logits.dtype == torch.bfloat16 and abs(mixed.loss.item() - reference.item()) < 0.05 * reference.item()
+    model.generate(**together, max_new_tokens=3, do_sample=False)
+assert all(one.grad is None or one.grad.dtype == torch.float32 for one in model.parameters())
+model.zero_grad()
+
+turn = model.generate(**together, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+longer = {"input_ids": turn.sequences, "attention_mask": F.pad(together["attention_mask"], (0, 3), value=1)}
+second = model.generate(**longer, max_new_tokens=3, do_sample=False, **{name: turn[name]})
+assert torch.equal(second, model.generate(**longer, max_new_tokens=3, do_sample=False, use_cache=False))
+
 weight = next(model.parameters())
 outputs.loss.backward()
 plain = weight.grad.clone()
@@ -141,7 +167,12 @@ for call in (lambda: type(config)(tie_word_embeddings=True),
     refused("two matrices", call)
 refused("no inputs_embeds", lambda: model(inputs_embeds=torch.zeros(1, 1, 8)))
 refused("marks no token", lambda: model(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)))
+refused("position_ids do not count", lambda: model(row, position_ids=places + 1))
 refused("cannot be resized", lambda: model.resize_token_embeddings(10))
+refused("only goes forward", lambda: model.generate(**together, max_new_tokens=3, **{name: turn[name]}))
+model.train()
+refused("no gradient goes through a cache", lambda: model(**together, use_cache=True))
+model.eval()
 refused("cannot be opened again", lambda: first[name].crop(1))
 refused("give no cache with labels", lambda: model(together["input_ids"], labels=labels, **{name: first[name]}))
 print(transformers.__version__)

@@ -135,6 +135,8 @@ def test_what_cannot_be_asked_is_said(make_generator: Callable[..., Generator]) 
     for options in ({"samples": 0}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match="at least 1"):
             generator.generate(["a"], **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"prompts = 'a': give several, as \['a'\]"):
+        generator.generate("a")
     assert generator.generate([]) == []
     with torch.no_grad():
         generator.model.decoder.norm.weight[0] = float("nan")

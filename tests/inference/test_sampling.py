@@ -57,6 +57,11 @@ def test_a_token_that_is_left_out_is_never_drawn() -> None:
         assert int(chosen) in (1, 3)
 
 
+def test_a_temperature_near_nothing_is_greedy() -> None:
+    drawn = torch.rand(6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(choose(logits(), Sampling(temperature=1e-38), drawn, None), logits().argmax(-1))
+
+
 def test_greedy_is_the_likeliest() -> None:
     assert torch.equal(choose(logits(), Sampling(temperature=0), torch.rand(6), None), logits().argmax(-1))
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +17,10 @@ from dlcm_lightning.cli import main
 from dlcm_lightning.config import Config, OptimConfig, TrainConfig
 from dlcm_lightning.data.tokenizer import train_bpe
 from dlcm_lightning.errors import ConfigError
-from dlcm_lightning.inference.terminal import read_prompts, spans_of
+from dlcm_lightning.inference.terminal import Screen, read_prompts, spans_of
 from dlcm_lightning.training.run import pretrain
 from tests.conftest import MODEL
+from tests.distributed.conftest import ROOT
 from tests.synthetic import VOCABULARY, make_texts
 
 
@@ -61,6 +65,19 @@ def test_lines_of_json_say_everything(run: Path, tmp_path: Path, capsys: pytest.
             (one["prompt_tokens"] + one["tokens"] - 1) / one["concepts"], abs=1e-3)
 
 
+def test_json_is_json_where_a_terminal_knows_ascii_alone(run: Path) -> None:
+    command = ["generate", str(run), "--prompt", "你 é 🙂", "--json", "--max-tokens", "2"]
+    done = subprocess.run([sys.executable, "-m", "dlcm_lightning", *command], capture_output=True, check=True, cwd=ROOT,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=120)
+    assert json.loads(done.stdout)["prompt"] == "你 é 🙂"
+
+
+def test_joiners_stay_in_a_text_and_control_characters_do_not() -> None:
+    out = io.StringIO()
+    Screen(False, False, out).span("می\u200cخواهم \u202e\x1b[1m", 0)
+    assert out.getvalue() == "می\u200cخواهم \\u202e\\x1b[1m"
+
+
 def test_concepts_are_coloured_or_barred(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = {}
     for colour in ("always", "never"):
@@ -70,10 +87,22 @@ def test_concepts_are_coloured_or_barred(run: Path, capsys: pytest.CaptureFixtur
     assert "|" in shown["never"]
 
 
+def test_who_reads_no_further_is_no_error(run: Path) -> None:
+    command = [sys.executable, "-m", "dlcm_lightning", "generate", str(run), "--prompt", "the", "--samples", "40"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(120) == 0 and "Traceback" not in said, said
+
+
 def test_prompts_come_from_lines_json_and_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = tmp_path / "prompts.txt"
     lines.write_text("one\n\n two \n")
     assert read_prompts(["zero"], str(lines)) == ["zero", "one", " two "]
+    lines.write_bytes("one\r\ntwo\u2028still two\x0b\r\n".encode())
+    assert read_prompts([], str(lines)) == ["one", "two\u2028still two\x0b"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("三\n".encode())))
     assert read_prompts([], "-") == ["三"]
     wrong = tmp_path / "wrong.jsonl"
@@ -82,6 +111,8 @@ def test_prompts_come_from_lines_json_and_standard_input(tmp_path: Path, monkeyp
         wrong.write_text(content)
         with pytest.raises(ConfigError, match=words):
             read_prompts([], str(wrong))
+    lines.write_bytes("\ufeffone\n".encode())
+    assert read_prompts([], str(lines)) == ["one"]
     lines.write_bytes(b"\xff\n")
     with pytest.raises(ConfigError, match="not a text in UTF-8"):
         read_prompts([], str(lines))

@@ -145,6 +145,22 @@ def test_a_slot_begins_anew_and_goes_on_from_another_s_copy(form: str) -> None:
     torch.testing.assert_close(now.hidden, torch.cat([expected, expected]), rtol=0, atol=EXACT)
 
 
+def test_what_is_no_number_does_not_stay_in_a_slot() -> None:
+    model = models("both")
+    tokens, _, _ = tokens_and_noise([20, 8], 6)
+    state = model.new_state(2, 8)
+    model.prefill(tokens, [20, 8], [0, 1], state)
+    for arrays in state.arrays():
+        for one in arrays.tensors():
+            if one.is_floating_point():
+                one[0] = float("nan")
+    model.prefill(tokens[:2], [2], [0], state)
+    hidden = model.step(tokens[2:4], [0, 1], state).hidden
+    with torch.no_grad():
+        expected = model(tokens[:3], Segments.from_lengths([3])).hidden[-1]
+    torch.testing.assert_close(hidden[0], expected, rtol=0, atol=EXACT)
+
+
 def test_what_does_not_fit_together_is_refused() -> None:
     model = models("both")
     state = model.new_state(2, 8)

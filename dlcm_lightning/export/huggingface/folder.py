@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dlcm_lightning import __version__
+from dlcm_lightning.checkpoint.exported import PREFIX
 from dlcm_lightning.config import Config
+from dlcm_lightning.data.byte_level import is_control
 from dlcm_lightning.data.tokenizer import SETTINGS, TOKENIZER, Tokenizer
 from dlcm_lightning.export.huggingface.bundle import modelling_files
 from dlcm_lightning.export.huggingface.model_card import CURVES, curves, model_card
-from dlcm_lightning.export.portable import PREFIX, SPLIT_BYTES, finish, making, open_trained, rounded, write_state
+from dlcm_lightning.export.portable import SPLIT_BYTES, finish, making, open_trained, rounded, write_state
 
 
 def export_huggingface(place: str | Path, out: str | Path, *, step: int | None = None,
@@ -72,6 +74,8 @@ def _generation(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
 def _framing(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer with BOS in front of every text, as in training."""
     definition: dict[str, Any] = json.loads(tokenizer.definition)
+    for token in definition.get("added_tokens") or []:
+        token["special"] = is_control(token)  # only special ones are spelled out in texts
     name, index = tokenizer.begin, tokenizer.bos_id
     begin = {"SpecialToken": {"id": name, "type_id": 0}}
     definition["post_processor"] = {

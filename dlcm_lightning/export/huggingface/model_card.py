@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from typing import Any
+from xml.sax.saxutils import escape
 
 from dlcm_lightning import __version__
 from dlcm_lightning.export.portable import Trained
@@ -37,7 +38,7 @@ def model_card(trained: Trained, name: str, dtype: str, drawn: bool) -> str:
     total = sum(tensor.numel() for tensor in trained.state.values())
     context = config.data.sequence_length
     lines = [
-        "---", "license: apache-2.0", "library_name: transformers", "pipeline_tag: text-generation",
+        "---", "library_name: transformers", "pipeline_tag: text-generation",
         "tags: [dlcm, concept-model, custom_code]", "---", "", f"# {name}", "",
         "A Dynamic Large Concept Model ([arXiv 2512.24617](https://arxiv.org/abs/2512.24617)), pretrained with "
         f"dlcm_lightning {__version__}: a light encoder reads tokens, a learned boundary cuts the text into concepts, "
@@ -63,9 +64,9 @@ def model_card(trained: Trained, name: str, dtype: str, drawn: bool) -> str:
         f"| forward FLOPs per token at that length | {forward_flops_per_token(model, context):.3g} |",
         "", "## Training", "",
         f"{trained.tokens:,} tokens in {trained.step:,} steps of {config.data.tokens_per_step:,}."
-        if trained.step else "Weights as they begin; no step was made.", "",
+        if trained.step else "No step was made.", *_origin(trained), "",
         "| source | domain | weight |", "|---|---|---|",
-        *(f"| {source.name} | {source.domain} | {source.weight:g} |" for source in config.data.sources), ""]
+        *(f"| {_cell(one.name)} | {_cell(one.domain)} | {one.weight:g} |" for one in config.data.sources), ""]
     lines += _results(validations(trained), drawn)
     lines += [
         "## Limits", "",
@@ -76,8 +77,16 @@ def model_card(trained: Trained, name: str, dtype: str, drawn: bool) -> str:
            "concept differ (above).",
            "- A cache only goes forward: no assisted decoding, no cropping. Its layers stay on one device."]
           if model.kind == "dlcm" else []),
+        "- The Python files are Apache-2.0. Under which licence the weights may be used depends on the data, and on "
+        "the model that they begin with where there is one: whoever publishes them has to say.",
         "- `config.yaml` holds every setting of the run that trained it.", ""]
     return "\n".join(lines)
+
+
+def _origin(trained: Trained) -> list[str]:
+    """Where the weights come from, where they were not drawn."""
+    source = (trained.upcycled or {}).get("source") or trained.config.train.init_from
+    return ["", f"The weights begin with those of {source}."] if source else []
 
 
 def _results(found: Sequence[dict[str, Any]], drawn: bool) -> list[str]:
@@ -88,9 +97,13 @@ def _results(found: Sequence[dict[str, Any]], drawn: bool) -> list[str]:
     head = "| validation | bits per byte |" + (" tokens per concept, drawn | thresholded |" if concepts else "")
     rows = [(domain, values) for domain, values in last.get("domains", {}).items()] + [("all", last)]
     lines = ["## Validation", "", head, "|---|---|" + ("---|---|" if concepts else "")]
-    lines += [f"| {domain} | {values['bits_per_byte']:.3f} |" + (
+    lines += [f"| {_cell(domain)} | {values['bits_per_byte']:.3f} |" + (
         f" {values['R_sampled']:.2f} | {values['R_thresholded']:.2f} |" if concepts else "") for domain, values in rows]
     return [*lines, "", *([f"![Bits per byte over training]({CURVES})", ""] if drawn else [])]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def curves(trained: Trained) -> str:
@@ -132,5 +145,5 @@ def draw(lines: dict[str, list[tuple[float, float]]]) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
                      f'<text x="{WIDTH - MARGIN - 76}" y="{MARGIN / 2 + 16 * number + 8:.0f}" fill="{colour}">'
-                     f"{name}</text>")
+                     f"{escape(name)}</text>")
     return "\n".join([*drawn, "</svg>"]) + "\n"

@@ -12,6 +12,8 @@ Axes: B rows of a batch, L columns of it, N tokens that are marked, D token widt
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -84,6 +86,17 @@ class ConceptCache(Cache):
     update = batch_repeat_interleave = batch_select_indices = _fixed
 
 
+def casting_by_itself(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Under autocast the model casts where it has to, as in training: autocast is off inside."""
+
+    @functools.wraps(forward)  # transformers reads the names of its arguments
+    def run(self: DLCMForCausalLM, *given: Any, **named: Any) -> Any:
+        with torch.autocast(self._settle().type, enabled=False):
+            return forward(self, *given, **named)
+
+    return run
+
+
 class DLCMForCausalLM(PreTrainedModel, GenerationMixin):
     """AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) makes one."""
 
@@ -144,29 +157,31 @@ class DLCMForCausalLM(PreTrainedModel, GenerationMixin):
             if isinstance(module, Block):
                 module.recompute = what
 
-    def _settle(self) -> None:
-        """Computes in the dtype that the matrices are in, on the device that they are on."""
+    def _settle(self) -> torch.device:
+        """Computes in the dtype that the matrices are in, or that autocast asks for, on the device that they are on."""
         weight = self.model.embedding.weight
-        self.model.compute_dtype = weight.dtype
-        self.model.backend = choose_backend("auto", weight.device, weight.dtype)
+        kind = weight.device.type
+        self.model.compute_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        self.model.backend = choose_backend("auto", weight.device, self.model.compute_dtype)
+        return weight.device
 
+    @casting_by_itself
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, past_key_values: ConceptCache | None = None,
                 cache: ConceptCache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
                 use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, return_dict: bool | None = None,
                 num_items_in_batch: Tensor | int | None = None, **_: Any) -> Any:
-        """input_ids (B, L); attention_mask (B, L), or (B, columns of the cache + L), 0 where there is padding;
-        position_ids are not read, positions count the marked tokens of a row. labels (B, L): the loss is the mean over
-        labels, or their sum divided by num_items_in_batch; label t is predicted at t - 1. Returns logits (B, L or
-        logits_to_keep, V), 0 at padding. A cache is made where use_cache asks for one, or by default where no gradient
-        is taken."""
+        """input_ids (B, L); attention_mask (B, L), or (B, columns of the cache + L), 0 where there is padding.
+        position_ids (B, L): positions count the marked tokens of a row by themselves; where these begin at 0 again, a
+        row is cut into documents that do not see each other. labels (B, L): the loss is the mean over labels, or their
+        sum divided by num_items_in_batch; label t is predicted at t - 1. Returns logits (B, L or logits_to_keep, V), 0
+        at padding. A cache is made where use_cache asks for one, or by default where no gradient is taken."""
         cache = past_key_values if cache is None else cache
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("give input_ids: this model takes no inputs_embeds")
         if cache is not None and not isinstance(cache, ConceptCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}: this model goes on from the cache that it "
                              "returned itself; leave it out at the first call")
-        self._settle()
         rows, columns = input_ids.shape
         real = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
@@ -178,9 +193,14 @@ class DLCMForCausalLM(PreTrainedModel, GenerationMixin):
         if not marked:
             raise ValueError("attention_mask marks no token")
         tokens = input_ids.flatten()[where]
+        lengths = self._documents(position_ids, real, lengths, cache)
+        if len(lengths) > len(marked):
+            use_cache = False  # several documents a row
         if use_cache is None:
             use_cache = cache is not None or (
                 labels is None and not torch.is_grad_enabled() and getattr(self.config, "use_cache", True))
+        if use_cache and self.training and torch.is_grad_enabled():
+            raise ValueError("use_cache = True in training: no gradient goes through a cache; leave it out")
         loss = None
         if use_cache and labels is None:
             cache = cache or ConceptCache(self.model.new_state(rows, max(lengths)))
@@ -192,7 +212,7 @@ class DLCMForCausalLM(PreTrainedModel, GenerationMixin):
             if cache is not None:
                 raise ValueError("a loss is taken of whole texts: give no cache with labels" if labels is not None else
                                  "use_cache = False with a cache: choose one")
-            targets = None if labels is None else self._targets(labels, real)
+            targets = None if labels is None else self._targets(labels, real, lengths)
             output = self.model(tokens, Segments.from_lengths(lengths, tokens.device), None, targets)
             hidden = output.hidden
             if targets is not None:
@@ -203,12 +223,31 @@ class DLCMForCausalLM(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     @staticmethod
-    def _targets(labels: Tensor, real: Tensor) -> Tensor:
-        """(N,) int64: what is to be predicted at each marked token, -1 for nothing."""
+    def _documents(position_ids: Tensor | None, real: Tensor, lengths: list[int], cache: ConceptCache | None
+                   ) -> list[int]:
+        """Lengths of documents: those of the rows, or of what position_ids cut them into."""
+        if position_ids is None or cache is not None:
+            return lengths
+        given = position_ids.to(real.device).expand_as(real)[real]  # (N,)
+        ends = torch.tensor(lengths, device=given.device).cumsum(0)
+        starts = torch.zeros_like(given, dtype=torch.bool)
+        starts[0] = True
+        starts[ends[:-1]] = True
+        starts |= given == 0
+        begun = starts.nonzero().squeeze(1)
+        places = torch.arange(len(given), device=given.device)
+        if not torch.equal(given, places - begun[starts.long().cumsum(0) - 1]):
+            raise ValueError("position_ids do not count the marked tokens of a row from 0: leave them out, or let them "
+                             "begin at 0 with every document")
+        return torch.diff(begun, append=begun.new_tensor([len(given)])).tolist()
+
+    @staticmethod
+    def _targets(labels: Tensor, real: Tensor, lengths: list[int]) -> Tensor:
+        """(N,) int64: what is to be predicted at each marked token, -1 for nothing. lengths: of the documents."""
         packed = labels.to(real.device)[real]
         following = torch.cat([packed[1:], packed.new_full((1,), IGNORED)])
-        last = real.sum(1).cumsum(0) - 1
-        following[last[real.any(1)]] = IGNORED  # the next row's label is none of this row's
+        ends = torch.tensor(lengths, device=packed.device).cumsum(0) - 1
+        following[ends] = IGNORED  # what comes next belongs to another document
         return torch.where(following == IGNORED, -1, following)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: ConceptCache | None = None,
@@ -218,6 +257,9 @@ class DLCMForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if cache is not None:
             total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-            input_ids = input_ids[:, -max(1, total - cache.columns):]
+            if total <= cache.columns:
+                raise ValueError(f"the cache has read {cache.columns} columns and only goes forward, and there are "
+                                 f"{total}: leave it out, or give a text that goes on from it")
+            input_ids = input_ids[:, cache.columns - total:]
         return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache, CACHE: cache,
                 "logits_to_keep": 1}
