@@ -146,7 +146,7 @@ class DecodingState:
             self.tokens[slot] = self.concepts[slot] = self.open_tokens[slot] = 0
             # What is masked is multiplied by zero, and zero times what is not a number is none.
             for caches, count in (((*self.encoder, *self.decoder), read[0]), (self.backbone, read[1])):
-                for cache in caches:
+                for cache in caches if count else ():
                     cache.keys[slot, :, :count] = cache.values[slot, :, :count] = 0
             if self._memory is not None:
                 self.memory.keys[slot, :, : read[1]] = self.memory.values[slot, :, : read[1]] = 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dlcm_lightning.errors import CheckpointError
+from dlcm_lightning.errors import CheckpointError, ConfigError
 from dlcm_lightning.ops.segments import Segments
 from dlcm_lightning.upcycling.opening import open_source
 from dlcm_lightning.upcycling.upcycle import dense_model
@@ -110,6 +110,23 @@ def test_what_changes_the_function_is_refused_by_its_name(llama: Path, tmp_path:
     with pytest.raises(CheckpointError, match=said) as refusal:
         open_source(change(llama, tmp_path / "changed", **fields))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
+                                   "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "vocab_size"])
+@pytest.mark.parametrize("value", ["linear", [1], {"a": {"b": 1}}, -1, 0, 3, True], ids=str)
+def test_a_field_of_any_type_is_read_or_refused_with_words(llama: Path, tmp_path: Path, field: str, value: object
+                                                           ) -> None:
+    try:
+        open_source(change(llama, tmp_path / "out", **{field: value}))
+    except (CheckpointError, ConfigError) as error:
+        assert "\n" not in str(error)
+
+
+def test_a_mistral_that_says_no_window_has_that_of_its_configuration(hub: Folder, tmp_path: Path) -> None:
+    path = hub("Mistral", sliding_window=32)
+    assert open_source(path).longest == 32
+    assert open_source(change(path, tmp_path / "silent", sliding_window=None)).longest == 4096
 
 
 @pytest.mark.parametrize(("kind", "said"), [
