@@ -14,6 +14,7 @@ The dense LLaMA baseline is the same assembly with one stack.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -108,7 +109,7 @@ class Unembedding(UsesKernels, MupLinear):
         return super().forward(hidden) * self.scale
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(nn.Module, ABC):
     """What DLCM and the dense baseline share: embedding in front, unembedding behind, hidden states between."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, backend: str, recompute: str = "none"
@@ -197,8 +198,9 @@ class LanguageModel(nn.Module):
         """`extend` by one token a sequence: tokens (n,)."""
         return self.extend(tokens, [1] * len(slots), slots, state, noise)
 
+    @abstractmethod
     def _extend(self, h: Tensor, new: Extension, state: DecodingState, noise: Tensor | None) -> Extended:
-        raise NotImplementedError
+        """h (N, D): the embeddings of the new tokens."""
 
     def output(self, hidden: Tensor, targets: Tensor | None, segmentation: Segmentation | None = None,
                concepts: Concepts | None = None) -> Output:
