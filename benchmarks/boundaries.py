@@ -5,9 +5,9 @@ Every run has the same model, data order, noise and length; only form and target
 versions go to `benchmarks/results/boundaries.json`; runs that are found finished are not repeated, so that an
 interrupted study continues (remove the runs to measure anew).
 
-Numbers of a run: mean over the last third of its steps of the sampled R of all tokens and of each domain, the
-standard deviation of F over those steps, and the final validation (thresholded boundaries): bits per byte, R sampled
-and thresholded by domain.
+Numbers of a run: over the last third of its steps the R of drawn boundaries, of those by the calibrated threshold, and
+the standard deviation of F; and the final validation three times, cut by the calibrated threshold, at one half, and
+drawn as in training. Which threshold a run is given has no part in its training, so that one run tells of all three.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ import torch
 from tqdm import tqdm
 
 from dlcm_lightning.compose import load_config
+from dlcm_lightning.model.boundary import Boundaries
 from dlcm_lightning.training.device import choose_device, describe_hardware
+from dlcm_lightning.training.evaluate import evaluate
 from dlcm_lightning.training.run import pretrain
 
 FORMS = ("paper", "centred", "biased", "both")
 RATIOS = (2, 4, 8)
+RULES: tuple[Boundaries, ...] = ("calibrated", "half", "sampled")
 CONFIG = "configs/run/boundary_study.yaml"
 RESULTS = Path("benchmarks/results/boundaries.json")
 PAGE = Path("docs/boundaries.md")
@@ -43,32 +46,39 @@ def measure(form: str, ratio: int, overrides: list[str]) -> dict[str, Any]:
     training = [line for line in map(json.loads, text.splitlines()) if line["kind"] == "train"]
     last = training[len(training) * 2 // 3:]
     rates = [line["F"] for line in last]
+    run = Path(config.train.output_dir) / config.name
     return {
         "form": form, "target": ratio, "steps": report.steps, "tokens": report.tokens,
         "R_sampled": 1 / statistics.fmean(rates), "sd_F": statistics.stdev(rates),
-        "validation": report.validation,
-        "speed": report.speed.tokens_per_second if report.speed else None,
+        "R_calibrated": 1 / statistics.fmean(1 / line["R_thresholded"] for line in last),
+        "validation": {rule: evaluate(run, None, [], lambda message: None, rule) for rule in RULES},
     }
 
 
 def row(result: dict[str, Any], domains: list[str]) -> str:
-    validation = result["validation"]
+    by_rule = result["validation"]
+    validation = by_rule["calibrated"]
     per_domain = [
         f"{validation['domains'][domain]['R_sampled']:.2f} / {validation['domains'][domain]['R_thresholded']:.2f}"
         for domain in domains
     ]
-    off = result["R_sampled"] / result["target"] - 1
+
+    def on_target(ratio: float) -> str:
+        return f"{ratio:.2f} ({ratio / result['target'] - 1:+.1%})"
+
     return "| " + " | ".join([
-        str(result["target"]), result["form"], f"{result['R_sampled']:.2f} ({off:+.0%})",
-        f"{validation['R_thresholded']:.2f}", *per_domain, f"{validation['bits_per_byte']:.3f}",
-        f"{result['sd_F']:.3f}", f"{validation['p_sd']:.2f}", f"{validation['p_near_half']:.0%}",
+        str(result["target"]), result["form"], on_target(result["R_sampled"]), on_target(result["R_calibrated"]),
+        on_target(validation["R_thresholded"]), f"{validation['R_half']:.2f}", *per_domain,
+        *(f"{by_rule[rule]['bits_per_byte']:.3f}" for rule in RULES), f"{result['sd_F']:.3f}",
+        f"{validation['p_sd']:.2f}", f"{validation['p_near_half']:.0%}",
     ]) + " |"
 
 
 def page(results: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    domains = list(results[0]["validation"]["domains"])
-    head = ["target R", "form", "R, last third (off target)", "R thresholded", *domains, "bits per byte", "sd of F",
-            "sd of p", "p within .05 of .5"]
+    domains = list(results[0]["validation"]["calibrated"]["domains"])
+    head = ["target R", "form", "R drawn, last third", "R calibrated, last third", "R calibrated, validation",
+            "R at one half, validation", *domains, *(f"bits per byte, {rule}" for rule in RULES), "sd of F", "sd of p",
+            "p within .05 of .5"]
     steps = {(result["steps"], result["tokens"]) for result in results}
     lengths = "; ".join(f"{count} steps, {tokens:,} tokens" for count, tokens in sorted(steps))
     return "\n".join([
@@ -77,9 +87,11 @@ def page(results: list[dict[str, Any]], about: dict[str, Any]) -> str:
         f"and one run a line ({lengths}), model and data of `{CONFIG}`,",
         f"{about['hardware']}, torch {about['torch']}. A comparison at small scale, not a law.", "",
         "`paper` is Eq. 5-6 to the letter, `centred` reads features minus their causal running mean, `biased` shifts",
-        "the log-odds of p by a controlled bias, `both` does both. The third column is the sampled R of training, mean",
-        "over the last third of the steps, and its distance from the target; sd of F is over the same steps. All other",
-        "columns are of the final validation; domains show R sampled / thresholded.", "",
+        "the log-odds of p by a controlled bias, `both` does both. Columns three and four are tokens per concept in",
+        "training, over the last third of the steps, of drawn boundaries and of those by the calibrated threshold,",
+        "with their distance from the target; sd of F is over the same steps. All other columns are of the validation",
+        "behind the last step; domains show R drawn / calibrated, bits per byte are given for texts cut by the calibrated",
+        "threshold, at one half, and drawn as in training.", "",
         "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
         *[row(result, domains) for result in results], "",
     ])

@@ -239,13 +239,20 @@ def sharpen(p: Tensor, tau: float) -> Tensor:
     return 1 - (1 - p) ** (1 / tau)
 
 
-def decide(p: Tensor, noise: Tensor | None, boundary: BoundaryConfig) -> Tensor:
-    """b: True at the first token; elsewhere noise_t < sharpened p_t in training, p_t >= 0.5 where noise is None.
+def threshold_of(state: State, boundary: BoundaryConfig) -> float:
+    """What p is compared with at inference: one half in the paper; or a saved number, kept as its log-odds."""
+    if boundary.learned and boundary.threshold == "calibrated":
+        return 1 / (1 + math.exp(-state["boundary.threshold"].item()))
+    return 0.5
+
+
+def decide(p: Tensor, noise: Tensor | None, boundary: BoundaryConfig, threshold: float = 0.5) -> Tensor:
+    """b: True at the first token; elsewhere noise_t < sharpened p_t in training, p_t >= threshold where noise is None.
     p, noise: (T,) -> (T,) bool."""
     decisions = [True]
     for t in range(1, p.shape[0]):
         if noise is None:
-            decisions.append(bool(p[t] >= 0.5))
+            decisions.append(bool(p[t] >= threshold))
         else:
             decisions.append(bool(noise[t] < sharpen(p[t].detach(), boundary.sharpening)))
     return torch.tensor(decisions, device=p.device)
@@ -352,7 +359,7 @@ def forward(state: State, config: ModelConfig, tokens: Tensor, noise: Tensor | N
     the thresholded decisions of inference."""
     hidden = encode(state, config, tokens)
     p = boundary_probabilities(state, config, hidden)
-    boundaries = decide(p, noise, config.boundary)
+    boundaries = decide(p, noise, config.boundary, threshold_of(state, config.boundary))
     closing, newest = segment(boundaries)
     concepts = pool(hidden, closing, state["pool.up.weight"])
     backbone = run_backbone(state, config, concepts)
@@ -444,6 +451,7 @@ def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         add_stack("encoder", config.encoder_layers, *token_stack, final_norm=False)
         if config.boundary.learned:
             shapes["boundary.query.weight"] = shapes["boundary.key.weight"] = (d, d)
+            shapes["boundary.threshold"] = ()
         if config.boundary.biased:
             shapes["boundary.rate_bias"] = ()
         if config.boundary.centred:
@@ -465,10 +473,10 @@ def state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def random_state(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> State:
-    """A state in which every term matters: gains away from 1, delta and prior_mean away from 0, W_q and W_k near but
-    not at the identity, logits of order 1 / s_token. Embeddings share one axis with random signs, so that the cosine of
-    neighbours, hence p, spreads over most of its range in every form. Drawn in float64, then cast: one seed is one
-    model in every type. This is not the initialisation of training."""
+    """A state in which every term matters: gains away from 1, delta, threshold and prior_mean away from 0, W_q and W_k
+    near but not at the identity, logits of order 1 / s_token. Embeddings share one axis with random signs, so that the
+    cosine of neighbours, hence p, spreads over most of its range in every form. Drawn in float64, then cast: one seed
+    is one model in every type. This is not the initialisation of training."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -480,6 +488,8 @@ def random_state(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
             tensor = normal(*shape) + 1.5 * normal(shape[0], 1) * normal(1, shape[1])
         elif name == "boundary.rate_bias":
             tensor = torch.tensor(-0.4, dtype=torch.float64)
+        elif name == "boundary.threshold":
+            tensor = torch.tensor(0.3, dtype=torch.float64)
         elif name == "boundary.prior_mean":
             tensor = 0.5 * normal(*shape)
         elif name.startswith("boundary."):

@@ -68,7 +68,7 @@ def document(length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def trained(config: ModelConfig, seed: int = 0) -> State:
     """A random state whose weights, and only they, ask for a gradient."""
-    buffers = ("boundary.rate_bias", "boundary.prior_mean")
+    buffers = ("boundary.rate_bias", "boundary.threshold", "boundary.prior_mean")
     return {name: tensor.requires_grad_(name not in buffers) for name, tensor in random_state(config, seed).items()}
 
 
@@ -400,7 +400,7 @@ def test_every_parameter_matters() -> None:
         probe = (output.logits * torch.arange(40.0)).sum() + output.p.sum()
         gradients = torch.autograd.grad(probe, list(state.values()), allow_unused=True)
         for name, gradient in zip(state, gradients, strict=True):
-            if name == "boundary.prior_mean":  # enters through the detached mean only
+            if name in ("boundary.prior_mean", "boundary.threshold"):  # the detached mean; a decision
                 assert gradient is None
             else:
                 assert gradient is not None and gradient.abs().sum() > 0, (form, name)

@@ -58,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("run_folder", metavar="RUN", type=_path, help="directory of a run, such as runs/quickstart")
     command.add_argument("overrides", nargs="*", metavar="field=value", help="such as data.validation_rows=512")
     command.add_argument("--step", type=_whole(0, LARGEST_COUNT), help="of a checkpoint (the newest)")
+    command.add_argument("--boundaries", choices=("thresholded", "calibrated", "half", "sampled"),
+                         default="thresholded", help="where concepts end: by the model's own threshold, by one that is "
+                         "named, or drawn as in training (thresholded)")
     command.set_defaults(run=commands.evaluate)
     command = subcommands.add_parser(
         "export", help="a checkpoint as a model that plain PyTorch loads",

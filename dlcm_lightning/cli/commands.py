@@ -101,7 +101,8 @@ def verify_resume(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    load("training.evaluate", "evaluate")(Path(arguments.run_folder), arguments.step, arguments.overrides, _say)
+    load("training.evaluate", "evaluate")(Path(arguments.run_folder), arguments.step, arguments.overrides, _say,
+                                          arguments.boundaries)
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -15,14 +15,21 @@ from dataclasses import dataclass, field
 from dlcm_lightning.config.checks import require, require_name, require_range
 from dlcm_lightning.config.data import DataConfig, SourceConfig, WeightChange
 from dlcm_lightning.config.job import JobConfig
-from dlcm_lightning.config.model import AttentionBackend, BoundaryConfig, BoundaryForm, ModelConfig, MupConfig
+from dlcm_lightning.config.model import (
+    AttentionBackend,
+    BoundaryConfig,
+    BoundaryForm,
+    ModelConfig,
+    MupConfig,
+    Threshold,
+)
 from dlcm_lightning.config.training import ClassConfig, OptimConfig, Recompute, Strategy, TrainConfig
 from dlcm_lightning.errors import ConfigError
 
 __all__ = [
     "AttentionBackend", "BoundaryConfig", "BoundaryForm", "ClassConfig", "Config", "ConfigError", "DataConfig",
     "JobConfig", "ModelConfig", "MupConfig", "OptimConfig", "Recompute", "SourceConfig", "Strategy",
-    "TrainConfig", "WeightChange",
+    "Threshold", "TrainConfig", "WeightChange",
 ]
 
 

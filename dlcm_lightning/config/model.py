@@ -8,6 +8,7 @@ from typing import Literal
 from dlcm_lightning.config.checks import require, require_member, require_positive, require_range
 
 BoundaryForm = Literal["paper", "centred", "biased", "both", "rule", "fixed"]
+Threshold = Literal["calibrated", "half"]
 AttentionBackend = Literal["auto", "flex", "varlen", "flash", "sdpa", "reference"]
 WIDEST, MOST_LAYERS = 2**24, 10_000
 """What no model comes near, and arithmetic on shapes still holds."""
@@ -37,6 +38,13 @@ class BoundaryConfig:
     """Weight, in tokens, of the prior in the causal running mean of a document (forms centred and both)."""
     bias_step: float = 0.2
     """Gain of the rate bias: delta += bias_step * log((1/R) / F) after every optimizer step (biased and both)."""
+    threshold: Threshold = "calibrated"
+    """What p is compared with where boundaries are not drawn: in validation, generation, evaluation and every export.
+    half: 1/2, the paper's. calibrated: a threshold that training steers so that as many p lie above it as the target
+    says. It is steered and saved either way, and no gradient depends on it."""
+    threshold_step: float = 0.1
+    """Gain of the calibrated threshold: its log-odds += threshold_step * log(R x the share of p above it) after every
+    optimizer step."""
     rule_threshold: float = 0.5
     """Form `rule`: a token is a boundary where cos(h_{t-1}, h_t) falls below this value."""
 
@@ -49,6 +57,8 @@ class BoundaryConfig:
         require_range("model.boundary.sharpening", self.sharpening, 1, 10**6)
         require_positive("model.boundary.centre_prior_tokens", self.centre_prior_tokens, 10**9)
         require_positive("model.boundary.bias_step", self.bias_step, 10**3)
+        require_member("model.boundary.threshold", self.threshold, Threshold)
+        require_positive("model.boundary.threshold_step", self.threshold_step, 10**3)
         require(-1 <= self.rule_threshold <= 1, "model.boundary.rule_threshold", self.rule_threshold,
                 "a cosine lies between -1 and 1")
         if self.form == "fixed":

@@ -2,7 +2,7 @@
 
     q_t = W_q f_t,  k_t = W_k f_t,  p_t = (1 - cos(q_{t-1}, k_t)) / 2,  p = 1 at the first token of every document
 
-Training draws b_t from the sharpened p_t with noise that is part of the batch; inference takes b_t = [p_t >= 1/2].
+Training draws b_t from the sharpened p_t with noise that is part of the batch; inference takes b_t = [p_t >= theta].
 
 Taken to the letter (f = h, form `paper`) the segmentation is loosely held: neighbouring hidden states share a
 direction, p crowds together, and the rate loss moves all tokens at once, so that F swings most from step to step
@@ -17,6 +17,11 @@ flows through the mean.
 bias_step * log((1/R) / F), F the rate of the whole global batch. It keeps the rate on target where the loss alone
 cannot: at cos = +-1 p has no gradient, and centred features alone miss R = 8 by 30 %.
 
+*Calibrated threshold.* The rate loss steers the drawn boundaries. Where p crowds below one half, b_t = [p_t >= 1/2]
+(`threshold: half`, the paper's) finds far fewer, and the model that is deployed has longer concepts than the one that
+was trained. So theta is a buffer: after each optimizer step its log-odds move by threshold_step * log(R S), S the share
+of p of the global batch that lie above theta. Training draws, and does not depend on it.
+
 Only the rate loss trains W_q and W_k: decisions are discrete, and no straight-through path is laid. AdamW divides
 lambda out of the only gradient they see, so that their learning rate is the knob, not lambda.
 
@@ -28,22 +33,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlcm_lightning.config import BoundaryConfig
+from dlcm_lightning.config import BoundaryConfig, Threshold
 from dlcm_lightning.model.cache import BoundaryState
 from dlcm_lightning.model.mup import MupLinear, Role
 from dlcm_lightning.ops.extension import Extension
 from dlcm_lightning.ops.scan import linear_scan
 from dlcm_lightning.ops.segments import Segments
 
+Boundaries = Literal["thresholded", "calibrated", "half", "sampled"]
+"""How a model that is used cuts its texts: by the threshold of its configuration, by one that is named, or drawn as in
+training."""
 COSINE_EPSILON = 1e-8
 """Least norm of a feature, so that a zero vector has a cosine of 0."""
-BIAS_LIMIT = 20.0
-"""Bound of the rate bias; its exponential stays far from overflow."""
+LOG_ODDS_LIMIT = 20.0
+"""Bound of the rate bias and of the threshold; their exponentials stay far from overflow."""
 PRIOR_MOMENTUM = 0.9
 """What the prior mean keeps of itself at each optimizer step."""
 
@@ -56,6 +65,8 @@ class Segmentation:
     """(T,) at least fp32: p, after the rate bias where there is one; 1 at the start of a document."""
     boundaries: Tensor
     """(T,) bool: b, true at the start of a document."""
+    threshold: Tensor
+    """() the calibrated threshold; one half where nothing is learned."""
     features: Tensor | None
     """(T, D) the hidden states that the prior mean is made of, detached; None where none is kept."""
 
@@ -85,10 +96,9 @@ def sharpen(p: Tensor, tau: float) -> Tensor:
     return torch.where(p >= 0.5, p ** (1 / tau), 1 - (1 - p) ** (1 / tau))
 
 
-def decide(p: Tensor, noise: Tensor | None, tau: float) -> Tensor:
-    """(T,) bool. Sampled where noise (T,) in [0, 1) is given, thresholded at one half where it is None."""
-    p = p.detach()
-    return p >= 0.5 if noise is None else noise < sharpen(p, tau)
+def draw(p: Tensor, noise: Tensor, tau: float) -> Tensor:
+    """(T,) bool: sampled boundaries. noise (T,) in [0, 1)."""
+    return noise < sharpen(p.detach(), tau)
 
 
 class Boundary(nn.Module, ABC):
@@ -102,22 +112,30 @@ class Boundary(nn.Module, ABC):
     def extend(self, hidden: Tensor, new: Extension, noise: Tensor | None, state: BoundaryState) -> Segmentation:
         """The same of new tokens (N, D), whose predecessors the state knows."""
 
-    def after_step(self, rate: Tensor, feature_mean: Tensor) -> None:  # most forms keep no state
-        """Called once after each optimizer step with F of the global batch () and its mean hidden state (D,)."""
+    def decide_by(self, threshold: Threshold) -> None:  # most forms compare nothing
+        """What p is compared with where boundaries are not drawn, in place of what the configuration says."""
+
+    def after_step(self, rate: Tensor, above: Tensor, feature_mean: Tensor) -> None:  # most forms keep no state
+        """Called once after each optimizer step, with numbers of its global batch: F (), the share of tokens whose p is
+        not below the threshold (), and the mean hidden state (D,)."""
 
 
 class LearnedBoundary(Boundary):
     """Eq. 5-6 with the two additions as options."""
 
     rate_bias: Tensor
+    threshold: Tensor
+    """() log-odds."""
     prior_mean: Tensor
 
     def __init__(self, width: int, config: BoundaryConfig) -> None:
         super().__init__()
         self.config = config
+        self.compared_with = config.threshold
         self.query = MupLinear(Role.BOUNDARY, width, width)
         self.key = MupLinear(Role.BOUNDARY, width, width)
         self.register_buffer("rate_bias", torch.zeros(()), persistent=config.biased)
+        self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("prior_mean", torch.zeros(width), persistent=config.centred)
 
     def forward(self, hidden: Tensor, documents: Segments, noise: Tensor | None) -> Segmentation:
@@ -152,7 +170,20 @@ class LearnedBoundary(Boundary):
             odds = self.rate_bias.to(p.dtype).exp()
             p = p * odds / (1 - p + p * odds)
         p = torch.where(first, 1.0, p)
-        return Segmentation(p, decide(p, noise, self.config.sharpening) | first, states)
+        calibrated = self.threshold.to(p.dtype).sigmoid()
+        if noise is not None:
+            boundaries = draw(p, noise, self.config.sharpening)
+        else:
+            boundaries = p.detach() >= (calibrated if self.compared_with == "calibrated" else 0.5)
+        return Segmentation(p, boundaries | first, calibrated, states)
+
+    def decide_by(self, threshold: Threshold) -> None:
+        self.compared_with = threshold
+
+    @property
+    def threshold_p(self) -> float:
+        """What p is compared with. Waits for the device."""
+        return self.threshold.sigmoid().item() if self.compared_with == "calibrated" else 0.5
 
     @staticmethod
     def running_sums(features: Tensor, first: Tensor) -> Tensor:
@@ -167,13 +198,20 @@ class LearnedBoundary(Boundary):
         return (sums + weight * self.prior_mean.to(sums.dtype)) / (counts + weight)[:, None]
 
     @torch.no_grad()
-    def after_step(self, rate: Tensor, feature_mean: Tensor) -> None:
+    def after_step(self, rate: Tensor, above: Tensor, feature_mean: Tensor) -> None:
+        target = 1 / self.config.target_ratio
+        self.threshold += self.config.threshold_step * (above / target).log().to(self.threshold.dtype)
+        self.threshold.clamp_(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT)
         if self.config.biased:
-            target = 1 / self.config.target_ratio
             self.rate_bias += self.config.bias_step * (target / rate).log().to(self.rate_bias.dtype)
-            self.rate_bias.clamp_(-BIAS_LIMIT, BIAS_LIMIT)
+            self.rate_bias.clamp_(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT)
         if self.config.centred:
             self.prior_mean.lerp_(feature_mean.to(self.prior_mean.dtype), 1 - PRIOR_MOMENTUM)
+
+
+def certain(boundaries: Tensor, dtype: torch.dtype) -> Segmentation:
+    """Of decisions (T,) that nothing is drawn for: p is 0 or 1."""
+    return Segmentation(boundaries.to(dtype), boundaries, torch.full((), 0.5, device=boundaries.device), None)
 
 
 class RuleBoundary(Boundary):
@@ -200,7 +238,7 @@ class RuleBoundary(Boundary):
         """before (T, D): the state in front of each of the features (T, D)."""
         cosine = F.cosine_similarity(before, features, dim=-1, eps=COSINE_EPSILON)
         boundaries = (cosine < self.threshold) | first
-        return Segmentation(boundaries.to(features.dtype), boundaries, None)
+        return certain(boundaries, features.dtype)
 
 
 class FixedBoundary(Boundary):
@@ -219,7 +257,7 @@ class FixedBoundary(Boundary):
     def segmentation(self, hidden: Tensor, positions: Tensor) -> Segmentation:
         """positions (T,) of the tokens in their documents."""
         boundaries = positions % self.ratio == 0
-        return Segmentation(boundaries.to(torch.promote_types(hidden.dtype, torch.float32)), boundaries, None)
+        return certain(boundaries, torch.promote_types(hidden.dtype, torch.float32))
 
 
 def build_boundary(width: int, config: BoundaryConfig) -> Boundary:

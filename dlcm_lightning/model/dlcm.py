@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlcm_lightning.config import ModelConfig
-from dlcm_lightning.model.boundary import Segmentation, build_boundary
+from dlcm_lightning.config import ConfigError, ModelConfig, Threshold
+from dlcm_lightning.model.boundary import Boundaries, Segmentation, build_boundary
 from dlcm_lightning.model.cache import FAR, BoundaryState, ConceptMemory, ConceptState, DecodingState, KeyValues
 from dlcm_lightning.model.concepts import Pool, close_concepts, extend_smoothing, round_up, smooth
 from dlcm_lightning.model.decoder import CrossAttention
@@ -163,6 +163,12 @@ class LanguageModel(nn.Module, ABC):
         return [KeyValues.empty(slots, shape.kv_heads, capacity, shape.head_dim, self.compute_dtype, self.where)
                 for _ in range(layers)]
 
+    def cut_by(self, boundaries: Boundaries) -> None:
+        """What p is compared with from now on. ConfigError: no boundary of this model compares it with anything else;
+        nothing is drawn in it."""
+        if boundaries != "thresholded":
+            raise ConfigError(f"--boundaries {boundaries}: a dense model has none; leave it out")
+
     @property
     def where(self) -> torch.device:
         """The device that the model is on."""
@@ -237,6 +243,13 @@ class DLCM(LanguageModel):
             config.d_token, config.d_concept, config.heads_token, config.kv_heads_token, config.head_dim,
             config.norm_epsilon,
         )
+
+    def cut_by(self, boundaries: Boundaries) -> None:
+        form = self.config.boundary.form
+        if boundaries != "thresholded" and not self.config.boundary.learned:
+            raise ConfigError(f"--boundaries {boundaries}: those of form {form!r} are not learned; leave it out")
+        named: dict[Boundaries, Threshold] = {"calibrated": "calibrated", "half": "half"}
+        self.boundary.decide_by(named.get(boundaries, self.config.boundary.threshold))
 
     def stacks(self, tokens: int) -> list[tuple[StackShape, int]]:
         concepts = max(2, round(tokens / self.config.boundary.target_ratio))

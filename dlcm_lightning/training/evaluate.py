@@ -29,6 +29,7 @@ from dlcm_lightning.data.loader import ValidationBatches
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.model.boundary import Boundaries
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.run_directory import TOKENIZER_FILE
 from dlcm_lightning.training.checkpoint_manager import check_fingerprint, load_weights
@@ -42,8 +43,10 @@ MAY_BE_ASKED = ("data.", "train.precision", "model.attention")
 """Fields, or beginnings of them, that leave the model what it is."""
 
 
-def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Callable[[str], None]) -> dict[str, Any]:
-    """Metrics of all domains, and of each under "domains". ConfigError: an override of what the model is.
+def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Callable[[str], None],
+             boundaries: Boundaries = "thresholded") -> dict[str, Any]:
+    """Metrics of all domains, and of each under "domains". boundaries: how the documents are cut, by the noise of the
+    rows where they are sampled. ConfigError: an override of what the model is; other boundaries of a dense model.
     CheckpointError: no such checkpoint, a damaged one, or one of another model. DataError: the rows cannot be read, or
     are those of another tokenizer."""
     checkpoint = open_checkpoint(run, step)
@@ -59,10 +62,16 @@ def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Call
     load_weights(checkpoint, module)
     module.to(where)
     check_fingerprint(checkpoint, Probe(Tokenizer.load(reader.store)), module)
-    sums = validate(module, ValidationBatches(reader), progress=True)
-    metrics = metrics_of(sums, config.data.domains, module.boundary)
+    module.model.cut_by(boundaries)
+    sums = validate(module, ValidationBatches(reader), progress=True, sampled=boundaries == "sampled")
+    boundary = module.boundary
+    if boundary is not None and boundaries in ("calibrated", "half"):
+        boundary = replace(boundary, threshold=boundaries)
+    metrics = metrics_of(sums, config.data.domains, boundary)
     counted = baselines_of(reader, report)
     report(validation_table(metrics, counted))
+    if boundaries != "thresholded":
+        asked["boundaries"] = boundaries
     question = {"overrides": asked, "precision": str(dtype).removeprefix("torch."), "attention": backend,
                 "rows": reader.validation_fingerprint}
     content = {"step": checkpoint.step, "tokens": checkpoint.manifest.tokens, "question": question,

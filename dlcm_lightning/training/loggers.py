@@ -37,8 +37,8 @@ OTHER = "other"
 DIGESTS = ("samples", "noise")
 """Whole numbers that say which rows a line is of; no curve."""
 GROUPS = {
-    "boundary": ("F", "G", "R_sampled", "R_thresholded", "p_sd", "p_near_half", "rate_loss", "concept_imbalance",
-                 "concept_length"),
+    "boundary": ("F", "G", "R_sampled", "R_thresholded", "R_half", "p_sd", "p_near_half", "rate_loss",
+                 "concept_imbalance", "concept_length"),
     "optimizer": ("grad_norm", "clipped", "lr_"),
     "system": ("tokens_per_second", "mfu", "share_of_product_rate", "step_seconds", "data_wait", "peak_memory_gib",
                "unreadable_rows", "step", "save_seconds", "validation_seconds", "attempts"),

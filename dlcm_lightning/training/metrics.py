@@ -21,20 +21,21 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(denominator > 0, numerator / denominator, math.nan)
 
 
-def _describe(sums: Tensor, segmented: bool) -> dict[str, Tensor]:
+def _describe(sums: Tensor, boundary: BoundaryConfig | None) -> dict[str, Tensor]:
     """sums (..., len(COLUMNS)) -> metrics (...), of a domain or of all together."""
     of = dict(zip(COLUMNS, sums.unbind(-1), strict=True))
     metrics = {
         "loss": _ratio(of["nll"], of["targets"]),
         "bits_per_byte": _ratio(of["nll"], of["bytes"] * math.log(2)),
     }
-    if segmented:
+    if boundary is not None:
         mean = _ratio(of["p"], of["tokens"])
         metrics |= {
             "F": _ratio(of["sampled"], of["tokens"]),
             "G": mean,
             "R_sampled": _ratio(of["tokens"], of["sampled"]),
-            "R_thresholded": _ratio(of["tokens"], of["thresholded"]),
+            "R_thresholded": _ratio(of["tokens"], of[boundary.threshold]),
+            "R_half": _ratio(of["tokens"], of["half"]),
             "p_sd": (_ratio(of["p_squared"], of["tokens"]) - mean * mean).clamp(min=0).sqrt(),
             "p_near_half": _ratio(of["near_half"], of["tokens"]),
         }
@@ -56,7 +57,7 @@ def metric_tensors(sums: MetricSums, domains: list[str], boundary: BoundaryConfi
     """() float64 each, on the sums's device: the numbers of `metrics_of` as NAME and NAME/DOMAIN. nan where a domain
     has no tokens. No collective, no host sync."""
     rows = torch.cat([sums.domains.sum(0, keepdim=True), sums.domains])  # (1 + domains, C)
-    by_name = {name: values.unbind() for name, values in _describe(rows, boundary is not None).items()}
+    by_name = {name: values.unbind() for name, values in _describe(rows, boundary).items()}
     metrics = {name: values[0] for name, values in by_name.items()}
     if boundary is not None:
         metrics |= _of_the_batch(sums, boundary)
@@ -67,10 +68,11 @@ def metric_tensors(sums: MetricSums, domains: list[str], boundary: BoundaryConfi
 def metrics_of(sums: MetricSums, domains: list[str], boundary: BoundaryConfig | None) -> dict[str, Any]:
     """Numbers of all domains together, and under "domains" of each that has tokens.
 
-    loss in nats per target, bits_per_byte, F and G, R_sampled and R_thresholded in tokens per concept, p_sd,
-    p_near_half, the share of tokens with |p - 1/2| < 0.05, concept_imbalance, the most concepts of a rank over the
-    mean of all, averaged over steps, and rate_loss by the formula that is optimised: of the whole batch, or the mean of
-    the documents'. Forms without one (rule, fixed) have none. boundary: None for a dense model, which has none of this.
+    loss in nats per target, bits_per_byte, F and G, R_sampled, R_thresholded and R_half in tokens per concept (drawn,
+    by the model's own threshold, by the paper's one half), p_sd, p_near_half, the share of tokens with |p - 1/2| <
+    0.05, concept_imbalance, the most concepts of a rank over the mean of all, averaged over steps, and rate_loss by the
+    formula that is optimised: of the whole batch, or the mean of the documents'. Forms without one (rule, fixed) have
+    none. boundary: None for a dense model, which has none of this.
     """
     sums = sums.to(torch.device("cpu"))
     metrics: dict[str, Any] = {"domains": {}}

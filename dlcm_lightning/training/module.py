@@ -84,9 +84,9 @@ class PretrainModule(LightningModule):
     """Four stages, two losses, one optimizer.
 
     Logged under `train/`, over all ranks: of every optimizer step loss, bits_per_byte, R_sampled, R_thresholded,
-    rate_loss and grad_norm; every `log_every_n_steps`-th also F, G, p_sd, p_near_half, concept_imbalance (metrics.py),
-    lr_ROLE, and by domain as NAME/DOMAIN. Under `val/` and `test/` the same of all validation rows, with thresholded
-    boundaries.
+    rate_loss and grad_norm; every `log_every_n_steps`-th also F, G, R_half, p_sd, p_near_half, concept_imbalance
+    (metrics.py), lr_ROLE, and by domain as NAME/DOMAIN. Under `val/` and `test/` the same of all validation rows, with
+    thresholded boundaries.
     """
 
     model: LanguageModel
@@ -377,7 +377,8 @@ class PretrainModule(LightningModule):
             buffers = [self.previous_counts, *self.model.boundary.buffers()]
             before = [buffer.clone() for buffer in buffers]
             self.previous_counts.copy_(torch.stack([step.total("sampled"), tokens]))
-            self.model.boundary.after_step(step.rate, step.features / tokens.clamp(min=1))
+            each = tokens.clamp(min=1)
+            self.model.boundary.after_step(step.rate, step.total("calibrated") / each, step.features / each)
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(torch.where(tokens > 0, buffer, old))  # decided on the device
 

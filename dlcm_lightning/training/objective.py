@@ -28,12 +28,13 @@ from torch import Tensor
 
 from dlcm_lightning.batch import Batch, StepCounts
 from dlcm_lightning.config import BoundaryConfig
-from dlcm_lightning.model.boundary import decide
+from dlcm_lightning.model.boundary import draw
 from dlcm_lightning.model.dlcm import Output
 from dlcm_lightning.ops.collectives import all_reduce_sum, rank, world_size
 
-COLUMNS = ("tokens", "sampled", "thresholded", "p", "p_squared", "near_half", "nll", "targets", "bytes")
-"""What is summed per domain. near_half counts |p - 1/2| < 0.05; nll is in nats."""
+COLUMNS = ("tokens", "sampled", "calibrated", "half", "p", "p_squared", "near_half", "nll", "targets", "bytes")
+"""What is summed per domain. calibrated and half count the p that are not below the calibrated threshold and 1/2,
+near_half |p - 1/2| < 0.05; nll is in nats."""
 SCALARS = ("squared_lengths", "concepts", "samples", "noise", "unreadable", "steps", "imbalance", "documents",
            "document_rate_loss")
 """What is summed once. squared_lengths: of documents, which attention's cost follows. concepts: padding rows included,
@@ -143,8 +144,8 @@ def measure_batch(
     features = torch.zeros(0, dtype=torch.float64, device=device)
     if output.segmentation is not None:
         p = output.segmentation.probabilities.detach()
-        sampled = decide(p, batch.noise, config.sharpening) if config.learned else output.segmentation.boundaries
-        columns |= {"sampled": sampled, "thresholded": decide(p, None, config.sharpening), "p": p,
+        sampled = draw(p, batch.noise, config.sharpening) if config.learned else output.segmentation.boundaries
+        columns |= {"sampled": sampled, "calibrated": p >= output.segmentation.threshold, "half": p >= 0.5, "p": p,
                     "p_squared": p.square(), "near_half": (p - 0.5).abs() < NEAR_HALF}
         if config.learned and config.rate_scope == "document":
             lengths = batch.documents.lengths()

@@ -13,9 +13,12 @@ from dlcm_lightning.training.objective import MetricSums, all_reduce_sums
 
 
 @torch.no_grad()
-def validate(module: PretrainModule, batches: Iterable[Batch], progress: bool = False) -> MetricSums:
-    """The sums of `batches` over all ranks. The count of sampled boundaries uses the rows' noise and the same p."""
+def validate(module: PretrainModule, batches: Iterable[Batch], progress: bool = False, sampled: bool = False
+             ) -> MetricSums:
+    """The sums of `batches` over all ranks. The count of sampled boundaries uses the rows' noise and the same p;
+    sampled: the model is cut by them too, as in training."""
     whole = module.empty_sums()
     for batch in progress_bar(batches, desc="validate", unit="batch", disable=not progress):
-        whole = whole + module.measure(batch.to(module.device), None)[0]
+        batch = batch.to(module.device)
+        whole = whole + module.measure(batch, batch.noise if sampled else None)[0]
     return all_reduce_sums(whole, StepCounts())[0]

@@ -150,10 +150,12 @@ def test_what_is_no_number_does_not_stay_in_a_slot() -> None:
     tokens, _, _ = tokens_and_noise([20, 8], 6)
     state = model.new_state(2, 8)
     model.prefill(tokens, [20, 8], [0, 1], state)
-    for arrays in state.arrays():
-        for one in arrays.tensors():
-            if one.is_floating_point():
-                one[0] = float("nan")
+    for caches, held in (((*state.encoder, *state.decoder), state.tokens[0]),
+                         ((*state.backbone, state.memory), state.concepts[0])):
+        for cache in caches:
+            cache.keys[0, :, :held] = cache.values[0, :, :held] = float("nan")
+    for one in (*state.boundary.tensors(), *state.concept.tensors()):
+        one[0] = float("nan")
     model.prefill(tokens[:2], [2], [0], state)
     hidden = model.step(tokens[2:4], [0, 1], state).hidden
     with torch.no_grad():

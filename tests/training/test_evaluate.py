@@ -8,14 +8,18 @@ import os
 import stat
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 
-from dlcm_lightning.config import Config, ConfigError
+from dlcm_lightning.config import BoundaryConfig, Config, ConfigError
 from dlcm_lightning.data.preprocessing.build import tokenize_documents
 from dlcm_lightning.data.tokenizer import train_bpe
 from dlcm_lightning.errors import CheckpointError, DataError
 from dlcm_lightning.export.portable import export
+from dlcm_lightning.model.boundary import Boundaries
+from dlcm_lightning.model.dlcm import assemble
 from dlcm_lightning.run_directory import folders
 from dlcm_lightning.training import evaluate as evaluation
 from dlcm_lightning.training.evaluate import evaluate
@@ -56,6 +60,32 @@ def test_it_says_of_every_checkpoint_what_the_run_said(run_config: Config) -> No
     (other,) = [answer for name, answer in answers.items() if name != "evaluation-00000012.json"]
     assert other["question"]["overrides"] == {"data.validation_rows": 2}
     assert other["validation"]["loss"] == fewer["loss"]
+
+
+def test_other_boundaries_can_be_asked_for(run_config: Config) -> None:
+    """Each cuts by its own rule, finds another loss, and has an answer of its own beside the run's."""
+    pretrain(run_config, quiet)
+    run, found = run_of(run_config), {}
+    for rule in get_args(Boundaries):
+        lines: list[str] = []
+        found[rule] = evaluate(run, None, [], lines.append, rule)
+    assert found["thresholded"] == found["calibrated"]
+    assert found["half"]["R_thresholded"] == found["half"]["R_half"] == found["calibrated"]["R_half"], "of the same p"
+    assert found["calibrated"]["R_thresholded"] != found["calibrated"]["R_half"]
+    assert len({numbers["loss"] for numbers in found.values()}) == 3
+    asked = [json.loads(file.read_text())["question"]["overrides"].get("boundaries")
+             for file in run.glob("evaluation-*.json")]
+    assert sorted(asked, key=str) == [None, "calibrated", "half", "sampled"]
+
+
+@pytest.mark.parametrize("rule", ["calibrated", "half", "sampled"])
+@pytest.mark.parametrize("model", ["model.kind=dense", "model.boundary.form=fixed", "model.boundary.form=rule"])
+def test_boundaries_that_a_model_does_not_have_are_refused(run_config: Config, model: str, rule: Boundaries) -> None:
+    kind, form = (model.split("=")[1], "both") if "kind" in model else ("dlcm", model.split("=")[1])
+    boundary = BoundaryConfig(form=form, target_ratio=4)  # type: ignore[arg-type]
+    config = replace(run_config.model, kind=kind, boundary=boundary)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"--boundaries {rule}: .*leave it out"):
+        assemble(config, torch.float32, "sdpa").cut_by(rule)
 
 
 @pytest.mark.parametrize("override", [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dlcm_lightning.batch import Batch, StepCounts
-from dlcm_lightning.config import BoundaryConfig, Config
+from dlcm_lightning.config import BoundaryConfig, Config, Threshold
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.model.boundary import LearnedBoundary
 from dlcm_lightning.model.dlcm import DLCM
@@ -62,7 +62,7 @@ def oracle_gradients(config: Config, previous_rate: float | None = None) -> Grad
     outputs = [oracle.forward(leaves, config.model, tokens, noise)
                for tokens, noise in zip(pieces[0], pieces[1], strict=True)]
     oracle.losses(outputs, list(pieces[2]), config.model, previous_rate).total.backward()
-    buffers = ("boundary.rate_bias", "boundary.prior_mean")
+    buffers = ("boundary.rate_bias", "boundary.threshold", "boundary.prior_mean")
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None and name not in buffers}
 
 
@@ -127,7 +127,9 @@ def test_a_tally_counts_by_domain_and_leaves_fillers_out(run_config: Config) -> 
     torch.testing.assert_close(sums.features, states.sum(0))
     assert sums.total("bytes") == sum(int(TOKEN_BYTES[target]) for target in batch.targets if target >= 0)
     assert sums.total("sampled") == output.segmentation.boundaries[real].sum()
-    assert sums.total("thresholded") == (output.segmentation.probabilities[real] >= 0.5).sum()
+    assert sums.total("half") == (output.segmentation.probabilities[real] >= 0.5).sum()
+    threshold = torch.sigmoid(dict(module.model.named_buffers())["boundary.threshold"])
+    assert sums.total("calibrated") == (output.segmentation.probabilities[real] >= threshold).sum()
     for number in range(len(config.data.domains)):
         rows = (batch.domains == number) & (batch.samples >= 0)
         assert sums.domains[number, 0] == 64 * rows.sum()
@@ -211,9 +213,61 @@ def test_the_rate_bias_moves_the_rate_towards_its_target(run_config: Config) -> 
         before = module.measure(batch, batch.noise)[0].rate.item()
         for _ in range(60):
             rate = module.measure(batch, batch.noise)[0].rate
-            boundary.after_step(rate, boundary.prior_mean)
+            boundary.after_step(rate, torch.tensor(0.25), boundary.prior_mean)
         after = module.measure(batch, batch.noise)[0].rate.item()
         assert abs(after - 0.25) < 0.02 < abs(before - 0.25)
+
+
+def test_the_threshold_brings_the_thresholded_rate_to_its_target(run_config: Config) -> None:
+    """Nothing is trained; the threshold alone brings its rate to 1/R from either side, and moves by the counts of steps
+    that are done."""
+    for odds in (-1.0, 1.0):
+        module = module_for(run_config)
+        assert isinstance(module.model, DLCM)
+        boundary = module.model.boundary
+        assert isinstance(boundary, LearnedBoundary)
+        boundary.threshold.fill_(odds)
+        batch = one_batch(run_config)
+
+        def share() -> torch.Tensor:
+            return module.model(batch.tokens, batch.documents).segmentation.boundaries.double().mean()  # noqa: B023
+
+        before = share()
+        for _ in range(200):
+            expected = boundary.threshold + 0.1 * torch.log(4 * share())
+            boundary.after_step(torch.tensor(0.25), share(), boundary.prior_mean)
+            torch.testing.assert_close(boundary.threshold, expected)
+        assert abs(share() - 0.25) < 0.02 < abs(before - 0.25)
+
+
+def test_a_step_moves_the_threshold_by_its_own_counts_and_the_next_one_sees_it(run_config: Config) -> None:
+    module = module_for(run_config)
+    assert isinstance(module.model, DLCM)
+    boundary = module.model.boundary
+    assert isinstance(boundary, LearnedBoundary)
+    before = boundary.threshold.clone()
+    module.training_step(one_batch(run_config), 0)
+    assert torch.equal(boundary.threshold, before), "the current batch must not enter"
+    sums = module.step_sums
+    assert sums is not None
+    above = sums.total("calibrated") / sums.total("tokens")
+    assert sums.total("calibrated") != sums.total("half")
+    module.after_step()
+    torch.testing.assert_close(boundary.threshold, before + 0.1 * torch.log(4 * above).to(before.dtype))
+
+
+def test_the_threshold_has_no_part_in_training(run_config: Config) -> None:
+    """Drawn boundaries, loss and gradients are the same wherever it stands, and whatever it is used for."""
+    seen = []
+    for odds, rule in ((0.0, "half"), (1.5, "half"), (1.5, "calibrated")):
+        boundary = replace(run_config.model.boundary, threshold=rule)
+        module = module_for(replace(run_config, model=replace(run_config.model, boundary=boundary)))
+        dict(module.model.named_buffers())["boundary.threshold"].fill_(odds)
+        loss = module.training_step(one_batch(run_config), 0)
+        loss.backward()
+        seen.append([loss.detach(), *(one.grad for one in module.model.parameters())])
+    for other in seen[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(seen[0], other, strict=True))
 
 
 def test_the_prior_mean_follows_the_mean_hidden_state_of_past_steps(run_config: Config) -> None:
@@ -264,12 +318,18 @@ def test_every_micro_batch_names_the_counts_of_the_step_behind_it(run_config: Co
         assert batch.following == later and batch.step.tokens == 256
 
 
-def test_validation_cuts_concepts_at_one_half_as_inference_does(run_config: Config) -> None:
+@pytest.mark.parametrize("rule", ["calibrated", "half"])
+def test_validation_cuts_concepts_as_inference_does(run_config: Config, rule: Threshold) -> None:
     """The concepts that the backbone saw are those of thresholding; drawing finds others in the same rows."""
-    module = module_for(run_config)
+    boundary = replace(run_config.model.boundary, threshold=rule)
+    module = module_for(replace(run_config, model=replace(run_config.model, boundary=boundary)))
     reader = Reader(run_config.data, run_config.seed, run_config.model.vocab_size)
     batches = [reader.step_batches(number)[0] for number in range(3)]
     sums = validate(module, batches)
-    assert sums.scalar("concepts") == sums.total("thresholded") != sums.total("sampled")
+    assert sums.scalar("concepts") == sums.total(rule) != sums.total("sampled")
+    assert sums.total("calibrated") != sums.total("half")
+    numbers = metrics_of(sums, run_config.data.domains, boundary)
+    assert numbers["R_thresholded"] == numbers["R_half" if rule == "half" else "R_thresholded"]
+    assert numbers["R_thresholded"] == (sums.total("tokens") / sums.scalar("concepts")).item()
     expected = [module.model(batch.tokens, batch.documents, None, batch.targets).nll_sum for batch in batches]
     torch.testing.assert_close(sums.total("nll"), torch.stack(expected).sum().detach())
