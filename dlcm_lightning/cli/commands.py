@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import shlex
 import sys
@@ -20,11 +21,19 @@ from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.errors import DataError
 
 SMOKE = "smoke"
+TASK_OPTIONS = ("model", "data_dir", "limit", "context", "out", "samples")
+"""Of `dlcm evaluate`, without a default, that only mean something with --tasks."""
 
 
 def load(module: str, name: str) -> Any:
     """A function of a module that is loaded only when its sub-command runs."""
     return getattr(importlib.import_module(f"dlcm_lightning.{module}"), name)
+
+
+def need(package: str, what: str, extra: str) -> None:
+    """ConfigError: a package of an extra is not here."""
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{what}: needs {package}; pip install 'dlcm-lightning[{extra}]'")
 
 
 def load_config(run_file: str, overrides: list[str]) -> Config:
@@ -101,8 +110,34 @@ def verify_resume(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    load("training.evaluate", "evaluate")(Path(arguments.run_folder), arguments.step, arguments.overrides, _say,
-                                          arguments.boundaries)
+    if arguments.tasks is None:
+        if given := next((name for name in TASK_OPTIONS if getattr(arguments, name) not in (None, False)), None):
+            raise ConfigError(f"--{given.replace('_', '-')}: a validation table has none; give --tasks too")
+        if arguments.run_folder is None:
+            raise ConfigError("dlcm evaluate RUN: name the directory of a run, such as runs/quickstart")
+        load("training.evaluate", "evaluate")(Path(arguments.run_folder), arguments.step, arguments.overrides, _say,
+                                              arguments.boundaries)
+        return
+    if arguments.overrides:
+        raise ConfigError(f"{arguments.overrides[0]}: --tasks takes no fields; its options are in dlcm evaluate --help")
+    if (arguments.run_folder is None) == (arguments.model is None):
+        raise ConfigError("dlcm evaluate --tasks: name a run or an export, or --model hf:PATH, one of the two")
+    if arguments.model is not None and not arguments.model.startswith("hf:"):
+        raise ConfigError(f"--model {arguments.model}: write hf: and a folder or a name of the hub; a run or an export "
+                          "is named without --model")
+    names = load("evaluation.tasks.paper", "chosen")(arguments.tasks)
+    need("lm_eval", "--tasks", "eval")
+    question = load("evaluation.tasks.models", "Question")(
+        tuple(names), arguments.boundaries, arguments.precision, arguments.fewshot, arguments.limit, arguments.context,
+        arguments.batch_tokens)
+    load("evaluation.tasks.evaluate", "evaluate")(
+        arguments.model or arguments.run_folder, question, step=arguments.step,
+        data_dir=Path(arguments.data_dir) if arguments.data_dir else None,
+        out=Path(arguments.out) if arguments.out else None, samples=arguments.samples, report=_say)
+
+
+def fetch_tasks(arguments: argparse.Namespace) -> None:
+    load("evaluation.tasks.fetch", "fetch_tasks")(Path(arguments.out), _say)
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -111,13 +111,18 @@ def resolve_world(environment: Mapping[str, str] = os.environ) -> World:
 def place(config: Config, environment: Mapping[str, str] = os.environ) -> tuple[Config, World]:
     """The configuration with the numbers of nodes and devices that there are, and where this process stands among them.
     ConfigError: they are not those that were asked for."""
-    train, world = config.train, resolve_world(environment)
-    if world.launcher == "nobody" or (world.launcher == "srun" and world.size == 1 and train.devices > 1):
-        world = _own_world(train, environment)
-    else:
-        _check_started(train, world, environment)
-    train = replace(train, devices=world.local_size or 1, nodes=world.nodes)
+    world = world_of(config.train, environment)
+    train = replace(config.train, devices=world.local_size or 1, nodes=world.nodes)
     return replace(config, train=train), world
+
+
+def world_of(train: TrainConfig, environment: Mapping[str, str] = os.environ) -> World:
+    """Where this process stands. ConfigError: the processes that there are are not those that `train` asks for."""
+    world = resolve_world(environment)
+    if world.launcher == "nobody" or (world.launcher == "srun" and world.size == 1 and train.devices > 1):
+        return _own_world(train, environment)
+    _check_started(train, world, environment)
+    return world
 
 
 # What each launcher says

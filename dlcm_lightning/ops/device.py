@@ -20,3 +20,16 @@ def on_gpu() -> bool:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{DEVICE} = 'cuda': torch finds no GPU here; driver and torch's CUDA have to agree")
     return wanted != "cpu" and torch.cuda.is_available()
+
+
+def gpu_of(local_rank: int | None, local_size: int | None, here: str) -> torch.device:
+    """The GPU that goes with the place of a process among those of its node. here: its name, for messages.
+    ConfigError: more processes than GPUs."""
+    visible, number = torch.cuda.device_count(), local_rank or 0
+    if visible == 1 and (local_size or 1) > 1:
+        number = 0  # its launcher shows every process its own
+    if number >= visible:
+        raise ConfigError(f"{here} is process {number} of {local_size} on this node and sees {visible} GPUs; start one "
+                          "process per GPU (train.devices, srun --ntasks-per-node, torchrun --nproc-per-node), and let "
+                          "each see all of them or its own")
+    return torch.device("cuda", number)

@@ -12,7 +12,7 @@ import torch
 
 from dlcm_lightning.cluster.world import World
 from dlcm_lightning.config import ConfigError, TrainConfig
-from dlcm_lightning.ops.device import on_gpu
+from dlcm_lightning.ops.device import gpu_of, on_gpu
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -29,14 +29,7 @@ def choose_device(world: World = World()) -> torch.device:  # noqa: B008 - froze
     among the processes of its node. ConfigError: more processes than GPUs."""
     if not on_gpu():
         return torch.device("cpu")
-    visible, local_rank = torch.cuda.device_count(), world.local_rank or 0
-    if visible == 1 and (world.local_size or 1) > 1:
-        local_rank = 0  # its launcher shows every process its own
-    if local_rank >= visible:
-        raise ConfigError(f"{world.here} is process {local_rank} of {world.local_size} on this node and sees {visible} "
-                          "GPUs; start one process per GPU (train.devices, srun --ntasks-per-node, torchrun "
-                          "--nproc-per-node), and let each see all of them or its own")
-    where = torch.device("cuda", local_rank)
+    where = gpu_of(world.local_rank, world.local_size, world.here)
     torch.cuda.set_device(where)
     return where
 

@@ -1,0 +1,144 @@
+"""`dlcm evaluate --tasks`: tasks of lm-eval, of a run, an export or a Hugging Face model.
+
+    OUT/
+        answers/QUESTION/rank-00000.jsonl   what the model has answered so far; the same command goes on from there
+        results[-WHAT].json                 our table as values, and lm-eval's own results; WHAT names what differs from
+        table[-WHAT].md                     the plain question: tasks, boundaries, precision, few-shot, limit
+        samples[-WHAT].jsonl                every question and answer, where asked for
+
+Prompts, metrics and standard errors are lm-eval's. Its tasks come from the Hugging Face hub, or their questions from a
+local folder (releases.py).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.api.task
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
+
+from dlcm_lightning.atomic_io import write_atomically
+from dlcm_lightning.errors import DataError, RunError
+from dlcm_lightning.evaluation.tasks import results as tables
+from dlcm_lightning.evaluation.tasks.harness import ConceptLM
+from dlcm_lightning.evaluation.tasks.local_tasks import check_known, local_tasks
+from dlcm_lightning.evaluation.tasks.models import Asked, Question, first_line, open_model
+from dlcm_lightning.evaluation.tasks.paper import label
+from dlcm_lightning.evaluation.tasks.sharing import joined
+from dlcm_lightning.ops.collectives import rank
+
+BOOTSTRAPS = 1000
+"""Of metrics whose standard error has no formula."""
+
+
+def evaluate(place: str, question: Question, *, step: int | None = None, data_dir: Path | None = None,
+             out: Path | None = None, samples: bool = False, report: Callable[[str], None] = print
+             ) -> list[tables.Line] | None:
+    """Scores of a model on tasks, written and told; None on ranks but the first.
+
+    place: a run's directory, an export, or hf:PATH of a model that transformers loads. step: of a run's checkpoint.
+    data_dir: a folder with the questions of every task. out: where answers and results go; tasks-STEP in the run's
+    directory, or tasks-NAME here. samples: keep every question and answer too.
+
+    ConfigError: unknown tasks, or a question that the model cannot be asked. DataError: files of a task are missing or
+    damaged. CheckpointError: there is no model. RunError: the results cannot be written.
+    """
+    with joined() as where, _quiet():
+        say: Callable[[str], None] = report if rank() == 0 else lambda line: None
+        manager = task_manager()
+        check_known(manager, question.tasks)
+        wanted, splits = [*question.tasks], dict[str, str]()
+        if data_dir is not None:
+            wanted, splits = local_tasks(manager, question.tasks, data_dir, question.fewshot)
+        asked = open_model(place, question, step, out, where)
+        for fact in asked.facts:
+            say(fact)
+        try:
+            found = simple_evaluate(asked.lm, tasks=wanted, num_fewshot=question.fewshot, limit=question.limit,
+                                    task_manager=manager, bootstrap_iters=BOOTSTRAPS, log_samples=True)
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"--tasks {','.join(question.tasks)}: questions cannot be had from the hub "
+                            f"({first_line(error)}); give --data-dir, and see `dlcm data fetch-tasks`") from error
+        if rank() or found is None:
+            return None
+        lines = tables.lines_of(found, question.tasks, splits)
+        say(tables.plain(lines))
+        _write(asked, question, found, lines, samples, say)
+        return lines
+
+
+@cache
+def task_manager() -> TaskManager:
+    """lm-eval's index of thousands of files, read once."""
+    return TaskManager()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and datasets log every task they load, warn of what is chosen here on purpose, and draw a bar a task
+    for what takes no time."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    drawn = lm_eval.api.task.tqdm
+    lm_eval.api.task.tqdm = partial(drawn, disable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            lm_eval.api.task.tqdm = drawn
+            for one, level in zip(loggers, levels, strict=True):
+                one.setLevel(level)
+
+
+def what(question: Question) -> str:
+    """How a question differs from the plain one, for file names."""
+    parts = [label(question.tasks)] if label(question.tasks) else []
+    parts += [question.boundaries] * (question.boundaries != "thresholded")
+    parts += [question.precision] * (question.precision != "auto")
+    parts += [f"{question.fewshot}shot"] * (question.fewshot > 0)
+    parts += [f"limit{question.limit}"] * (question.limit is not None)
+    parts += [f"context{question.context}"] * (question.context is not None)
+    return "".join(f"-{part}" for part in parts)
+
+
+def _write(asked: Asked, question: Question, found: dict[str, Any], lines: list[tables.Line], samples: bool,
+           say: Callable[[str], None]) -> None:
+    cut = len(asked.lm.cut) if isinstance(asked.lm, ConceptLM) else 0
+    facts = [*asked.facts, f"lm-eval's prompts and metrics, {question.fewshot} solved questions in front",
+             *([f"the first {question.limit} questions of each task, or subject, only"] if question.limit else []),
+             *([f"{cut} contexts were longer than the model's and lost their beginning"] if cut else [])]
+    text = tables.markdown(lines, facts)
+    theirs = {name: value for name, value in found.items() if name != "samples"}
+    content = {"question": asdict(question), "facts": facts, "table": tables.as_values(lines), "note": tables.NOTE,
+               "lm_eval": theirs}
+    name, out = what(question), asked.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / f"results{name}.json", _json(content) + b"\n")
+        write_atomically(out / f"table{name}.md", text.encode())
+        if samples:
+            every = [{"task": task, **one} for task, some in found["samples"].items() for one in some]
+            write_atomically(out / f"samples{name}.jsonl", b"\n".join(map(_json, every)) + b"\n")
+        tables.to_tensorboard(out, lines, text, asked.step or 0)
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written ({error}); give another --out") from error
+    say(f"{out / f'table{name}.md'}; results{name}.json beside it")
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, default=handle_non_serializable, ensure_ascii=False).encode()
