@@ -6,6 +6,7 @@ and nothing cached. The group of MMLU, C-Eval or CMMLU holds one task a subject,
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ MMLU_TAGS = ("mmlu_stem_tasks", "mmlu_other_tasks", "mmlu_social_sciences_tasks"
 def check_known(manager: TaskManager, names: Sequence[str]) -> None:
     """ConfigError: lm-eval has no such task."""
     if unknown := [name for name in names if name not in manager.all_tasks]:
-        near = [name for name in manager.all_tasks if unknown[0].lower() in name.lower()][:5]
+        near = difflib.get_close_matches(unknown[0], manager.all_tasks)
         raise ConfigError(f"--tasks {unknown[0]}: no task of lm-eval" + (f"; do you mean {', '.join(near)}?" if near
                           else f"; the paper's are {', '.join(task.name for task in TASKS)}"))
 
@@ -57,7 +58,7 @@ def local_tasks(manager: TaskManager, names: Sequence[str], root: Path, fewshot:
             splits[name] = _split(found)
             wanted.append(_leaf(manager, name, found, fewshot))
             continue
-        leaves = _leaves(manager, task)
+        leaves = leaves_of(manager, task)
         group = Group(name, aggregate_metric_list=[AggMetricConfig(metric) for metric in
                                                    (("acc",) if name == "mmlu" else ("acc", "acc_norm"))])
         for subject in subjects_in(root, task, list(leaves)):
@@ -68,7 +69,7 @@ def local_tasks(manager: TaskManager, names: Sequence[str], root: Path, fewshot:
     return wanted, splits
 
 
-def _leaves(manager: TaskManager, task: PaperTask) -> dict[str, str]:
+def leaves_of(manager: TaskManager, task: PaperTask) -> dict[str, str]:
     """The tasks of a group, by subject."""
     if task.name == "mmlu":
         names = sorted(name for tag in MMLU_TAGS for name in manager.task_index[tag].tags)

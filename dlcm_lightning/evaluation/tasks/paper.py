@@ -39,6 +39,8 @@ class PaperTask:
     """What each of lm-eval's splits is called in file and folder names; the first that is there is evaluated."""
     subjects: bool = False
     """Whether it is a group, one file a subject and split."""
+    leaves_out: str = ""
+    """A word of files that belong to another task."""
 
 
 _VALIDATION = ("validation", "valid", "val", "dev")
@@ -65,7 +67,7 @@ TASKS = (
     PaperTask("boolq", "BoolQ", 62.54, 64.01, "aps/super_glue (boolq), or dev.jsonl of google-research-datasets",
               "dev.jsonl, val.jsonl", _VAL),
     PaperTask("race", "RACE", 35.31, 36.03, "EleutherAI/race (high), or RACE.tar.gz of its authors, Carnegie Mellon",
-              "test/high/*.txt", {"test": ("test",)}),
+              "test/high/*.txt", {"test": ("test",)}, leaves_out="middle"),
     PaperTask("ceval-valid", "C-Eval", 26.08, 24.37, "ceval/ceval-exam, or its ceval-exam.zip",
               "val/SUBJECT_val.csv, dev/SUBJECT_dev.csv", {"val": ("val",), "dev": ("dev",)}, subjects=True),
     PaperTask("cmmlu", "CMMLU", 25.23, 25.47, "haonan-li/cmmlu, or its cmmlu_v1_0_1.zip",

@@ -39,7 +39,7 @@ def splits_of(root: Path, task: PaperTask, subject: str | None = None) -> dict[s
     if subject is not None:
         files = [file for file in files if _is_of(file, folder, subject)]
     found = {split: _dataset(chosen, task) for split, names in task.splits.items()
-             if (chosen := _of_split(files, folder, names))}
+             if (chosen := _of_split(files, folder, names, task.leaves_out))}
     if not any(split in found for split in task.splits if split != "dev"):
         of = f" of subject {subject}" if subject else ""
         raise DataError(f"{folder}: no file{of} of split {' or '.join(s for s in task.splits if s != 'dev')}; "
@@ -68,11 +68,11 @@ def _words(file: Path, folder: Path) -> list[str]:
     return re.split(r"[^a-z0-9]+", str(file.relative_to(folder).with_suffix("")).lower())
 
 
-def _of_split(files: list[Path], folder: Path, names: tuple[str, ...]) -> list[Path]:
+def _of_split(files: list[Path], folder: Path, names: tuple[str, ...], leaves_out: str) -> list[Path]:
     """Files of a split. Where some are called exactly like it, others that only mention it are left: more than one
     edition of the same questions lies in some releases."""
     found = [file for file in files if any(word in names for word in _words(file, folder))]
-    found = [file for file in found if "middle" not in _words(file, folder) and not file.stem.endswith("labels")]
+    found = [file for file in found if leaves_out not in _words(file, folder)]
     exact = [file for file in found if file.stem in names]
     return exact or found
 
