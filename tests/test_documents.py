@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dlcm_lightning.cli.arguments import parser
+from dlcm_lightning.evaluation.tasks.paper import FETCHED, TASKS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "data" / "README.md"])
@@ -42,6 +43,14 @@ def test_commands_are_known(command: str) -> None:
 
 def test_the_first_page_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
+
+
+def test_the_page_of_evaluation_names_the_files_of_every_task() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for task in TASKS:
+        star = " *" if task.name in FETCHED else ""
+        assert (f"| `{task.name}`{star} | {task.title} | {task.dlcm:.2f} | {task.baseline:.2f} | {task.files} | "
+                f"{task.release} |") in text
 
 
 def test_the_page_of_fields_is_what_the_fields_say() -> None:

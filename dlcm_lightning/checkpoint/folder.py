@@ -37,7 +37,7 @@ DAMAGED = "damaged-"
 CALLBACKS = "callbacks.json"
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ TEXTS = (
 LOSS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """Relative. The same weights give the same numbers but for the order of sums on another machine."""
 FLIPPED = {torch.float64: 0.0, torch.float32: 0.02, torch.bfloat16: 0.1}
-"""Share of decisions that may differ, those that lie at one half."""
+"""Share of decisions that may differ, those that lie at the threshold."""
 
 
 class Probe:

@@ -112,6 +112,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     tasks.add_argument("--tasks", metavar="NAME,...", help="of lm-eval; paper12 for the paper's twelve, local for the "
                        "nine that `dlcm data fetch-tasks` brings")
     tasks.add_argument("--model", metavar="hf:PATH", help="a model that transformers loads, in place of RUN")
+    tasks.add_argument("--trust-remote-code", action="store_true", help="with hf:, where the folder brings code")
     tasks.add_argument("--data-dir", metavar="DIR", type=_path, help="questions of every task, in place of the hub")
     tasks.add_argument("--fewshot", type=_whole(0, 1000), default=0, help="solved questions in front of each (0)")
     tasks.add_argument("--limit", type=_whole(1, LARGEST_COUNT), help="questions of a task at most, for a first look")

@@ -21,7 +21,7 @@ from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.errors import DataError
 
 SMOKE = "smoke"
-TASK_OPTIONS = ("model", "data_dir", "limit", "context", "out", "samples")
+TASK_OPTIONS = ("model", "data_dir", "limit", "context", "out", "samples", "trust_remote_code")
 """Of `dlcm evaluate`, without a default, that only mean something with --tasks."""
 
 
@@ -129,7 +129,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     need("lm_eval", "--tasks", "eval")
     question = load("evaluation.tasks.models", "Question")(
         tuple(names), arguments.boundaries, arguments.precision, arguments.fewshot, arguments.limit, arguments.context,
-        arguments.batch_tokens)
+        arguments.trust_remote_code, arguments.batch_tokens)
     load("evaluation.tasks.evaluate", "evaluate")(
         arguments.model or arguments.run_folder, question, step=arguments.step,
         data_dir=Path(arguments.data_dir) if arguments.data_dir else None,

@@ -18,6 +18,7 @@ from dlcm_lightning.cluster.slurm import fields_of
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.run_directory import STOP, folders
 from dlcm_lightning.training.verify_resume import lines_of
+from tests.evaluation.tasks.conftest import write_small_tasks
 from tests.slurm.conftest import Desk, kill, processes
 
 pytestmark = pytest.mark.whole
@@ -122,6 +123,15 @@ def test_a_stop_file_ends_the_run_and_keeps_the_next_job_from_starting_it(desk: 
                                cwd=desk.folder, DLCM_PYTHON=sys.executable).strip()
     assert desk.ended(looked)["JobState"] == "COMPLETED", desk.output()
     assert f"step {desk.step()}, " in desk.output() and "bits/byte" in desk.output()
+    write_small_tasks(desk.folder / "questions")
+    judged = desk.cluster.call(
+        "sbatch", "--parsable", "--nodes=2", "--gpus-per-node=2", "--cpus-per-task=4", "slurm/evaluate.sh",
+        str(desk.run), "--tasks", "piqa", "--data-dir", "questions", "--batch-tokens=8", cwd=desk.folder,
+        DLCM_PYTHON=sys.executable).strip()
+    assert desk.ended(judged, 300)["JobState"] == "COMPLETED", desk.output()
+    assert desk.output().count("PIQA  validation          3") == 1, desk.output()
+    answers = list(desk.run.glob("tasks-*/answers/*/rank-*.jsonl"))
+    assert len(answers) == 3, "three batches, shared by four ranks"
 
 
 def test_a_crash_at_the_same_step_ends_the_chain_with_the_reason(desk: Desk) -> None:

@@ -135,9 +135,10 @@ class ConceptLM(TemplateLM):
 class HubLM(HFLM):
     """A model of transformers: lm-eval's own class, whose answers are shared and kept."""
 
-    def __init__(self, path: str, answers: Answers, device: str, dtype: str, batch_size: int, context: int | None
-                 ) -> None:
-        super().__init__(pretrained=path, device=device, dtype=dtype, batch_size=batch_size, max_length=context)
+    def __init__(self, path: str, answers: Answers, device: str, dtype: str, batch_size: int, context: int | None,
+                 trust_remote_code: bool) -> None:
+        super().__init__(pretrained=path, device=device, dtype=dtype, batch_size=batch_size, max_length=context,
+                         trust_remote_code=trust_remote_code)
         self.answers = answers
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

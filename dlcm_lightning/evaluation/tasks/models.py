@@ -43,6 +43,8 @@ class Question:
     """Questions of every task (of every subject) at most: for a first look."""
     context: int | None = None
     """The most tokens of a text; that of the run's rows where nothing is said."""
+    trust_remote_code: bool = False
+    """Whether a Hugging Face folder may bring code of its own, as `dlcm export --hf` writes it."""
     batch_tokens: int = BATCH_TOKENS
     """Of a batch of ours; a Hugging Face model takes one sequence for each 1,024 of them."""
 
@@ -91,10 +93,11 @@ def _hub_model(place: str, question: Question, step: int | None, out: Path | Non
     files = sorted((one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in path.glob("*") if one.is_file())
     asked = {"model": str(path), "files": files, "dtype": str(dtype), "batch": batch, "context": question.context}
     try:
-        lm = HubLM(str(path), _answers(out, asked), str(where), _name(dtype), batch, question.context)
+        lm = HubLM(str(path), _answers(out, asked), str(where), _name(dtype), batch, question.context,
+                   question.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{place}: transformers cannot load it ({first_line(error)}); give a folder with "
-                          "config.json, or a name of the hub") from error
+                          "config.json, or a name of the hub, and --trust-remote-code where it brings code") from error
     return Asked(lm, None, out, [f"{place}, {_name(dtype)} on {where}"])
 
 

@@ -29,6 +29,7 @@ from dlcm_lightning.evaluation.tasks.harness import ConceptLM, sampling_of
 from dlcm_lightning.evaluation.tasks.local_tasks import local_tasks
 from dlcm_lightning.evaluation.tasks.models import Question, open_model
 from dlcm_lightning.evaluation.tasks.scoring import Request, Scorer
+from dlcm_lightning.export.huggingface.folder import export_huggingface
 from dlcm_lightning.export.portable import export, model_of, open_trained
 from dlcm_lightning.inference import Generator
 from dlcm_lightning.inference.sampling import Sampling
@@ -301,6 +302,22 @@ def test_an_export_is_asked_like_its_run(asked: Path, trained_run: Path, small_t
     out = export(trained_run, tmp_path / "model")
     evaluate(str(out), Question(SMALL), data_dir=small_tasks, out=tmp_path / "out", samples=True, report=quiet)
     assert samples_of(tmp_path / "out", what(Question(SMALL))) == samples_of(asked, what(Question(SMALL)))
+
+
+def test_an_export_for_transformers_scores_through_lm_evals_own_class_what_ours_does(
+        asked: Path, trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
+    """Padded batches there, packed ones here."""
+    folder = export_huggingface(trained_run, tmp_path / "hf")
+    names = ("piqa", "arc_easy", "race")
+    with pytest.raises(ConfigError, match="--trust-remote-code"):
+        evaluate(f"hf:{folder}", Question(names), data_dir=small_tasks, out=tmp_path / "out", report=quiet)
+    question = Question(names, trust_remote_code=True)
+    evaluate(f"hf:{folder}", question, data_dir=small_tasks, out=tmp_path / "out", samples=True, report=quiet)
+    ours = samples_of(asked, what(Question(SMALL)))
+    for key, sample in samples_of(tmp_path / "out", what(question)).items():
+        assert sample["arguments"] == ours[key]["arguments"]
+        for (one,), (two,) in zip(sample["resps"], ours[key]["resps"], strict=True):
+            assert float(one[0]) == pytest.approx(float(two[0]), rel=1e-5)
 
 
 def test_half_precision_says_how_many_boundaries_it_moves(trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
