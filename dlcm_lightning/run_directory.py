@@ -8,6 +8,9 @@
         events.out.*      the same for TensorBoard, on an axis of consumed tokens; histograms; boundaries as text
         boundaries.html   fixed validation documents, cut into concepts
         report.json       the table at the end
+        evaluation-STEP.json                        what `dlcm evaluate` found, see training/evaluate.py
+        tasks-STEP/                                 and with --tasks, see evaluation/tasks/evaluate.py
+        analysis-STEP.html, .json, analysis-STEP/   what `dlcm analyze` found: page, numbers, TensorBoard events
         logs/             on a cluster: rank-00000.log of every rank, over all attempts
         jobs/             on a cluster: what each submission was and came to, see cluster/attempts.py
         STOP              made by anyone: the run saves and ends, and no job starts it again while it is there

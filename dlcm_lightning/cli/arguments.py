@@ -56,6 +56,10 @@ def parser() -> argparse.ArgumentParser:
         "evaluate", help="the validation table of any checkpoint; the paper's zero-shot tasks",
         description="Bits per byte and tokens per concept by domain, of a checkpoint of a run, on one process. With "
                     "--tasks: scores on tasks of lm-eval, beside the paper's."))
+    _add_analyze(subcommands.add_parser(
+        "analyze", help="a page on where concepts end, what that gives and what it costs",
+        description="Write a self-contained page, its numbers as JSON and TensorBoard events of a run or an export: "
+                    "texts cut into concepts, losses, lengths, alignment, stability, FLOPs."))
     command = subcommands.add_parser(
         "export", help="a checkpoint as a model that plain PyTorch loads",
         description="Write model.safetensors, config.yaml and tokenizer.json of a run's checkpoint, whatever strategy "
@@ -97,6 +101,19 @@ def parser() -> argparse.ArgumentParser:
     _add_looking(actions)
     _add_shipped(subcommands)
     return top
+
+
+def _add_analyze(command: argparse.ArgumentParser) -> None:
+    command.add_argument("place", metavar="RUN_OR_EXPORT", type=_path, help="such as runs/quickstart")
+    command.add_argument("overrides", nargs="*", metavar="field=value", help="of data, such as data.root=...")
+    command.add_argument("--against", metavar="OTHER", type=_path,
+                         help="run or export with the same tokenizer, to compare on the same tokens")
+    command.add_argument("--step", type=_whole(0, LARGEST_COUNT), help="of a run's checkpoint (the newest)")
+    command.add_argument("--out", metavar="FILE.html", type=_path, help="(analysis-STEP.html in RUN)")
+    command.add_argument("--rows", type=_whole(1, LARGEST_COUNT),
+                         help="validation rows of each source, at most (data.validation_rows)")
+    command.add_argument("--documents", type=_whole(0, 10**6), default=2, help="texts shown of every domain (2)")
+    command.set_defaults(run=commands.analyze)
 
 
 def _add_evaluate(command: argparse.ArgumentParser) -> None:

@@ -140,6 +140,12 @@ def fetch_tasks(arguments: argparse.Namespace) -> None:
     load("evaluation.tasks.fetch", "fetch_tasks")(Path(arguments.out), _say)
 
 
+def analyze(arguments: argparse.Namespace) -> None:
+    load("evaluation.analysis.report", "analyze")(
+        arguments.place, step=arguments.step, against=arguments.against, out=arguments.out, rows=arguments.rows,
+        documents=arguments.documents, overrides=arguments.overrides, report=_say)
+
+
 def export(arguments: argparse.Namespace) -> None:
     megabyte = 1000**2
     writer = ("export.huggingface.folder", "export_huggingface") if arguments.hf else ("export.portable", "export")
