@@ -31,7 +31,7 @@ CONTEXTS = tuple(2**power for power in range(10, 18))
 TABLE_3 = ModelConfig()
 """The paper's model is what ModelConfig stands at."""
 CLAIMED = 0.34
-"""Share of inference FLOPs that the paper's workshop abstract says are saved."""
+"""Share of inference FLOPs that the paper says are saved."""
 CLAIM_CONTEXT = 8192
 CLAIM_RATIOS = (2, 3, 4, 6, 8, 16, 32, 64)
 Phase = Literal["score", "prefill", "decode"]

@@ -103,7 +103,7 @@ def _paper(found: Mapping[str, Any]) -> str:
     paper, contexts = found["paper"], found["contexts"]
     at, saved, weights = paper["at_context"], paper["saved"], paper["weights_per_token"]
     reached = paper["reached"]
-    text = (f"<h3>The paper's model and its claim</h3><p>The paper's abstract at a workshop speaks of "
+    text = (f"<h3>The paper's model and its claim</h3><p>The paper speaks of "
             f"{percent(paper['claimed'], 0)} lower inference FLOPs. Its Table 3 is matched: body weights per token are "
             f"{whole(int(weights['dlcm']))} in the DLCM at R = {paper['target']:g} and {whole(int(weights['dense']))} "
             f"in the baseline. By this count, at {brief(paper['context'])} tokens, the DLCM needs {fixed(at['score'])} "
