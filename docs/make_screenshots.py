@@ -1,4 +1,4 @@
-"""Pictures of TensorBoard, segmented texts and generation: `python docs/make_screenshots.py runs/NAME`.
+"""Pictures of TensorBoard, segmented texts, generation and analysis: `python docs/make_screenshots.py runs/NAME`.
 
 Needs Chromium and a Chinese font (`apt install chromium fonts-wqy-zenhei`). Writes docs/images/*.png. Look at them
 before they are committed.
@@ -22,6 +22,8 @@ from dlcm_lightning.inference.terminal import COLOURS
 IMAGES = Path(__file__).parent / "images"
 PAGES = {"tensorboard": ("?darkMode=false&forceSVG=true#timeseries", "1500,1150"),
          "custom_scalars": ("#custom_scalars", "1500,1500")}
+PARTS = {"documents": "1100,930", "alignment": "1100,640"}
+"""Of the page that `dlcm analyze` writes."""
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
          "--virtual-time-budget=60000")
@@ -63,6 +65,13 @@ def main(run: Path) -> None:
         page = Path(folder) / "generate.html"
         page.write_text(terminal(run), encoding="utf-8")
         shoot(page.as_uri(), "1000,430", IMAGES / "generate.png")
+        report = Path(folder) / "analysis.html"
+        subprocess.run([sys.executable, "-m", "dlcm_lightning", "analyze", str(run), "--out", str(report)], check=True)
+        whole = report.read_text(encoding="utf-8")
+        for part, size in PARTS.items():
+            report.write_text(whole.replace("</head>", f"<style>header,section:not(#{part}){{display:none}}"
+                                            "</style></head>"), encoding="utf-8")
+            shoot(report.as_uri(), size, IMAGES / f"{part}.png")
 
 
 def terminal(run: Path) -> str:
