@@ -131,12 +131,12 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     tasks.add_argument("--model", metavar="hf:PATH", help="a model that transformers loads, in place of RUN")
     tasks.add_argument("--trust-remote-code", action="store_true", help="with hf:, where the folder brings code")
     tasks.add_argument("--data-dir", metavar="DIR", type=_path, help="questions of every task, in place of the hub")
-    tasks.add_argument("--fewshot", type=_whole(0, 1000), default=0, help="solved questions in front of each (0)")
+    tasks.add_argument("--fewshot", type=_whole(0, 1000), help="solved questions in front of each (0)")
     tasks.add_argument("--limit", type=_whole(1, LARGEST_COUNT), help="questions of a task at most, for a first look")
-    tasks.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+    tasks.add_argument("--precision", choices=("auto", "fp32", "bf16"),
                        help="bf16 on a GPU, fp32 on a CPU (auto)")
     tasks.add_argument("--context", type=_whole(8, LARGEST_COUNT), help="the most tokens of a text (the run's rows)")
-    tasks.add_argument("--batch-tokens", type=_whole(1, LARGEST_COUNT), default=8192, help="of a batch (8192)")
+    tasks.add_argument("--batch-tokens", type=_whole(1, LARGEST_COUNT), help="of a batch (8192)")
     tasks.add_argument("--out", metavar="DIR", type=_path, help="for results and answers (tasks-STEP in RUN)")
     tasks.add_argument("--samples", action="store_true", help="write every question and answer too")
     command.set_defaults(run=commands.evaluate)

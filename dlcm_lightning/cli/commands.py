@@ -21,8 +21,9 @@ from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.errors import DataError
 
 SMOKE = "smoke"
-TASK_OPTIONS = ("model", "data_dir", "limit", "context", "out", "samples", "trust_remote_code")
-"""Of `dlcm evaluate`, without a default, that only mean something with --tasks."""
+TASK_OPTIONS = ("model", "trust_remote_code", "data_dir", "fewshot", "limit", "precision", "context", "batch_tokens",
+                "out", "samples")
+"""Of `dlcm evaluate`, that only mean something with --tasks."""
 
 
 def load(module: str, name: str) -> Any:
@@ -111,8 +112,10 @@ def verify_resume(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.tasks is None:
-        if given := next((name for name in TASK_OPTIONS if getattr(arguments, name) not in (None, False)), None):
-            raise ConfigError(f"--{given.replace('_', '-')}: a validation table has none; give --tasks too")
+        values = {name: getattr(arguments, name) for name in TASK_OPTIONS}
+        if wrong := next((name for name, value in values.items() if value is not None and value is not False), None):
+            raise ConfigError(f"--{wrong.replace('_', '-')}: a validation table has none; give --tasks too, or a field "
+                              "such as train.precision=bf16")
         if arguments.run_folder is None:
             raise ConfigError("dlcm evaluate RUN: name the directory of a run, such as runs/quickstart")
         load("training.evaluate", "evaluate")(Path(arguments.run_folder), arguments.step, arguments.overrides, _say,
@@ -127,9 +130,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
                           "is named without --model")
     names = load("evaluation.tasks.paper", "chosen")(arguments.tasks)
     need("lm_eval", "--tasks", "eval")
-    question = load("evaluation.tasks.models", "Question")(
-        tuple(names), arguments.boundaries, arguments.precision, arguments.fewshot, arguments.limit, arguments.context,
-        arguments.trust_remote_code, arguments.batch_tokens)
+    given = {name: value for name in ("precision", "fewshot", "limit", "context", "trust_remote_code", "batch_tokens")
+             if (value := getattr(arguments, name)) is not None}
+    question = load("evaluation.tasks.models", "Question")(tuple(names), arguments.boundaries, **given)
     load("evaluation.tasks.evaluate", "evaluate")(
         arguments.model or arguments.run_folder, question, step=arguments.step,
         data_dir=Path(arguments.data_dir) if arguments.data_dir else None,

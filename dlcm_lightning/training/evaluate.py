@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from dlcm_lightning.atomic_io import sha256_of, write_atomically
+from dlcm_lightning.checkpoint.exported import ABOUT
 from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, open_checkpoint
 from dlcm_lightning.checkpoint.probe import Probe
 from dlcm_lightning.compose import differences, load_saved_config
@@ -28,7 +29,7 @@ from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.data.loader import ValidationBatches
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.errors import DataError
+from dlcm_lightning.errors import CheckpointError, DataError
 from dlcm_lightning.model.boundary import Boundaries
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.run_directory import TOKENIZER_FILE
@@ -49,6 +50,9 @@ def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Call
     rows where they are sampled. ConfigError: an override of what the model is; other boundaries of a dense model.
     CheckpointError: no such checkpoint, a damaged one, or one of another model. DataError: the rows cannot be read, or
     are those of another tokenizer."""
+    if (run / ABOUT).is_file():
+        raise CheckpointError(f"{run}: an exported model; dlcm evaluate {run} --tasks ... gives its scores, dlcm "
+                              f"analyze {run} its bits per byte")
     checkpoint = open_checkpoint(run, step)
     config, asked = _asked(checkpoint, overrides)
     where = choose_device()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -337,6 +338,8 @@ def test_half_precision_says_how_many_boundaries_it_moves(trained_run: Path, sma
     (["RUN", "--tasks", "piqa", "data.root=x"], "data.root=x: --tasks takes no fields"),
     (["RUN", "--limit", "3"], "--limit: a validation table has none; give --tasks too"),
     (["RUN", "--samples"], "--samples: a validation table has none"),
+    (["RUN", "--precision", "bf16"], "--precision: a validation table has none; give --tasks too, or a field such as"),
+    (["RUN", "--fewshot", "0"], "--fewshot: a validation table has none"),
     ([], "name the directory of a run"),
     (["RUN", "--tasks", "piqa", "--data-dir", "nowhere"], "nowhere/piqa: missing; PIQA needs"),
     (["RUN", "--tasks", "lambada_openai", "--data-dir", "TASKS"], "files are known for"),
@@ -354,6 +357,19 @@ def test_what_cannot_be_asked_is_said_in_a_line(trained_run: Path, small_tasks: 
     named = {"RUN": str(trained_run), "TASKS": str(small_tasks)}
     assert main(["evaluate", *(named.get(one, one) for one in arguments)]) == USER_ERROR
     assert said in capsys.readouterr().err
+
+
+def test_without_lm_eval_it_is_said_how_to_get_it(trained_run: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else found(name))
+    assert main(["evaluate", str(trained_run), "--tasks", "piqa"]) == USER_ERROR
+    assert "--tasks: needs lm_eval; pip install 'dlcm-lightning[eval]'" in capsys.readouterr().err
+
+
+def test_an_export_has_no_validation_table(trained_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"an exported model; dlcm evaluate .* --tasks"):
+        validation_table(export(trained_run, tmp_path / "model"), None, [], quiet)
 
 
 def test_a_damaged_model_is_refused(trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
