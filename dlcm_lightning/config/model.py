@@ -44,7 +44,7 @@ class BoundaryConfig:
     says. It is steered and saved either way, and no gradient depends on it."""
     threshold_step: float = 0.1
     """Gain of the calibrated threshold: its log-odds += threshold_step * log(R x the share of p above it) after every
-    optimizer step."""
+    optimizer step. Less where p hardly spreads, and at most threshold_step at a time."""
     rule_threshold: float = 0.5
     """Form `rule`: a token is a boundary where cos(h_{t-1}, h_t) falls below this value."""
 

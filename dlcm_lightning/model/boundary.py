@@ -20,7 +20,9 @@ cannot: at cos = +-1 p has no gradient, and centred features alone miss R = 8 by
 *Calibrated threshold.* The rate loss steers the drawn boundaries. Where p crowds below one half, b_t = [p_t >= 1/2]
 (`threshold: half`, the paper's) finds far fewer, and the model that is deployed has longer concepts than the one that
 was trained. So theta is a buffer: after each optimizer step its log-odds move by threshold_step * log(R S), S the share
-of p of the global batch that lie above theta. Training draws, and does not depend on it.
+of p of the global batch that lie above theta; the logarithm counts up to 1, and the step is at most half a standard
+deviation of the log-odds of p, or theta would jump from one side of a narrow p to the other. Training draws, and does
+not depend on it.
 
 Only the rate loss trains W_q and W_k: decisions are discrete, and no straight-through path is laid. AdamW divides
 lambda out of the only gradient they see, so that their learning rate is the knob, not lambda.
@@ -115,9 +117,10 @@ class Boundary(nn.Module, ABC):
     def decide_by(self, threshold: Threshold) -> None:  # most forms compare nothing
         """What p is compared with where boundaries are not drawn, in place of what the configuration says."""
 
-    def after_step(self, rate: Tensor, above: Tensor, feature_mean: Tensor) -> None:  # most forms keep no state
+    def after_step(self, rate: Tensor, above: Tensor, spread: Tensor, feature_mean: Tensor) -> None:
         """Called once after each optimizer step, with numbers of its global batch: F (), the share of tokens whose p is
-        not below the threshold (), and the mean hidden state (D,)."""
+        not below the threshold (), the standard deviation of p where no document begins (), and the mean hidden state
+        (D,). Most forms keep no state."""
 
 
 class LearnedBoundary(Boundary):
@@ -198,9 +201,11 @@ class LearnedBoundary(Boundary):
         return (sums + weight * self.prior_mean.to(sums.dtype)) / (counts + weight)[:, None]
 
     @torch.no_grad()
-    def after_step(self, rate: Tensor, above: Tensor, feature_mean: Tensor) -> None:
+    def after_step(self, rate: Tensor, above: Tensor, spread: Tensor, feature_mean: Tensor) -> None:
         target = 1 / self.config.target_ratio
-        self.threshold += self.config.threshold_step * (above / target).log().to(self.threshold.dtype)
+        theta = self.threshold.sigmoid().double()
+        step = (0.5 * spread / (theta * (1 - theta))).clamp(max=self.config.threshold_step)
+        self.threshold += (step * (above / target).log().clamp(-1, 1)).to(self.threshold.dtype)
         self.threshold.clamp_(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT)
         if self.config.biased:
             self.rate_bias += self.config.bias_step * (target / rate).log().to(self.rate_bias.dtype)

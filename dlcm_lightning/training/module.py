@@ -378,7 +378,8 @@ class PretrainModule(LightningModule):
             before = [buffer.clone() for buffer in buffers]
             self.previous_counts.copy_(torch.stack([step.total("sampled"), tokens]))
             each = tokens.clamp(min=1)
-            self.model.boundary.after_step(step.rate, step.total("calibrated") / each, step.features / each)
+            self.model.boundary.after_step(step.rate, step.total("calibrated") / each, step.spread,
+                                           step.features / each)
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(torch.where(tokens > 0, buffer, old))  # decided on the device
 

@@ -78,6 +78,14 @@ class MetricSums:
         return self.total("sampled") / self.total("tokens").clamp(min=1)
 
     @property
+    def spread(self) -> Tensor:
+        """Standard deviation of p, without the first tokens of documents, whose p is 1 whatever the model says."""
+        starts = self.scalar("documents")
+        counted = (self.total("tokens") - starts).clamp(min=1)
+        mean, mean_square = (self.total("p") - starts) / counted, (self.total("p_squared") - starts) / counted
+        return (mean_square - mean.square()).clamp(min=0).sqrt()
+
+    @property
     def mean_probability(self) -> Tensor:
         """G."""
         return self.total("p") / self.total("tokens").clamp(min=1)

@@ -16,6 +16,7 @@ import torch
 from dlcm_lightning.checkpoint import tensors
 from dlcm_lightning.checkpoint.folder import (
     CONFIG,
+    FORMAT,
     MANIFEST,
     Checkpoint,
     Fingerprint,
@@ -90,7 +91,7 @@ def test_every_damage_is_named_whoever_shares_the_hashing(run: Path, damage: Cal
     assert len(found) == 1 and re.search(said, found[0])
 
 
-@pytest.mark.parametrize("content", ['{"format": 2, "step"', "[]", '{"format": 2}', '{"step": 3}'])
+@pytest.mark.parametrize("content", [f'{{"format": {FORMAT}, "step"', "[]", f'{{"format": {FORMAT}}}', '{"step": 3}'])
 def test_a_manifest_that_is_none_is_refused(run: Path, content: str) -> None:
     folder = folders(run)[-1]
     (folder / MANIFEST).write_text(content)
@@ -104,7 +105,7 @@ def test_a_manifest_that_is_none_is_refused(run: Path, content: str) -> None:
 def test_another_format_is_refused(run: Path) -> None:
     file = folders(run)[-1] / MANIFEST
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 2") as refused:
+    with pytest.raises(CheckpointError, match=f"format 99, this version reads {FORMAT}") as refused:
         Manifest.load(file.parent)
     assert not isinstance(refused.value, DamagedCheckpoint)
     assert file.parent in milestones(folders(run), 10**9), "what cannot be asked is not removed"

@@ -127,6 +127,9 @@ def test_a_tally_counts_by_domain_and_leaves_fillers_out(run_config: Config) -> 
     torch.testing.assert_close(sums.features, states.sum(0))
     assert sums.total("bytes") == sum(int(TOKEN_BYTES[target]) for target in batch.targets if target >= 0)
     assert sums.total("sampled") == output.segmentation.boundaries[real].sum()
+    starts = torch.zeros(len(real), dtype=torch.bool).index_fill_(0, batch.documents.cu_seqlens[:-1].long(), True)
+    inside = output.segmentation.probabilities[real & ~starts].double()
+    torch.testing.assert_close(sums.spread, inside.std(correction=0))
     assert sums.total("half") == (output.segmentation.probabilities[real] >= 0.5).sum()
     threshold = torch.sigmoid(dict(module.model.named_buffers())["boundary.threshold"])
     assert sums.total("calibrated") == (output.segmentation.probabilities[real] >= threshold).sum()
@@ -213,7 +216,7 @@ def test_the_rate_bias_moves_the_rate_towards_its_target(run_config: Config) -> 
         before = module.measure(batch, batch.noise)[0].rate.item()
         for _ in range(60):
             rate = module.measure(batch, batch.noise)[0].rate
-            boundary.after_step(rate, torch.tensor(0.25), boundary.prior_mean)
+            boundary.after_step(rate, torch.tensor(0.25), torch.tensor(0.1), boundary.prior_mean)
         after = module.measure(batch, batch.noise)[0].rate.item()
         assert abs(after - 0.25) < 0.02 < abs(before - 0.25)
 
@@ -234,10 +237,26 @@ def test_the_threshold_brings_the_thresholded_rate_to_its_target(run_config: Con
 
         before = share()
         for _ in range(200):
-            expected = boundary.threshold + 0.1 * torch.log(4 * share())
-            boundary.after_step(torch.tensor(0.25), share(), boundary.prior_mean)
+            expected = boundary.threshold + 0.1 * torch.log(4 * share()).clamp(-1, 1)
+            boundary.after_step(torch.tensor(0.25), share(), torch.tensor(0.1), boundary.prior_mean)
             torch.testing.assert_close(boundary.threshold, expected)
         assert abs(share() - 0.25) < 0.02 < abs(before - 0.25)
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.03, 0.003, 0.0003])
+def test_the_threshold_settles_however_narrow_p_is(run_config: Config, spread: float) -> None:
+    """Tokens whose p is drawn once, around 0.3; the threshold starts at one half, far above all of them."""
+    boundary = LearnedBoundary(4, replace(run_config.model.boundary, target_ratio=8.0))
+    generator = torch.Generator().manual_seed(0)
+    p = (0.3 + spread * torch.randn(4096, generator=generator)).clamp(0, 1)
+    spread_of_p = p.double().std()
+    p[::512] = 1  # documents begin
+    seen = []
+    for _ in range(6000):
+        above = (p >= boundary.threshold.sigmoid()).double().mean()
+        seen.append(above.item())
+        boundary.after_step(torch.tensor(0.125), above, spread_of_p, boundary.prior_mean)
+    assert all(abs(one - 0.125) < 0.02 for one in seen[-50:]), seen[-50:]
 
 
 def test_a_step_moves_the_threshold_by_its_own_counts_and_the_next_one_sees_it(run_config: Config) -> None:

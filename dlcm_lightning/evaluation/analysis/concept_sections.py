@@ -91,13 +91,13 @@ def lengths(report: Mapping[str, Any]) -> Section:
     if "absent" in found:
         return Section("concept_lengths", title, lead, missing(found["absent"]))
     longest, charts = found["longest"], []
-    highest = max(_share(one["counts"], number) for one in found["domains"].values() for number in range(longest))
+    highest = max(_share(one["counts"], number) for one in found["domains"].values() for number in range(longest + 1))
     for number, (domain, one) in enumerate(found["domains"].items()):
         bars = [(str(length + 1) if length < longest else f"{longest + 1}+", _share(one["counts"], length),
                  f"{length + 1}{'+' * (length == longest)} tokens: {whole(count)} concepts")
                 for length, count in enumerate(one["counts"])]
         charts.append(figure(domain, bar_chart(bars, "tokens", spanning("share", [0, highest]), domain, colour(number),
-                                               marked="" if one["median"] is None else str(one["median"])),
+                                               marked=_bar_of(one["median"], longest)),
                              f"Median {one['median']}, mean {fixed(one['mean'])} tokens, {whole(one['concepts'])} "
                              "concepts. The dashed line is the median."))
     header = ["domain", "concepts", "mean", "10 % up to", "median", "90 % up to", "tokens", "boundaries", "R"]
@@ -106,6 +106,11 @@ def lengths(report: Mapping[str, Any]) -> Section:
              for name, one in [*found["domains"].items(), ("all", found["all"])]]
     return Section("concept_lengths", title, lead, grid(*charts) + table(
         header, lines, "R is what training logs as R thresholded: all tokens over all boundaries."))
+
+
+def _bar_of(length: int | None, longest: int) -> str:
+    """The name of the bar that a length is counted in."""
+    return "" if length is None else str(length) if length <= longest else f"{longest + 1}+"
 
 
 def _share(counts: list[int], number: int) -> float:

@@ -21,11 +21,12 @@ BAND = 0.1
 POINTS = 200
 
 
-def ratio_history(folder: Path | None, target: float) -> dict[str, Any]:
-    """folder: of the run; None for an export."""
+def ratio_history(folder: Path | None, target: float, until: int) -> dict[str, Any]:
+    """folder: of the run; None for an export. until: the step that is looked at."""
     if folder is None:
         return absent("an export carries no metrics; name the directory of the run to see them")
-    lines = [line for line in read_metrics(folder / FILE) if line.get("kind") == "train" and "R_sampled" in line]
+    lines = [line for line in read_metrics(folder / FILE)
+             if line.get("kind") == "train" and "R_sampled" in line and line["step"] <= until]
     if not lines:
         return absent(f"{folder / FILE} holds no line of training with R; the file is written while the run trains")
     size = -(-len(lines) // POINTS)

@@ -100,7 +100,7 @@ def _parts(looked: _Looked, reader: Reader, count: int) -> dict[str, Any]:
                 "compute": compute(config, None)}
     return {"documents": shown, "content_types": content_types(subject),
             "loss_by_position": loss_by_position(tokens, answer, other),
-            "ratio_history": ratio_history(subject.trained.folder, config.boundary.target_ratio),
+            "ratio_history": ratio_history(subject.trained.folder, config.boundary.target_ratio, subject.trained.step),
             "concept_lengths": concept_lengths(tokens, answer), "alignment": alignment(tokens, answer, tokenizer),
             "stability": _stability(looked, reader), "bits_per_byte": quality,
             "compute": compute(config, len(tokens) / int(answer.boundaries.sum()))}
@@ -119,7 +119,7 @@ def _stability(looked: _Looked, reader: Reader) -> dict[str, Any]:
         try:
             answer = looked.answer if step == trained.step else observe(
                 open_subject(trained.folder, step).model, reader, f"step {step}")
-        except CheckpointError as error:
+        except (CheckpointError, ConfigError, OSError) as error:  # a running job may remove it meanwhile
             skipped.append({"step": step, "reason": str(error)})
             continue
         if answer.boundaries is not None:

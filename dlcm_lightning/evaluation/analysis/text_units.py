@@ -21,7 +21,9 @@ from dataclasses import dataclass
 
 KINDS = ("words", "sentences", "lines", "signs")
 _NO_SPACES = "\u0e00-\u0eff\u2e80-\u312f\u31a0-\u31ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[^\W{_NO_SPACES}]+")
+_MARKS = "".join(one for one in map(chr, range(0x10000)) if unicodedata.category(one)[0] == "M")
+"""Accents and vowel signs, which Python's word characters leave out."""
+_WORD = re.compile(rf"(?:[^\W{_NO_SPACES}][{_MARKS}]*)+")
 _CLOSERS = "\"'\u2019\u201d)\\]\u300d\u300f\uff09\u300b"
 _SENTENCE = re.compile(rf"(?:[.!?\u2026]+[{_CLOSERS}]*(?=\s|$)|[\u3002\uff01\uff1f\uff0e]+[{_CLOSERS}]*)")
 _SIGNS = re.compile(r"[^\w\s]+")

@@ -12,10 +12,12 @@ local folder (releases.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
@@ -25,15 +27,17 @@ from typing import Any
 import datasets
 import lm_eval.api.task
 from lm_eval import simple_evaluate
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.errors import DataError, RunError
 from dlcm_lightning.evaluation.tasks import results as tables
-from dlcm_lightning.evaluation.tasks.harness import ConceptLM
-from dlcm_lightning.evaluation.tasks.local_tasks import check_known, local_tasks
-from dlcm_lightning.evaluation.tasks.models import Asked, Question, first_line, open_model
+from dlcm_lightning.evaluation.tasks.harness import ConceptLM, sampling_of
+from dlcm_lightning.evaluation.tasks.local_tasks import check_known, expanded, local_tasks
+from dlcm_lightning.evaluation.tasks.models import HUB, Asked, Question, first_line, open_model
 from dlcm_lightning.evaluation.tasks.paper import label
 from dlcm_lightning.evaluation.tasks.sharing import joined
 from dlcm_lightning.ops.collectives import rank
@@ -54,28 +58,48 @@ def evaluate(place: str, question: Question, *, step: int | None = None, data_di
     ConfigError: unknown tasks, or a question that the model cannot be asked. DataError: files of a task are missing or
     damaged. CheckpointError: there is no model. RunError: the results cannot be written.
     """
-    with joined() as where, _quiet():
+    with joined() as (where, group), _quiet():
         say: Callable[[str], None] = report if rank() == 0 else lambda line: None
         manager = task_manager()
         check_known(manager, question.tasks)
-        wanted, splits = [*question.tasks], dict[str, str]()
+        names = expanded(manager, question.tasks)
         if data_dir is not None:
-            wanted, splits = local_tasks(manager, question.tasks, data_dir, question.fewshot)
-        asked = open_model(place, question, step, out, where)
+            wanted, splits = local_tasks(manager, names, data_dir, question.fewshot)
+        else:
+            wanted, splits = _from_hub(manager, names), {}
+        if not place.startswith(HUB):
+            _check_generation(wanted)
+        asked = open_model(place, question, step, out, where, group)
         for fact in asked.facts:
             say(fact)
-        try:
-            found = simple_evaluate(asked.lm, tasks=wanted, num_fewshot=question.fewshot, limit=question.limit,
-                                    task_manager=manager, bootstrap_iters=BOOTSTRAPS, log_samples=True)
-        except (OSError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"--tasks {','.join(question.tasks)}: questions cannot be had from the hub "
-                            f"({first_line(error)}); give --data-dir, and see `dlcm data fetch-tasks`") from error
+        found = simple_evaluate(asked.lm, tasks=wanted, num_fewshot=question.fewshot, limit=question.limit,
+                                task_manager=manager, bootstrap_iters=BOOTSTRAPS, log_samples=True)
         if rank() or found is None:
             return None
-        lines = tables.lines_of(found, question.tasks, splits)
+        lines = tables.lines_of(found, names, splits)
         say(tables.plain(lines))
-        _write(asked, question, found, lines, samples, say)
+        source = "the hub" if data_dir is None else str(data_dir.resolve())
+        _write(asked, {**asdict(question), "place": place, "step": asked.step, "questions_from": source}, question,
+               found, lines, samples, say)
         return lines
+
+
+def _from_hub(manager: TaskManager, names: Sequence[str]) -> list[Task | Group]:
+    """DataError: their questions cannot be had. Whatever lm-eval, datasets and a task's own code raise then is said."""
+    try:
+        loaded = manager.load([*names])
+    except Exception as error:
+        raise DataError(f"--tasks {','.join(names)}: questions cannot be had from the hub ({first_line(error)}); give "
+                        "--data-dir, and see `dlcm data fetch-tasks`") from error
+    return [loaded.get("groups", {}).get(name) or loaded["tasks"][name] for name in names]
+
+
+def _check_generation(wanted: Sequence[Task | Group]) -> None:
+    """ConfigError: a task asks for a way of generating that there is not. Said before anything is computed."""
+    for one in wanted:
+        for task in one.get_all_tasks() if isinstance(one, Group) else [one]:
+            if task.get_config("output_type") == "generate_until":
+                sampling_of(task.get_config("generation_kwargs") or {})
 
 
 @cache
@@ -116,17 +140,19 @@ def what(question: Question) -> str:
     return "".join(f"-{part}" for part in parts)
 
 
-def _write(asked: Asked, question: Question, found: dict[str, Any], lines: list[tables.Line], samples: bool,
-           say: Callable[[str], None]) -> None:
+def _write(asked: Asked, exactly: dict[str, Any], question: Question, found: dict[str, Any],
+           lines: list[tables.Line], samples: bool, say: Callable[[str], None]) -> None:
     cut = len(asked.lm.cut) if isinstance(asked.lm, ConceptLM) else 0
     facts = [*asked.facts, f"lm-eval's prompts and metrics, {question.fewshot} solved questions in front",
              *([f"the first {question.limit} questions of each task, or subject, only"] if question.limit else []),
              *([f"{cut} contexts were longer than the model's and lost their beginning"] if cut else [])]
     text = tables.markdown(lines, facts)
     theirs = {name: value for name, value in found.items() if name != "samples"}
-    content = {"question": asdict(question), "facts": facts, "table": tables.as_values(lines), "note": tables.NOTE,
+    content = {"question": exactly, "facts": facts, "table": tables.as_values(lines), "note": tables.NOTE,
                "lm_eval": theirs}
     name, out = what(question), asked.out
+    if _question_of(out / f"results{name}.json") not in (None, json.loads(_json(exactly))):
+        name += "-" + hashlib.sha256(_json(exactly)).hexdigest()[:8]  # no answer replaces that to another question
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / f"results{name}.json", _json(content) + b"\n")
@@ -134,11 +160,30 @@ def _write(asked: Asked, question: Question, found: dict[str, Any], lines: list[
         if samples:
             every = [{"task": task, **one} for task, some in found["samples"].items() for one in some]
             write_atomically(out / f"samples{name}.jsonl", b"\n".join(map(_json, every)) + b"\n")
-        tables.to_tensorboard(out, lines, text, asked.step or 0)
+        tables.to_tensorboard(out / f"events{name}", lines, text, asked.step or 0)
     except OSError as error:
         raise RunError(f"{out}: cannot be written ({error}); give another --out") from error
     say(f"{out / f'table{name}.md'}; results{name}.json beside it")
 
 
+def _question_of(file: Path) -> Any:
+    """What results that are there answer; None where there are none."""
+    try:
+        return json.loads(file.read_bytes())["question"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def _json(content: Any) -> bytes:
-    return json.dumps(content, default=handle_non_serializable, ensure_ascii=False).encode()
+    return json.dumps(_plain(content), default=handle_non_serializable, ensure_ascii=False).encode()
+
+
+def _plain(content: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(content, dict):
+        return {name: _plain(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

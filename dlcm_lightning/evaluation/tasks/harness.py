@@ -6,17 +6,21 @@ lm-eval makes the same requests on every rank and is told of one process: which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.errors import ConfigError
+from dlcm_lightning.errors import ConfigError, DataError
 from dlcm_lightning.evaluation.tasks.scoring import Request, Scorer
 from dlcm_lightning.evaluation.tasks.sharing import Answers, Arguments
 from dlcm_lightning.inference.generator import Generator
@@ -37,7 +41,7 @@ class ConceptLM(TemplateLM):
         super().__init__()
         self.scorer, self.ids, self.answers, self.max_length = scorer, tokenizer, answers, context
         self.cut: set[tuple[int, ...]] = set()
-        """Contexts that were longer than the model's, as far as they were read."""
+        """Contexts that were longer than the model's."""
 
     @property
     def eot_token_id(self) -> int:
@@ -63,13 +67,16 @@ class ConceptLM(TemplateLM):
         return [(one.logprob, one.greedy) for one in found]
 
     def request(self, context: list[int], continuation: list[int]) -> Request:
-        """ids of both, cut to the model's context: the last token is predicted and not read."""
-        over = len(context) + len(continuation) - 1 - self.max_length
-        if over > 0:
-            context = context[min(over, len(context) - 1):]
+        """ids of both, of which the last ones are kept: as many as the model reads, and one that is only predicted.
+        DataError: there is nothing to predict."""
+        if not continuation:
+            raise DataError("a task of lm-eval asks for the likelihood of an empty text; leave this task out")
+        whole = [*context, *continuation]
+        if len(whole) > self.max_length + 1:
             self.cut.add(tuple(context))
-        room = self.max_length + 1 - len(context)
-        return Request(tuple(context), tuple(continuation[-room:]))
+            whole = whole[-(self.max_length + 1):]
+        split = max(1, len(whole) - len(continuation))
+        return Request(tuple(whole[:split]), tuple(whole[split:]))
 
     def encoded(self, pair: Arguments) -> Request:
         """(context, continuation) as texts. An empty context is a BOS."""
@@ -92,7 +99,8 @@ class ConceptLM(TemplateLM):
         return found
 
     def windows(self, text: str) -> list[Request]:
-        """Every token of a text once, behind as many before it as the context holds."""
+        """Every token of a text once, in pieces as long as the context, each behind the last token of the piece
+        before."""
         ids = self.tok_encode(text, False)
         pairs = map(make_disjoint_window, get_rolling_token_windows(
             token_list=ids, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1))
@@ -100,8 +108,8 @@ class ConceptLM(TemplateLM):
 
     def _plan_texts(self, texts: Sequence[Arguments]) -> list[list[int]]:
         """Texts of about a batch of tokens, the longest first."""
-        lengths = [len(text) // 4 for (text,) in texts]
-        return by_length(lengths, lambda longest: max(1, self.scorer.batch_tokens // max(1, longest)))
+        lengths = [len(self.tok_encode(text)) for (text,) in texts]
+        return by_length(lengths, lambda longest: max(1, self.scorer.batch_tokens // longest))
 
     def _roll(self, texts: list[Arguments]) -> list[Any]:
         windows = [self.windows(text) for (text,) in texts]
@@ -110,22 +118,29 @@ class ConceptLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """See `LM.generate_until`: greedy, unless a task asks for a temperature."""
+        asked = with_occurrences(requests)
+        for prompt, options, _ in asked:
+            ids, room = self.tok_encode(prompt), self._room(sampling_of(options))
+            if len(ids) > room:
+                self.cut.add(tuple(ids))
         found: list[str] = self.answers.of(
-            "generate", [tuple(one.args) for one in requests],
-            lambda prompts: by_length([len(one[0]) for one in prompts], lambda _: GENERATED_AT_ONCE), self._generate)
+            "generate", asked, lambda prompts: by_length([len(one[0]) for one in prompts],
+                                                         lambda _: GENERATED_AT_ONCE), self._generate)
         return found
+
+    def _room(self, wish: Sampling) -> int:
+        """The most tokens of a prompt, so that there is room for what it asks for, or for half of the context."""
+        return self.max_length - 1 - min(wish.max_tokens, self.max_length // 2)
 
     def _generate(self, prompts: list[Arguments]) -> list[Any]:
         """Prompts with the same wishes decode together."""
         found: dict[int, str] = {}
-        wishes = [replace(sampling_of(options), boundaries="sampled" if self.scorer.drawn else "thresholded")
-                  for _, options in prompts]
+        boundaries: Literal["sampled", "thresholded"] = "sampled" if self.scorer.drawn else "thresholded"
+        wishes = [replace(sampling_of(options), seed=occurrence, boundaries=boundaries)
+                  for _, options, occurrence in prompts]
         for wish in dict.fromkeys(wishes):
             numbers = [number for number, one in enumerate(wishes) if one == wish]
-            room = self.max_length - 1 - min(wish.max_tokens, self.max_length // 2)
-            whole = [self.tok_encode(prompts[number][0]) for number in numbers]
-            ids = [one[-room:] for one in whole]
-            self.cut |= {tuple(cut) for cut, one in zip(ids, whole, strict=True) if len(cut) < len(one)}
+            ids = [self.tok_encode(prompts[number][0])[-self._room(wish):] for number in numbers]
             texts = Generator(self.scorer.model, self.ids, self.max_length).generate(
                 ids, wish, batch_size=GENERATED_AT_ONCE)
             found |= {number: one.text for number, one in zip(numbers, texts, strict=True)}
@@ -135,11 +150,15 @@ class ConceptLM(TemplateLM):
 class HubLM(HFLM):
     """A model of transformers: lm-eval's own class, whose answers are shared and kept."""
 
-    def __init__(self, path: str, answers: Answers, device: str, dtype: str, batch_size: int, context: int | None,
+    answers: Answers
+
+    def __init__(self, path: str, device: str, dtype: str, batch_size: int, context: int | None,
                  trust_remote_code: bool) -> None:
-        super().__init__(pretrained=path, device=device, dtype=dtype, batch_size=batch_size, max_length=context,
-                         trust_remote_code=trust_remote_code)
-        self.answers = answers
+        """answers: to be set. context: the most tokens of a text; the model's own where nothing is said."""
+        with _alone():
+            super().__init__(pretrained=path, device=device, dtype=dtype, batch_size=batch_size, max_length=context,
+                             trust_remote_code=trust_remote_code)
+        self._rank, self._world_size = 0, 1
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         ask = super().loglikelihood
@@ -152,21 +171,44 @@ class HubLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         ask = super().generate_until
-        return self._shared("generate", requests, lambda some: ask(some, disable_tqdm=True))
+        return self._shared("generate", requests, lambda some: ask(some, disable_tqdm=True), with_occurrences(requests))
 
-    def _shared(self, kind: str, requests: list[Instance], ask: Callable[[list[Instance]], list[Any]]) -> list[Any]:
-        by_arguments = {_frozen(one.args): one for one in requests}
+    def _shared(self, kind: str, requests: list[Instance], ask: Callable[[list[Instance]], list[Any]],
+                asked: list[Arguments] | None = None) -> list[Any]:
+        asked = asked or [tuple(one.args) for one in requests]
+        by_arguments = {repr(arguments): one for arguments, one in zip(asked, requests, strict=True)}
 
         def compute(some: list[Arguments]) -> list[Any]:
             return [list(one) if isinstance(one, tuple) else one
-                    for one in ask([by_arguments[_frozen(arguments)] for arguments in some])]
+                    for one in ask([by_arguments[repr(arguments)] for arguments in some])]
 
-        return self.answers.of(kind, [tuple(one.args) for one in requests], lambda all_of_them: by_length(
+        return self.answers.of(kind, asked, lambda all_of_them: by_length(
             [len(str(one)) for one in all_of_them], lambda _: HUB_BATCH), compute)
 
 
-def _frozen(arguments: Any) -> str:
-    return repr(arguments)
+@contextmanager
+def _alone() -> Iterator[None]:
+    """lm-eval's class would make itself one of the ranks, and share the questions a second time."""
+    hidden = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+              if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ |= hidden
+
+
+def with_occurrences(requests: Sequence[Instance]) -> list[Arguments]:
+    """(prompt, options, how many equal ones came before): a task that draws several texts for a prompt wants others;
+    0 where nothing is drawn."""
+    times: Counter[str] = Counter()
+    asked: list[Arguments] = []
+    for one in requests:
+        prompt, options = one.args
+        key = repr(one.args)
+        drawn = normalize_gen_kwargs(dict(options), NEW_TOKENS)["do_sample"]
+        asked.append((prompt, options, times[key] if drawn else 0))
+        times[key] += 1
+    return asked
 
 
 def by_length(lengths: Sequence[int], most: Callable[[int], int]) -> list[list[int]]:
@@ -182,14 +224,13 @@ def by_length(lengths: Sequence[int], most: Callable[[int], int]) -> list[list[i
 
 def sampling_of(options: dict[str, Any]) -> Sampling:
     """lm-eval's `generation_kwargs`. ConfigError: one that this generator does not know."""
-    known = {"until", "max_gen_toks", "max_new_tokens", "temperature", "do_sample", "top_k", "top_p"}
-    if unknown := sorted(set(options) - known):
-        raise ConfigError(f"generation_kwargs: {unknown[0]} is not one of {', '.join(sorted(known))}; leave it out")
-    until = options.get("until", [])
-    drawn = options.get("do_sample", False) and options.get("temperature", 1.0) > 0
+    wished = normalize_gen_kwargs(dict(options), NEW_TOKENS)
+    known = {"until", "max_gen_toks", "temperature", "do_sample", "top_k", "top_p"}
+    if unknown := sorted(set(wished) - known):
+        raise ConfigError(f"generation_kwargs: {unknown[0]} is not one of {', '.join(sorted(known))}; this generator "
+                          "cannot do it, leave the task out")
     return Sampling(
-        temperature=float(options.get("temperature", 1.0)) if drawn else 0.0,
-        top_k=int(options.get("top_k", 0)), top_p=float(options.get("top_p", 1.0)),
-        max_tokens=int(options.get("max_gen_toks", options.get("max_new_tokens", NEW_TOKENS))),
-        stop=tuple([until] if isinstance(until, str) else until))
+        temperature=float(wished["temperature"]) if wished["do_sample"] else 0.0, top_k=int(wished.get("top_k") or 0),
+        top_p=float(wished.get("top_p") or 1.0), max_tokens=int(wished["max_gen_toks"]),
+        stop=tuple(one for one in wished["until"] if one))
 

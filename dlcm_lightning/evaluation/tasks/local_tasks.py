@@ -31,11 +31,23 @@ def check_known(manager: TaskManager, names: Sequence[str]) -> None:
                           else f"; the paper's are {', '.join(task.name for task in TASKS)}"))
 
 
+def expanded(manager: TaskManager, names: Sequence[str]) -> list[str]:
+    """lm-eval's tags name several tasks; groups stay what they are. ConfigError: a task is named twice by them."""
+    found = [one for name in names for one in
+             (sorted(manager.task_index[name].tags) if name in manager.all_tags else [name])]
+    if twice := sorted({name for name in found if found.count(name) > 1}):
+        raise ConfigError(f"--tasks: {twice[0]} is named twice, by itself or by a tag; name each task once")
+    return found
+
+
 class _Given:
     """What lm-eval calls for the questions of a task, in place of the hub."""
 
     def __init__(self, splits: dict[str, datasets.Dataset]) -> None:
         self.splits = splits
+
+    def __repr__(self) -> str:  # lm-eval writes it with its results
+        return "questions of --data-dir"
 
     def __call__(self, **metadata: Any) -> dict[str, datasets.Dataset]:  # lm-eval hands over the task's metadata
         return self.splits

@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
+from dlcm_lightning import __version__
+from dlcm_lightning.atomic_io import sha256_of
+from dlcm_lightning.checkpoint.exported import ABOUT
+from dlcm_lightning.checkpoint.folder import MANIFEST
 from dlcm_lightning.data.loader import ValidationBatches
 from dlcm_lightning.data.reader import Reader
+from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import ConfigError, DataError
 from dlcm_lightning.evaluation.tasks.harness import ConceptLM, HubLM
 from dlcm_lightning.evaluation.tasks.scoring import BATCH_TOKENS, Scorer
@@ -61,22 +67,25 @@ class Asked:
     facts: list[str]
 
 
-def open_model(place: str, question: Question, step: int | None, out: Path | None, where: torch.device) -> Asked:
-    """See `evaluate`."""
+def open_model(place: str, question: Question, step: int | None, out: Path | None, where: torch.device,
+               group: dist.ProcessGroup | None) -> Asked:
+    """See `evaluate`. group: of all ranks."""
     low = question.precision == "bf16" or (question.precision == "auto" and where.type == "cuda")
     dtype = torch.bfloat16 if low else torch.float32
     if place.startswith(HUB):
-        return _hub_model(place, question, step, out, where, dtype)
+        return _hub_model(place, question, step, out, where, dtype, group)
     trained = open_trained(place, step)
     model = model_of(trained.config, trained.state, dtype, where, str(trained.place))
     trained.check(model)
     out = out or (trained.folder / f"tasks-{trained.step:08d}" if trained.folder
                   else Path(f"tasks-{Path(place).resolve().name}"))
     context = question.context or trained.config.data.sequence_length
-    asked = {"model": asdict(trained.fingerprint), "step": trained.step, "boundaries": question.boundaries,
-             "dtype": str(dtype), "context": context, "batch": question.batch_tokens}
+    manifest = next(file for file in (trained.place / MANIFEST, trained.place / ABOUT) if file.is_file())
+    asked = {"model": sha256_of(manifest), "tokenizer": trained.tokenizer.fingerprint, "version": __version__,
+             "boundaries": question.boundaries, "dtype": str(dtype), "context": context,
+             "batch": question.batch_tokens}
     scorer = Scorer(model, question.boundaries, batch_tokens=question.batch_tokens)
-    lm = ConceptLM(scorer, trained.tokenizer, context, _answers(out, asked))
+    lm = ConceptLM(scorer, trained.tokenizer, context, _answers(out, asked, group))
     facts = [f"{trained.place}, step {trained.step:,}, {trained.tokens:,} tokens; {_name(dtype)} on {where}, "
              f"boundaries {question.boundaries}"]
     if rank() == 0:
@@ -85,24 +94,26 @@ def open_model(place: str, question: Question, step: int | None, out: Path | Non
 
 
 def _hub_model(place: str, question: Question, step: int | None, out: Path | None, where: torch.device,
-               dtype: torch.dtype) -> Asked:
+               dtype: torch.dtype, group: dist.ProcessGroup | None) -> Asked:
     path = Path(place.removeprefix(HUB))
     if step is not None or question.boundaries != "thresholded":
         raise ConfigError(f"{place}: --step and --boundaries are for models of this package; leave them out")
     out, batch = out or Path(f"tasks-{path.name}"), max(1, question.batch_tokens // 1024)
     files = sorted((one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in path.glob("*") if one.is_file())
-    asked = {"model": str(path), "files": files, "dtype": str(dtype), "batch": batch, "context": question.context}
     try:
-        lm = HubLM(str(path), _answers(out, asked), str(where), _name(dtype), batch, question.context,
-                   question.trust_remote_code)
-    except (OSError, ValueError) as error:
+        lm = HubLM(str(path), str(where), _name(dtype), batch, question.context, question.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError) as error:
         raise ConfigError(f"{place}: transformers cannot load it ({first_line(error)}); give a folder with "
                           "config.json, or a name of the hub, and --trust-remote-code where it brings code") from error
+    commit = lm.model.config.to_dict().get("_commit_hash")
+    lm.answers = _answers(out, {"model": str(path), "files": files, "commit": commit, "dtype": str(dtype),
+                                "batch": batch, "context": question.context}, group)
     return Asked(lm, None, out, [f"{place}, {_name(dtype)} on {where}"])
 
 
-def _answers(out: Path, asked: dict[str, Any]) -> Answers:
-    return Answers(out / "answers" / hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12])
+def _answers(out: Path, asked: dict[str, Any], group: dist.ProcessGroup | None) -> Answers:
+    name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    return Answers(out / "answers" / name, group)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -116,13 +127,14 @@ def first_line(error: BaseException) -> str:
 
 def _of_validation_rows(trained: Trained, model: LanguageModel, question: Question) -> list[str]:
     """Bits per byte, cut as the tasks are; and how many boundaries half precision moves."""
+    data = trained.config.data
     try:
-        reader = Reader(trained.config.data, trained.config.seed, trained.config.model.vocab_size,
-                        report=lambda line: None)
-    except (DataError, ConfigError, OSError):
-        return [f"bits per byte are left out: its validation rows are not here (data.root = "
-                f"{trained.config.data.root!r})"]
-    facts = [bits_per_byte(model, reader, question.boundaries == "sampled")]
+        reader = Reader(data, trained.config.seed, trained.config.model.vocab_size, report=lambda line: None)
+        if Tokenizer.load(reader.store).fingerprint != trained.tokenizer_fingerprint:
+            return [f"bits per byte are left out: the rows of data.root = {data.root!r} are of another tokenizer"]
+        facts = [bits_per_byte(model, reader, question.boundaries == "sampled")]
+    except (DataError, ConfigError, OSError) as error:
+        return [f"bits per byte are left out: its validation rows cannot be read ({first_line(error)})"]
     if model.compute_dtype != torch.float32 and isinstance(model, DLCM):
         exact = model_of(trained.config, trained.state, torch.float32, model.where, str(trained.place))
         exact.cut_by(question.boundaries)

@@ -39,8 +39,8 @@ class PaperTask:
     """What each of lm-eval's splits is called in file and folder names; the first that is there is evaluated."""
     subjects: bool = False
     """Whether it is a group, one file a subject and split."""
-    leaves_out: str = ""
-    """A word of files that belong to another task."""
+    leaves_out: tuple[str, ...] = ()
+    """Words of files that belong to another task, or another edition of it."""
 
 
 _VALIDATION = ("validation", "valid", "val", "dev")
@@ -49,25 +49,25 @@ _TEST_OR_VAL = {"test": ("test",), "validation": _VALIDATION}
 
 TASKS = (
     PaperTask("commonsense_qa", "CommonsenseQA", 21.38, 19.74, "tau/commonsense_qa on the Hugging Face hub, or "
-              "dev_rand_split.jsonl of the official release", "dev_rand_split.jsonl", _VAL),
+              "dev_rand_split.jsonl of the official release", "dev_rand_split.jsonl", _VAL, leaves_out=("token",)),
     PaperTask("hellaswag", "HellaSwag", 46.66, 45.99, "Rowan/hellaswag, or hellaswag_val.jsonl of rowanz/hellaswag on "
               "GitHub", "hellaswag_val.jsonl", _VAL),
     PaperTask("winogrande", "Winogrande", 57.22, 56.20, "allenai/winogrande (winogrande_xl), or dev.jsonl of the "
-              "official zip", "dev.jsonl", _VAL),
+              "official zip", "dev.jsonl", _VAL, leaves_out=("xs", "s", "m", "l", "debiased")),
     PaperTask("openbookqa", "OpenBookQA", 26.80, 23.80, "allenai/openbookqa (main), or Data/Main of the official zip",
-              "test.jsonl, dev.jsonl", _TEST_OR_VAL),
+              "test.jsonl, dev.jsonl", _TEST_OR_VAL, leaves_out=("additional",)),
     PaperTask("piqa", "PIQA", 75.52, 73.10, "baber/piqa, or valid.jsonl and valid-labels.lst of ybisk/ybisk.github.io",
               "valid.jsonl, valid-labels.lst", _VAL),
     PaperTask("arc_challenge", "ARC-Challenge", 34.81, 33.04, "allenai/ai2_arc (ARC-Challenge), or the official zip",
-              "ARC-Challenge-Test.jsonl, ARC-Challenge-Dev.jsonl", _TEST_OR_VAL),
+              "ARC-Challenge-Test.jsonl, ARC-Challenge-Dev.jsonl", _TEST_OR_VAL, leaves_out=("easy",)),
     PaperTask("arc_easy", "ARC-Easy", 69.91, 67.30, "allenai/ai2_arc (ARC-Easy), or the official zip",
-              "ARC-Easy-Test.jsonl, ARC-Easy-Dev.jsonl", _TEST_OR_VAL),
+              "ARC-Easy-Test.jsonl, ARC-Easy-Dev.jsonl", _TEST_OR_VAL, leaves_out=("challenge",)),
     PaperTask("mmlu", "MMLU", 25.40, 25.70, "cais/mmlu, or data.tar of hendrycks/test on GitHub",
               "test/SUBJECT_test.csv, dev/SUBJECT_dev.csv", {"test": ("test",), "dev": ("dev",)}, subjects=True),
     PaperTask("boolq", "BoolQ", 62.54, 64.01, "aps/super_glue (boolq), or dev.jsonl of google-research-datasets",
               "dev.jsonl, val.jsonl", _VAL),
     PaperTask("race", "RACE", 35.31, 36.03, "EleutherAI/race (high), or RACE.tar.gz of its authors, Carnegie Mellon",
-              "test/high/*.txt", {"test": ("test",)}, leaves_out="middle"),
+              "test/high/*.txt", {"test": ("test",)}, leaves_out=("middle", "all")),
     PaperTask("ceval-valid", "C-Eval", 26.08, 24.37, "ceval/ceval-exam, or its ceval-exam.zip",
               "val/SUBJECT_val.csv, dev/SUBJECT_dev.csv", {"val": ("val",), "dev": ("dev",)}, subjects=True),
     PaperTask("cmmlu", "CMMLU", 25.23, 25.47, "haonan-li/cmmlu, or its cmmlu_v1_0_1.zip",

@@ -25,21 +25,20 @@ import pyarrow.parquet
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.evaluation.tasks.paper import PaperTask
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
+SUFFIXES = (".jsonl", ".parquet", ".arrow", ".csv", ".json", ".txt")
+"""The first that a split has is read: some releases have the same questions in two formats."""
+SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev")
+PART = re.compile(r"[-_]\d+[-_]of[-_]\d+$")
 Row = dict[str, Any]
 
 
 def splits_of(root: Path, task: PaperTask, subject: str | None = None) -> dict[str, datasets.Dataset]:
-    """By lm-eval's names of splits, those that there are. DataError: none that could be evaluated, or files that cannot
-    be read."""
+    """By lm-eval's names of splits, those that there are. DataError: none that could be evaluated, more than one
+    edition of the same split, or files that cannot be read."""
     folder = root / task.name
-    if not folder.is_dir():
-        raise DataError(f"{folder}: missing; {_needs(task)}")
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix in SUFFIXES and file.is_file()]
-    if subject is not None:
-        files = [file for file in files if _is_of(file, folder, subject)]
+    files = [file for file in _files(folder, task) if subject is None or _is_of(file, folder, subject)]
     found = {split: _dataset(chosen, task) for split, names in task.splits.items()
-             if (chosen := _of_split(files, folder, names, task.leaves_out))}
+             if (chosen := _of_split(files, folder, names, task))}
     if not any(split in found for split in task.splits if split != "dev"):
         of = f" of subject {subject}" if subject else ""
         raise DataError(f"{folder}: no file{of} of split {' or '.join(s for s in task.splits if s != 'dev')}; "
@@ -50,9 +49,7 @@ def splits_of(root: Path, task: PaperTask, subject: str | None = None) -> dict[s
 def subjects_in(root: Path, task: PaperTask, all_subjects: list[str]) -> list[str]:
     """The subjects, all of which must be there. DataError: some are not."""
     folder = root / task.name
-    if not folder.is_dir():
-        raise DataError(f"{folder}: missing; {_needs(task)}")
-    files = [file for file in folder.rglob("*") if file.suffix in SUFFIXES]
+    files = _files(folder, task)
     missing = [one for one in all_subjects if not any(_is_of(file, folder, one) for file in files)]
     if missing:
         raise DataError(f"{folder}: {len(missing)} of {len(all_subjects)} subjects have no file, such as {missing[0]}; "
@@ -64,21 +61,46 @@ def _needs(task: PaperTask) -> str:
     return f"{task.title} needs {task.files}, from {task.release}"
 
 
-def _words(file: Path, folder: Path) -> list[str]:
-    return re.split(r"[^a-z0-9]+", str(file.relative_to(folder).with_suffix("")).lower())
+def _files(folder: Path, task: PaperTask) -> list[Path]:
+    """Of a task; what archives of a Mac add, and what belongs to another task, left out. DataError: no such folder."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: missing; {_needs(task)}")
+
+    def belongs(file: Path) -> bool:
+        parts = file.relative_to(folder).parts
+        return not any(part.startswith(".") or part == "__MACOSX" for part in parts) and not any(
+            word in task.leaves_out for part in parts for word in _words(part))
+
+    return [file for file in sorted(folder.rglob("*")) if file.suffix in SUFFIXES and file.is_file() and belongs(file)]
 
 
-def _of_split(files: list[Path], folder: Path, names: tuple[str, ...], leaves_out: str) -> list[Path]:
-    """Files of a split. Where some are called exactly like it, others that only mention it are left: more than one
-    edition of the same questions lies in some releases."""
-    found = [file for file in files if any(word in names for word in _words(file, folder))]
-    found = [file for file in found if leaves_out not in _words(file, folder)]
-    exact = [file for file in found if file.stem in names]
-    return exact or found
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", name.lower())
+
+
+def _split_word(file: Path, folder: Path) -> str | None:
+    """What the file's name says of its split, or else the innermost folder that says something."""
+    inside = file.relative_to(folder).with_suffix("")
+    for part in reversed(inside.parts):
+        if found := [word for word in _words(part) if word in SPLIT_WORDS]:
+            return found[-1]
+    return None
+
+
+def _of_split(files: list[Path], folder: Path, names: tuple[str, ...], task: PaperTask) -> list[Path]:
+    """Files of a split: one, the parts of one, or for RACE one a text. DataError: several that are not parts."""
+    found = [file for file in files if _split_word(file, folder) in names]
+    best = min((SUFFIXES.index(file.suffix) for file in found), default=0)
+    found = [file for file in found if file.suffix == SUFFIXES[best]]
+    stems = {str(file.relative_to(folder).with_name(PART.sub("", file.stem))) for file in found}
+    if len(stems) > 1 and found[0].suffix != ".txt":
+        raise DataError(f"{folder}: {' and '.join(sorted(stems)[:3])} could all be {task.title}'s split {names[0]}; "
+                        "leave one of them")
+    return found
 
 
 def _is_of(file: Path, folder: Path, subject: str) -> bool:
-    stem = re.sub(r"[-_](test|val|dev|validation)([-_]\d+[-_]of[-_]\d+)?$", "", file.stem)
+    stem = re.sub(r"[-_](test|val|dev|validation)$", "", PART.sub("", file.stem))
     return subject == stem or subject in file.relative_to(folder).parts[:-1]
 
 
@@ -109,9 +131,13 @@ def _of_lines(file: Path) -> Iterator[Row]:
     labels = file.with_name(f"{file.stem}-labels.lst")  # PIQA keeps its answers apart
     answers = labels.read_text().split() if labels.is_file() else None
     with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(filter(str.strip, lines)):
-            row = json.loads(line)
-            yield row if answers is None or "label" in row else {**row, "label": answers[number]}
+        rows = [json.loads(line) for line in filter(str.strip, lines)]
+    if answers is None:
+        yield from rows
+    elif len(answers) != len(rows):
+        raise ValueError(f"{len(rows)} questions, but {labels.name} has {len(answers)} answers")
+    else:
+        yield from ({"label": answer, **row} for row, answer in zip(rows, answers, strict=True))
 
 
 def _of_json(file: Path) -> Iterator[Row]:
@@ -189,7 +215,7 @@ def _mmlu(row: Row) -> Row:
     choices = row["choices"] if "choices" in row else [row[letter] for letter in "ABCD"]
     answer = row["answer"]
     return {"question": row["question"], "choices": list(choices),
-            "answer": "ABCD".index(answer) if isinstance(answer, str) else int(answer)}
+            "answer": "ABCD".index(_letter(answer)) if isinstance(answer, str) else int(answer)}
 
 
 def _ceval(row: Row) -> Row:

@@ -49,7 +49,7 @@ def lines_of(results: dict[str, Any], names: Sequence[str], splits: dict[str, st
 
 def _line(results: dict[str, Any], name: str, split: str) -> Line:
     found = {**results["results"], **results.get("groups", {})}[name]
-    leaves = results.get("group_subtasks", {}).get(name) or [name]
+    leaves = _leaves(results, name)
     samples = {(leaf, sample["doc_id"]): sample for leaf in leaves for sample in results["samples"].get(leaf, [])}
     scores: dict[str, tuple[float, float | None]] = {}
     for key, value in found.items():
@@ -60,11 +60,27 @@ def _line(results: dict[str, Any], name: str, split: str) -> Line:
         scale = 100 if metric in METRICS else 1
         label = metric if filtered == "none" else f"{metric} ({filtered})"
         scores[label] = (scale * value, scale * error if isinstance(error, int | float) else None)
-    choices = [len(sample["arguments"]) for sample in samples.values()]
+    choices = [_choices(results["configs"].get(leaf, {}), sample) for (leaf, _), sample in samples.items()]
     of_paper = BY_NAME.get(name)
-    chance = 100 * sum(1 / count for count in choices) / len(choices) if "acc" in scores and choices else None
+    whole = "acc" in scores and bool(choices) and None not in choices
+    chance = 100 * sum(1 / count for count in choices if count) / len(choices) if whole else None
     return Line(name, of_paper.title if of_paper else name, len(samples), split, scores, chance,
                 of_paper.dlcm if of_paper else None, of_paper.baseline if of_paper else None)
+
+
+def _leaves(results: dict[str, Any], name: str) -> list[str]:
+    """The tasks of a group of tasks or groups; a task itself."""
+    members = results.get("group_subtasks", {}).get(name)
+    return [leaf for member in members for leaf in _leaves(results, member)] if members else [name]
+
+
+def _choices(config: dict[str, Any], sample: dict[str, Any]) -> int | None:
+    """Answers that a question offers; None where there are none to choose from, or where a task rates in a way of its
+    own."""
+    if config.get("output_type") != "multiple_choice" or config.get("process_results"):
+        return None
+    asked = len(sample["arguments"])
+    return asked // 2 if "acc_mutual_info" in sample["metrics"] else asked  # each answer also without its question
 
 
 def _average(lines: Sequence[Line]) -> Line:
@@ -80,7 +96,7 @@ def _average(lines: Sequence[Line]) -> Line:
                               sum(error**2 for error in errors) ** 0.5 / len(values) if whole else None)
     paper = averages([line.name for line in lines])
     chances = [line.chance for line in rated if line.chance is not None]
-    return Line("average", f"average of {len(lines)}", sum(line.items for line in lines), "", scores,
+    return Line("average", f"average of {len(rated)}", sum(line.items for line in lines), "", scores,
                 sum(chances) / len(chances) if len(chances) == len(rated) and rated else None,
                 paper[0] if paper else None, paper[1] if paper else None)
 
@@ -134,7 +150,7 @@ def as_values(lines: Sequence[Line]) -> list[dict[str, Any]]:
 def to_tensorboard(folder: Path, lines: Sequence[Line], text: str, step: int) -> None:
     """Scores as scalars at the model's step, the table as text; in place of those that were there."""
     for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
+        old.unlink()  # of the same question
     with SummaryWriter(str(folder)) as writer:
         for line in lines:
             for metric, (value, _) in line.scores.items():

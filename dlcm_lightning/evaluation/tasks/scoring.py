@@ -28,6 +28,8 @@ from dlcm_lightning.ops.segments import Segments
 
 BATCH_TOKENS = 8192
 """Of a batch, unless one context with its continuations is longer."""
+STATE_TOKENS = 4
+"""The caches of a batch hold at most so many times its tokens: each continuation has one of the longest's length."""
 ROWS_AT_ONCE = 1024
 """Of logits."""
 
@@ -52,6 +54,17 @@ class Score:
     """Whether each of its tokens is the likeliest one."""
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Continuations of one context."""
+
+    numbers: list[int]
+    tokens: int
+    """That go through the model."""
+    longest: int
+    """Of context and a continuation."""
+
+
 class Scorer:
     """A model that is asked."""
 
@@ -63,22 +76,39 @@ class Scorer:
         self.drawn = boundaries == "sampled"
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Batches of requests by their numbers, the longest first; continuations of one context stay together. A
-        function of the requests alone, so that every rank plans the same."""
+        """Batches of requests by their numbers, the longest first; continuations of one context stay together as far as
+        there is room. A function of the requests alone, so that every rank plans the same."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(request.context, []).append(number)
-        sizes = {context: len(context) + sum(len(requests[number].continuation) - 1 for number in numbers)
-                 for context, numbers in groups.items()}
+        pieces = [piece for context, numbers in groups.items() for piece in self._pieces(context, numbers, requests)]
         batches: list[list[int]] = []
-        room = 0
-        for context in sorted(groups, key=lambda one: -sizes[one]):
-            if not batches or room < sizes[context]:
+        tokens = longest = 0
+        for piece in sorted(pieces, key=lambda one: -one.tokens):
+            longest = max(longest, piece.longest)
+            count = len(batches[-1]) + len(piece.numbers) if batches else 0
+            if not batches or tokens + piece.tokens > self.batch_tokens or (
+                    count * longest > STATE_TOKENS * self.batch_tokens):
                 batches.append([])
-                room = self.batch_tokens
-            batches[-1] += groups[context]
-            room -= sizes[context]
+                tokens, longest = 0, piece.longest
+            batches[-1] += piece.numbers
+            tokens += piece.tokens
         return batches
+
+    def _pieces(self, context: tuple[int, ...], numbers: list[int], requests: Sequence[Request]) -> Iterator[_Piece]:
+        """Of the continuations of one context, as many at a time as there is room for; at least one."""
+        taken: list[int] = []
+        tokens = longest = len(context)
+        for number in numbers:
+            more = len(requests[number].continuation) - 1
+            furthest = max(longest, len(context) + more)
+            if taken and (tokens + more > self.batch_tokens
+                          or (len(taken) + 1) * furthest > STATE_TOKENS * self.batch_tokens):
+                yield _Piece(taken, tokens, longest)
+                taken, tokens, furthest = [], len(context), len(context) + more
+            taken.append(number)
+            tokens, longest = tokens + more, furthest
+        yield _Piece(taken, tokens, longest)
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
         """In the order of the requests, in batches of `plan`."""
@@ -109,18 +139,17 @@ class Scorer:
     def _plain(self, requests: list[Request]) -> list[Score]:
         """By a packed forward over each context and all of its continuation but the last token. Equal texts run
         once."""
-        texts = [(*one.context, *one.continuation[:-1]) for one in requests]
-        starts: dict[tuple[int, ...], int] = {}
+        read = [((*one.context, *one.continuation[:-1]), one.context if self.drawn else ()) for one in requests]
+        starts: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}  # drawn boundaries are a matter of the context
         length = 0
-        for text in texts:
-            if text not in starts:
-                starts[text] = length
-                length += len(text)
-        documents = Segments.from_lengths([len(text) for text in starts], self.model.where)
-        contexts = dict(zip(texts, (one.context for one in requests), strict=True))
-        noise = self._noise([(contexts[text], 0, len(text)) for text in starts])
-        hidden = self.model(self._ids(token for text in starts for token in text), documents, noise).hidden
-        rows = [starts[text] + len(one.context) - 1 + place for text, one in zip(texts, requests, strict=True)
+        for one in read:
+            if one not in starts:
+                starts[one] = length
+                length += len(one[0])
+        documents = Segments.from_lengths([len(text) for text, _ in starts], self.model.where)
+        noise = self._noise([(context, 0, len(text)) for text, context in starts])
+        hidden = self.model(self._ids(token for text, _ in starts for token in text), documents, noise).hidden
+        rows = [starts[text] + len(one.context) - 1 + place for text, one in zip(read, requests, strict=True)
                 for place in range(len(one.continuation))]
         return self._scores(hidden[self._ids(rows)], requests)
 

@@ -46,6 +46,12 @@ def test_units_end_and_begin_where_a_reader_would_say() -> None:
     assert spelled(text, "signs")[1] == ["no", "Th", "3.", "5 ", "if", "a ", "b_"]
 
 
+def test_accents_and_vowel_signs_belong_to_their_word() -> None:
+    for text in ("नमस्ते दुनिया", "cafe\u0301 noir", "مَرْحَبًا بك"):
+        last, _ = spelled(text, "words")
+        assert len(last) == 2, (text, last)
+
+
 def test_chinese_has_sentences_and_signs_and_no_words() -> None:
     assert spelled("天地玄黄。宇宙洪荒！OK吗？", "words") == (["OK"], [])
     assert spelled("天地玄黄。宇宙洪荒！OK吗？", "sentences") == (["黄。", "荒！", "吗？"], ["宇宙", "OK"])
@@ -225,16 +231,16 @@ def test_half_written_lines_and_foreign_ones_are_passed_over(tmp_path: Path) -> 
     file.write_text("\n".join(["[]", "nonsense", *lines,
                                '{"kind": "validation", "step": 9, "tokens": 90, "R_sampled": 1.0}', '{"kind": "tr']))
     assert len(read_metrics(file)) == 402
-    found = ratio_history(tmp_path, 4)
+    found = ratio_history(tmp_path, 4, 10**9)
     assert found["lines"] == 401 and found["lines_per_point"] == 3 and len(found["steps"]) == 134
     assert found["steps"][-1] == 401 and set(found["all"]["R_sampled"]) == {2.0}
-    assert "absent" in ratio_history(None, 4) and "absent" in ratio_history(tmp_path / "gone", 4)
+    assert "absent" in ratio_history(None, 4, 1) and "absent" in ratio_history(tmp_path / "gone", 4, 1)
 
 
 def test_a_windows_ratio_is_tokens_over_concepts(tmp_path: Path) -> None:
     line = '{"kind": "train", "step": %d, "tokens": %d, "R_sampled": %d, "R_thresholded": 5}'
     (tmp_path / "metrics.jsonl").write_text("\n".join(line % (n, n, 2 if n % 2 else 6) for n in range(400)))
-    assert set(ratio_history(tmp_path, 4)["all"]["R_sampled"]) == {3.0}  # 12 tokens in 4 concepts
+    assert set(ratio_history(tmp_path, 4, 10**9)["all"]["R_sampled"]) == {3.0}  # 12 tokens in 4 concepts
 
 
 def test_ticks_are_round_and_labels_stand_apart() -> None:

@@ -23,13 +23,15 @@ from dlcm_lightning.cli import main
 from dlcm_lightning.cluster.world import free_port
 from dlcm_lightning.data.loader import ValidationBatches
 from dlcm_lightning.data.reader import Reader
-from dlcm_lightning.errors import USER_ERROR, CheckpointError, ConfigError, DataError
+from dlcm_lightning.errors import USER_ERROR, CheckpointError, ConfigError, DataError, RunError
 from dlcm_lightning.evaluation.tasks import local_tasks as local_module
 from dlcm_lightning.evaluation.tasks.evaluate import evaluate, task_manager, what
-from dlcm_lightning.evaluation.tasks.harness import ConceptLM, sampling_of
+from dlcm_lightning.evaluation.tasks.harness import ConceptLM, HubLM, sampling_of
 from dlcm_lightning.evaluation.tasks.local_tasks import local_tasks
 from dlcm_lightning.evaluation.tasks.models import Question, open_model
+from dlcm_lightning.evaluation.tasks.results import Line, lines_of
 from dlcm_lightning.evaluation.tasks.scoring import Request, Scorer
+from dlcm_lightning.evaluation.tasks.sharing import Answers
 from dlcm_lightning.export.huggingface.folder import export_huggingface
 from dlcm_lightning.export.portable import export, model_of, open_trained
 from dlcm_lightning.inference import Generator
@@ -86,7 +88,7 @@ def test_the_table_says_what_was_asked_and_what_guessing_would_give(asked: Path)
     assert table["average"]["scores"]["acc"]["stderr"] == pytest.approx(math.hypot(*errors) / len(errors))
     text = only(asked, "table-*.md").read_text()
     assert "bits per byte" in text and "42.24" in text and "| PIQA | validation | 3 |" in text
-    assert list(asked.glob("events.out.tfevents.*"))
+    assert list(asked.glob("events-*/events.out.tfevents.*"))
 
 
 def test_prompts_are_lm_evals_own(asked: Path) -> None:
@@ -144,8 +146,7 @@ def test_log_likelihoods_are_the_bits_per_byte_of_the_validation_table(trained_r
 
 def test_rolling_log_likelihoods_count_every_token_once(trained_run: Path, tmp_path: Path) -> None:
     context = 32
-    lm = open_model(str(trained_run), Question(("piqa",), context=context), None, tmp_path, torch.device("cpu")).lm
-    assert isinstance(lm, ConceptLM)
+    lm = opened(trained_run, tmp_path, Question(("piqa",), context=context))
     texts = ["The river is long. " * 40, "短", "One line."]
     found = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts])
     model = lm.scorer.model
@@ -171,7 +172,7 @@ def test_longer_texts_lose_their_beginning_and_it_is_said(trained_run: Path, sma
 
 
 def test_texts_are_generated_as_by_the_generator(trained_run: Path, tmp_path: Path) -> None:
-    lm = open_model(str(trained_run), Question(("piqa",)), None, tmp_path, torch.device("cpu")).lm
+    lm = opened(trained_run, tmp_path)
     prompts = ["The river", "A boy walks", "水"]
     options = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
     found = lm.generate_until([Instance("generate_until", {}, (prompt, options), 0) for prompt in prompts])
@@ -182,6 +183,37 @@ def test_texts_are_generated_as_by_the_generator(trained_run: Path, tmp_path: Pa
         sampling_of({"num_beams": 4})
     assert sampling_of({"do_sample": True, "temperature": 0.5, "until": "x"}) == Sampling(
         temperature=0.5, top_p=1.0, max_tokens=256, stop=("x",))
+    greedy = Sampling(temperature=0, top_p=1.0, max_tokens=9)
+    for options in ({"do_sample": False, "temperature": 0.7}, {"temperature": 0}, {}, {"until": None, "top_k": None}):
+        assert sampling_of({**options, "max_tokens": 9}) == greedy
+    assert sampling_of({"temperature": 0.7}).temperature == 0.7, "as lm-eval understands it"
+
+
+def test_a_prompt_that_is_asked_several_times_gets_several_texts_where_they_are_drawn(trained_run: Path, tmp_path: Path
+                                                                                      ) -> None:
+    lm = opened(trained_run, tmp_path)
+    for drawn in (True, False):
+        options = {"do_sample": drawn, "temperature": 1.0, "max_gen_toks": 12, "until": []}
+        asked = [Instance("generate_until", {}, ("The river", options), 0) for _ in range(4)]
+        found = lm.generate_until(asked)
+        assert len(set(found)) == (4 if drawn else 1)
+        assert lm.generate_until(asked) == found
+
+
+def test_texts_are_cut_as_lm_eval_cuts_them(trained_run: Path, tmp_path: Path) -> None:
+    """The last tokens that the model reads, and one that it only predicts."""
+    lm = opened(trained_run, tmp_path, Question(("piqa",), context=8))
+    assert lm.request([1, 2, 3], [4, 5]) == Request((1, 2, 3), (4, 5)) and not lm.cut
+    assert lm.request([*range(1, 9)], [10, 11, 12]) == Request((3, 4, 5, 6, 7, 8), (10, 11, 12)) and len(lm.cut) == 1
+    assert lm.request([1], [*range(10, 22)]) == Request((13,), tuple(range(14, 22)))
+    with pytest.raises(DataError, match="likelihood of an empty text"):
+        lm.request([1], [])
+
+
+def opened(run: Path, out: Path, question: Question | None = None) -> ConceptLM:
+    lm = open_model(str(run), question or Question(("piqa",)), None, out, torch.device("cpu"), None).lm
+    assert isinstance(lm, ConceptLM)
+    return lm
 
 
 def test_what_is_answered_is_not_computed_twice_and_the_rest_is_the_same(
@@ -210,23 +242,29 @@ def test_what_is_answered_is_not_computed_twice_and_the_rest_is_the_same(
     assert len(kept) >= 1
     file.write_bytes(b"".join(kept[:-1]) + kept[-1][: len(kept[-1]) // 2])
     assert again() == whole and len(batches) == 1
+    assert again() == whole and batches == [], "what was written behind the torn line is read"
     for other in (Question(SMALL, "half"), Question(SMALL, batch_tokens=512)):
         batches.clear()
         evaluate(str(trained_run), other, data_dir=small_tasks, out=tmp_path / "out", report=quiet)
         assert batches, "another question has answers of its own"
 
 
+def ranks(arguments: list[str], out: Path, count: int = 2) -> list[str]:
+    """What each rank says."""
+    command = [sys.executable, "-m", "dlcm_lightning", "evaluate", *arguments, "--out", str(out), "--samples"]
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "DLCM_DEVICE": "cpu", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    started = [subprocess.Popen(command, env={**here, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(count)]
+    said = [rank.communicate(timeout=240)[0] for rank in started]
+    assert [rank.returncode for rank in started] == [0] * count, said
+    return said
+
+
 def test_two_ranks_answer_as_one(asked: Path, trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
     """Bit for bit: batches are planned for all, and go round."""
-    port = free_port()
-    command = [sys.executable, "-m", "dlcm_lightning", "evaluate", str(trained_run), "--tasks", ",".join(SMALL),
-               "--data-dir", str(small_tasks), "--out", str(tmp_path), "--samples", "--batch-tokens", "512"]
-    here = {**os.environ, "OMP_NUM_THREADS": "1", "DLCM_DEVICE": "cpu", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [subprocess.Popen(command, env={**here, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
-    said = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    said = ranks([str(trained_run), "--tasks", ",".join(SMALL), "--data-dir", str(small_tasks), "--batch-tokens",
+                  "512"], tmp_path)
     assert "average of 9" in said[0] and "average" not in said[1]
     assert len(list(tmp_path.glob("answers/*/rank-*.jsonl"))) == 2
     evaluate(str(trained_run), Question(SMALL, batch_tokens=512), data_dir=small_tasks, out=tmp_path / "alone",
@@ -297,6 +335,87 @@ def test_a_hugging_face_model_scores_item_by_item_what_lm_eval_gives_it(
                 counted += 1
             assert sample["acc"] == mine["acc"]
     assert counted == ROWS * (2 + 4 + 2 + 4)
+
+
+def test_ranks_share_a_hugging_face_model_once(hub_folder: Path, small_tasks: Path, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's class would share questions itself where it sees ranks and GPUs."""
+    names = ("piqa", "boolq")
+    ranks(["--model", f"hf:{hub_folder}", "--tasks", ",".join(names), "--data-dir", str(small_tasks)], tmp_path)
+    evaluate(f"hf:{hub_folder}", Question(names), data_dir=small_tasks, out=tmp_path / "alone", samples=True,
+             report=quiet)
+    assert samples_of(tmp_path, what(Question(names))) == samples_of(tmp_path / "alone", what(Question(names)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    lm = HubLM(str(hub_folder), "cpu", "float32", 8, None, False)
+    assert (lm.rank, lm.world_size) == (0, 1) and os.environ["RANK"] == "1"
+
+
+def result_of(name: str, subtasks: dict[str, list[str]], leaves: dict[str, tuple[str, int, list[str]]]) -> Line:
+    """The line of a group or task; leaves: by name, output type, requests of each question, metrics."""
+    samples = {leaf: [{"doc_id": number, "arguments": [["", ""]] * count, "metrics": metrics} for number in range(3)]
+               for leaf, (_, count, metrics) in leaves.items()}
+    return lines_of({"results": {leaf: {"acc,none": 0.5, "acc_stderr,none": 0.1} for leaf in leaves},
+                     "groups": {group: {"acc,none": 0.5, "acc_stderr,none": "N/A"} for group in subtasks},
+                     "group_subtasks": subtasks, "samples": samples,
+                     "configs": {leaf: {"output_type": kind} for leaf, (kind, _, _) in leaves.items()}}, [name], {})[0]
+
+
+def test_groups_of_groups_count_the_questions_of_their_leaves() -> None:
+    line = result_of("mmlu", {"mmlu": ["mmlu_stem", "mmlu_other"], "mmlu_stem": ["a", "b"], "mmlu_other": ["c"]},
+                     {leaf: ("multiple_choice", 4, ["acc"]) for leaf in "abc"})
+    assert (line.items, line.chance, line.scores["acc"]) == (9, 25, (50, None))
+
+
+@pytest.mark.parametrize(("kind", "asked", "metrics", "chance"), [
+    ("multiple_choice", 4, ["acc", "acc_norm"], 25), ("multiple_choice", 8, ["acc", "acc_mutual_info"], 25),
+    ("loglikelihood", 1, ["acc", "perplexity"], None), ("generate_until", 1, ["exact_match"], None)])
+def test_chance_is_that_of_choices(kind: str, asked: int, metrics: list[str], chance: float | None) -> None:
+    assert result_of("one", {}, {"one": (kind, asked, metrics)}).chance == chance
+
+
+def test_tags_are_their_tasks(trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
+    lines = evaluate(str(trained_run), Question(("ai2_arc", "piqa")), data_dir=small_tasks, out=tmp_path, report=quiet)
+    assert lines is not None
+    assert [line.name for line in lines] == ["arc_challenge", "arc_easy", "piqa", "average"]
+    with pytest.raises(ConfigError, match="arc_easy is named twice"):
+        evaluate(str(trained_run), Question(("ai2_arc", "arc_easy")), data_dir=small_tasks, out=tmp_path, report=quiet)
+
+
+def test_no_answer_replaces_that_to_another_question(trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_tasks, tmp_path / "elsewhere")
+    for _ in range(2):
+        for data in (small_tasks, tmp_path / "elsewhere"):
+            evaluate(str(trained_run), Question(("piqa",)), data_dir=data, out=tmp_path / "out", report=quiet)
+    found = sorted((tmp_path / "out").glob("results-piqa*.json"))
+    assert {json.loads(file.read_text())["question"]["questions_from"] for file in found} == {
+        str(small_tasks), str(tmp_path / "elsewhere")} and len(found) == 2
+    assert len(list((tmp_path / "out").glob("events-piqa*/events.out.tfevents.*"))) == 2
+
+
+def test_ranks_with_other_questions_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answers = Answers(tmp_path, None)
+    monkeypatch.setattr(answers, "_gathered", lambda mine: [mine, mine + "x"] if isinstance(mine, str) else [mine])
+    with pytest.raises(DataError, match="other questions than each other"):
+        answers.of("loglikelihood", [("a", "b")], lambda asked: [[0]], lambda batch: [[0.0, True]])
+
+
+def test_a_failure_is_told_to_all_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answers = Answers(tmp_path, None)
+    told: list[Any] = []
+    monkeypatch.setattr(answers, "_gathered", lambda mine: told.append(mine) or [mine])
+
+    def fails(batch: list[Any]) -> list[Any]:
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError):
+        answers.of("loglikelihood", [("a", "b")], lambda asked: [[0]], fails)
+    assert told[-1] == ({}, "MemoryError: no room")
+    monkeypatch.setattr(answers, "_gathered", lambda mine: [mine, ({}, "MemoryError: no room")]
+                        if isinstance(mine, tuple) else [mine])
+    with pytest.raises(RunError, match=r"rank 1 has failed \(MemoryError: no room\)"):
+        answers.of("loglikelihood", [("a", "b")], lambda asked: [[0]], lambda batch: [[0.0, True]])
 
 
 def test_an_export_is_asked_like_its_run(asked: Path, trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:

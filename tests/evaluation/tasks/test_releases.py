@@ -81,6 +81,56 @@ def test_parts_of_a_split_are_one(tmp_path: Path) -> None:
     assert splits_of(tmp_path, BY_NAME["piqa"])["validation"]["goal"] == ["part 0", "part 1"]
 
 
+def test_whole_releases_are_read_once_and_not_mixed(tmp_path: Path) -> None:
+    """What lies beside the questions in archives and clones."""
+    arc = tmp_path / "arc_easy/ARC-V1-Feb2018"
+    for level in ("Easy", "Challenge"):
+        for split in ("Train", "Dev", "Test"):
+            where = arc / f"ARC-{level}"
+            lines(where / f"ARC-{level}-{split}.jsonl", [{**nested(0, "ABCD"), "id": f"{level} {split}"}] * 2)
+            (where / f"ARC-{level}-{split}.csv").write_text("questionID,originalQuestionID\n1,2,3\n")
+    lines(tmp_path / "arc_easy/__MACOSX/ARC-V1-Feb2018/ARC-Easy/._ARC-Easy-Test.jsonl", ["damaged"])
+    shutil.copytree(tmp_path / "arc_easy", tmp_path / "arc_challenge")
+    for name in ("arc_easy", "arc_challenge"):
+        found = splits_of(tmp_path, BY_NAME[name])
+        assert {split: len(rows) for split, rows in found.items()} == {"test": 2, "validation": 2}, name
+
+    lines(tmp_path / "openbookqa/main/test-00000-of-00001.jsonl", [SHAPES["openbookqa"]])
+    lines(tmp_path / "openbookqa/additional/test-00000-of-00001.jsonl", [SHAPES["openbookqa"]] * 3)
+    assert len(splits_of(tmp_path, BY_NAME["openbookqa"])["test"]) == 1
+    for config in ("xs", "s", "m", "l", "xl", "debiased"):
+        lines(tmp_path / f"winogrande/winogrande_{config}/validation.jsonl", [SHAPES["winogrande"]])
+    assert len(splits_of(tmp_path, BY_NAME["winogrande"])["validation"]) == 1
+    for name in ("dev_rand_split", "dev_token_split", "train_rand_split"):
+        lines(tmp_path / f"commonsense_qa/{name}.jsonl", [SHAPES["commonsense_qa"]])
+    assert len(splits_of(tmp_path, BY_NAME["commonsense_qa"])["validation"]) == 1
+    write_subjects(tmp_path / "test", "mmlu", ["law"])  # below a folder that is called like a split
+    shutil.move(tmp_path / "test/mmlu/data", tmp_path / "mmlu/test/data")
+    found = splits_of(tmp_path, BY_NAME["mmlu"], "law")
+    assert {split: len(rows) for split, rows in found.items()} == {"test": 2, "dev": 1}
+    lines(tmp_path / "piqa/官方/dev (1).jsonl", [SHAPES["piqa"]])
+    assert len(splits_of(tmp_path, BY_NAME["piqa"])["validation"]) == 1
+    for level in ("high", "middle", "all"):
+        lines(tmp_path / f"race/{level}/test-00000-of-00001.jsonl", [{"article": level, "problems": "[]"}])
+    assert splits_of(tmp_path, BY_NAME["race"])["test"]["article"] == ["high"]
+
+
+def test_two_editions_of_a_split_are_refused(tmp_path: Path) -> None:
+    for name in ("dev", "valid"):
+        lines(tmp_path / f"piqa/{name}.jsonl", [SHAPES["piqa"]])
+    with pytest.raises(DataError, match=r"dev and valid could all be PIQA's split validation; leave one"):
+        splits_of(tmp_path, BY_NAME["piqa"])
+
+
+@pytest.mark.parametrize("answers", ["0\n", "0\n1\n0\n"])
+def test_answers_that_are_too_few_or_too_many_are_named(tmp_path: Path, answers: str) -> None:
+    row = {name: value for name, value in SHAPES["piqa"].items() if name != "label"}
+    lines(tmp_path / "piqa/valid.jsonl", [row] * 2)
+    (tmp_path / "piqa/valid-labels.lst").write_text(answers)
+    with pytest.raises(DataError, match=r"2 questions, but valid-labels.lst has \d answers"):
+        splits_of(tmp_path, BY_NAME["piqa"])
+
+
 @pytest.mark.parametrize(("name", "expected"), [
     ("mmlu", {"question": "问题0 law", "choices": ["甲", "乙", "丙", "丁"], "answer": 0}),
     ("ceval-valid", {"question": "问题0 law", "A": "甲", "B": "乙", "C": "丙", "D": "丁", "answer": "A"}),
@@ -135,7 +185,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: str, said: str) -> Non
 
 @pytest.mark.parametrize(("name", "row"), [
     ("ceval-valid", ["0", "q", "a", "b", "c", "d", "E"]), ("cmmlu", ["0", "q", "a", "b", "c", "d", ""]),
-    ("mmlu", ["q", "a", "b", "c", "d"])])
+    ("mmlu", ["q", "a", "b", "c", "d"]), ("mmlu", ["q", "a", "b", "c", "d", ""]),
+    ("mmlu", ["q", "a", "b", "c", "d", "BC"])])
 def test_an_answer_that_is_no_letter_or_a_short_row_is_named(tmp_path: Path, name: str, row: list[str]) -> None:
     heads = {"ceval-valid": ["id", "question", *"ABCD", "answer"], "cmmlu": ["", "Question", *"ABCD", "Answer"]}
     split = "val" if name == "ceval-valid" else "test"
