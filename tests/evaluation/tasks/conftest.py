@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dlcm_lightning.config import Config, DataConfig, OptimConfig, TrainConfig
+from dlcm_lightning.evaluation.tasks.evaluate import evaluate
+from dlcm_lightning.evaluation.tasks.models import Question
 from dlcm_lightning.training.run import pretrain
 from tests.conftest import MODEL
 
 ROWS = 3
 """Questions of a task."""
+SMALL = ("commonsense_qa", "hellaswag", "winogrande", "openbookqa", "piqa", "arc_challenge", "arc_easy", "boolq",
+         "race")
 
 
 def lines(file: Path, rows: Iterable[Any]) -> None:
@@ -104,3 +110,41 @@ def trained_run(build_corpus: Callable[[Path], DataConfig], tmp_path_factory: py
                           checkpoint_every_steps=3))
     pretrain(config, lambda message: None)
     return folder / "runs/asked"
+
+
+def quiet(line: str) -> None:
+    del line
+
+
+def samples_of(out: Path, name: str = "") -> dict[tuple[str, int], Any]:
+    return {(one["task"], one["doc_id"]): one for one in
+            map(json.loads, (out / f"samples{name}.jsonl").read_text().splitlines())}
+
+
+@pytest.fixture(scope="session")
+def asked(trained_run: Path, small_tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All tasks without subjects, answered once."""
+    out = tmp_path_factory.mktemp("out")
+    lines = evaluate(str(trained_run), Question(SMALL), data_dir=small_tasks, out=out, samples=True, report=quiet)
+    assert lines is not None and [line.name for line in lines] == [*SMALL, "average"]
+    return out
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+@pytest.fixture(scope="session")
+def hub_folder(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A public architecture with drawn weights, in Hugging Face's format."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(trained_run / "tokenizer.json"), eos_token="<eos>",
+                                        bos_token="<bos>", pad_token="<eos>")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

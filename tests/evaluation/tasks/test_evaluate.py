@@ -1,14 +1,9 @@
-"""Evaluations as a whole: the table, lm-eval's own numbers, resuming, ranks, and what cannot be asked."""
+"""Evaluations as a whole: lm-eval's prompts and scores, exact log-likelihoods, and what cannot be asked."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,78 +12,24 @@ import pytest
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dlcm_lightning.cli import main
-from dlcm_lightning.cluster.world import free_port
 from dlcm_lightning.data.loader import ValidationBatches
 from dlcm_lightning.data.reader import Reader
-from dlcm_lightning.errors import USER_ERROR, CheckpointError, ConfigError, DataError, RunError
+from dlcm_lightning.errors import USER_ERROR, CheckpointError, ConfigError, DataError
 from dlcm_lightning.evaluation.tasks import local_tasks as local_module
 from dlcm_lightning.evaluation.tasks.evaluate import evaluate, task_manager, what
-from dlcm_lightning.evaluation.tasks.harness import ConceptLM, HubLM, sampling_of
+from dlcm_lightning.evaluation.tasks.harness import ConceptLM, sampling_of
 from dlcm_lightning.evaluation.tasks.local_tasks import local_tasks
 from dlcm_lightning.evaluation.tasks.models import Question, open_model
-from dlcm_lightning.evaluation.tasks.results import Line, lines_of
 from dlcm_lightning.evaluation.tasks.scoring import Request, Scorer
-from dlcm_lightning.evaluation.tasks.sharing import Answers
 from dlcm_lightning.export.huggingface.folder import export_huggingface
 from dlcm_lightning.export.portable import export, model_of, open_trained
 from dlcm_lightning.inference import Generator
 from dlcm_lightning.inference.sampling import Sampling
 from dlcm_lightning.ops.segments import Segments
 from dlcm_lightning.training.evaluate import evaluate as validation_table
-from tests.evaluation.tasks.conftest import ROWS, write_subjects
-
-SMALL = ("commonsense_qa", "hellaswag", "winogrande", "openbookqa", "piqa", "arc_challenge", "arc_easy", "boolq",
-         "race")
-
-
-def quiet(line: str) -> None:
-    del line
-
-
-def samples_of(out: Path, name: str = "") -> dict[tuple[str, int], Any]:
-    return {(one["task"], one["doc_id"]): one for one in
-            map(json.loads, (out / f"samples{name}.jsonl").read_text().splitlines())}
-
-
-@pytest.fixture(scope="module")
-def asked(trained_run: Path, small_tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All tasks without subjects, answered once."""
-    out = tmp_path_factory.mktemp("out")
-    lines = evaluate(str(trained_run), Question(SMALL), data_dir=small_tasks, out=out, samples=True, report=quiet)
-    assert lines is not None and [line.name for line in lines] == [*SMALL, "average"]
-    return out
-
-
-def only(folder: Path, pattern: str) -> Path:
-    (found,) = folder.glob(pattern)
-    return found
-
-
-def test_the_table_says_what_was_asked_and_what_guessing_would_give(asked: Path) -> None:
-    content = json.loads(only(asked, "results-*.json").read_text())
-    table = {line["name"]: line for line in content["table"]}
-    assert {name: table[name]["items"] for name in SMALL} == dict.fromkeys(SMALL, ROWS)
-    assert {name: table[name]["chance"] for name in SMALL} == pytest.approx({
-        "commonsense_qa": 20, "hellaswag": 25, "winogrande": 50, "openbookqa": 25, "piqa": 50, "arc_challenge": 25,
-        "arc_easy": 25, "boolq": 50, "race": 25})
-    assert table["arc_easy"]["split"] == "test" and table["arc_challenge"]["split"] == "validation"
-    assert table["piqa"]["dlcm"] == 75.52 and table["piqa"]["baseline"] == 73.10
-    for name in SMALL:
-        theirs = content["lm_eval"]["results"][name]
-        for metric, score in table[name]["scores"].items():
-            assert score["value"] == 100 * theirs[f"{metric},none"]
-            assert score["stderr"] == 100 * theirs[f"{metric}_stderr,none"]
-    assert "acc_norm" in table["piqa"]["scores"] and "acc_norm" not in table["boolq"]["scores"]
-    accs = [table[name]["scores"]["acc"]["value"] for name in SMALL]
-    assert table["average"]["scores"]["acc"]["value"] == pytest.approx(sum(accs) / len(accs))
-    errors = [table[name]["scores"]["acc"]["stderr"] for name in SMALL]
-    assert table["average"]["scores"]["acc"]["stderr"] == pytest.approx(math.hypot(*errors) / len(errors))
-    text = only(asked, "table-*.md").read_text()
-    assert "bits per byte" in text and "42.24" in text and "| PIQA | validation | 3 |" in text
-    assert list(asked.glob("events-*/events.out.tfevents.*"))
+from tests.evaluation.tasks.conftest import ROWS, SMALL, only, quiet, samples_of, write_subjects
 
 
 def test_prompts_are_lm_evals_own(asked: Path) -> None:
@@ -216,67 +157,6 @@ def opened(run: Path, out: Path, question: Question | None = None) -> ConceptLM:
     return lm
 
 
-def test_what_is_answered_is_not_computed_twice_and_the_rest_is_the_same(
-        asked: Path, trained_run: Path, small_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that lost its end, as by a kill in the middle of a line."""
-    shutil.copytree(asked, tmp_path / "out")
-    file = only(tmp_path / "out", "answers/*/rank-00000.jsonl")
-    kept = file.read_bytes().splitlines(keepends=True)
-    batches: list[int] = []
-    before = Scorer.score_batch
-
-    def counted(self: Scorer, requests: list[Request]) -> Any:
-        batches.append(len(requests))
-        return before(self, requests)
-
-    monkeypatch.setattr(Scorer, "score_batch", counted)
-    question = Question(SMALL)
-
-    def again() -> dict[tuple[str, int], Any]:
-        batches.clear()
-        evaluate(str(trained_run), question, data_dir=small_tasks, out=tmp_path / "out", samples=True, report=quiet)
-        return samples_of(tmp_path / "out", what(question))
-
-    whole = samples_of(asked, what(question))
-    assert again() == whole and batches == []
-    assert len(kept) >= 1
-    file.write_bytes(b"".join(kept[:-1]) + kept[-1][: len(kept[-1]) // 2])
-    assert again() == whole and len(batches) == 1
-    assert again() == whole and batches == [], "what was written behind the torn line is read"
-    for other in (Question(SMALL, "half"), Question(SMALL, batch_tokens=512)):
-        batches.clear()
-        evaluate(str(trained_run), other, data_dir=small_tasks, out=tmp_path / "out", report=quiet)
-        assert batches, "another question has answers of its own"
-
-
-def ranks(arguments: list[str], out: Path, count: int = 2) -> list[str]:
-    """What each rank says."""
-    command = [sys.executable, "-m", "dlcm_lightning", "evaluate", *arguments, "--out", str(out), "--samples"]
-    here = {**os.environ, "OMP_NUM_THREADS": "1", "DLCM_DEVICE": "cpu", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    started = [subprocess.Popen(command, env={**here, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(count)]
-    said = [rank.communicate(timeout=240)[0] for rank in started]
-    assert [rank.returncode for rank in started] == [0] * count, said
-    return said
-
-
-def test_two_ranks_answer_as_one(asked: Path, trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
-    """Bit for bit: batches are planned for all, and go round."""
-    said = ranks([str(trained_run), "--tasks", ",".join(SMALL), "--data-dir", str(small_tasks), "--batch-tokens",
-                  "512"], tmp_path)
-    assert "average of 9" in said[0] and "average" not in said[1]
-    assert len(list(tmp_path.glob("answers/*/rank-*.jsonl"))) == 2
-    evaluate(str(trained_run), Question(SMALL, batch_tokens=512), data_dir=small_tasks, out=tmp_path / "alone",
-             samples=True, report=quiet)
-    name = what(Question(SMALL))
-    assert samples_of(tmp_path, name) == samples_of(tmp_path / "alone", name)
-    other = samples_of(asked, name)  # other batches: equal but for rounding
-    for key, sample in samples_of(tmp_path, name).items():
-        for (one,), (two,) in zip(sample["resps"], other[key]["resps"], strict=True):
-            assert float(one[0]) == pytest.approx(float(two[0]), rel=1e-5)
-
-
 @pytest.mark.parametrize("name", ["ceval-valid", "cmmlu", "mmlu"])
 def test_groups_of_subjects_run_from_their_releases(trained_run: Path, tmp_path: Path, name: str) -> None:
     subjects = list(local_module.leaves_of(task_manager(), local_module.BY_NAME[name]))
@@ -302,21 +182,6 @@ def test_groups_of_subjects_run_from_their_releases(trained_run: Path, tmp_path:
         evaluate(str(trained_run), Question((name,)), data_dir=tmp_path / "questions", out=tmp_path, report=quiet)
 
 
-@pytest.fixture(scope="module")
-def hub_folder(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A public architecture with drawn weights, in Hugging Face's format."""
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(trained_run / "tokenizer.json"), eos_token="<eos>",
-                                        bos_token="<bos>", pad_token="<eos>")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_a_hugging_face_model_scores_item_by_item_what_lm_eval_gives_it(
         hub_folder: Path, small_tasks: Path, tmp_path: Path) -> None:
     names = ("piqa", "arc_easy", "boolq", "race")
@@ -335,87 +200,6 @@ def test_a_hugging_face_model_scores_item_by_item_what_lm_eval_gives_it(
                 counted += 1
             assert sample["acc"] == mine["acc"]
     assert counted == ROWS * (2 + 4 + 2 + 4)
-
-
-def test_ranks_share_a_hugging_face_model_once(hub_folder: Path, small_tasks: Path, tmp_path: Path,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval's class would share questions itself where it sees ranks and GPUs."""
-    names = ("piqa", "boolq")
-    ranks(["--model", f"hf:{hub_folder}", "--tasks", ",".join(names), "--data-dir", str(small_tasks)], tmp_path)
-    evaluate(f"hf:{hub_folder}", Question(names), data_dir=small_tasks, out=tmp_path / "alone", samples=True,
-             report=quiet)
-    assert samples_of(tmp_path, what(Question(names))) == samples_of(tmp_path / "alone", what(Question(names)))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    lm = HubLM(str(hub_folder), "cpu", "float32", 8, None, False)
-    assert (lm.rank, lm.world_size) == (0, 1) and os.environ["RANK"] == "1"
-
-
-def result_of(name: str, subtasks: dict[str, list[str]], leaves: dict[str, tuple[str, int, list[str]]]) -> Line:
-    """The line of a group or task; leaves: by name, output type, requests of each question, metrics."""
-    samples = {leaf: [{"doc_id": number, "arguments": [["", ""]] * count, "metrics": metrics} for number in range(3)]
-               for leaf, (_, count, metrics) in leaves.items()}
-    return lines_of({"results": {leaf: {"acc,none": 0.5, "acc_stderr,none": 0.1} for leaf in leaves},
-                     "groups": {group: {"acc,none": 0.5, "acc_stderr,none": "N/A"} for group in subtasks},
-                     "group_subtasks": subtasks, "samples": samples,
-                     "configs": {leaf: {"output_type": kind} for leaf, (kind, _, _) in leaves.items()}}, [name], {})[0]
-
-
-def test_groups_of_groups_count_the_questions_of_their_leaves() -> None:
-    line = result_of("mmlu", {"mmlu": ["mmlu_stem", "mmlu_other"], "mmlu_stem": ["a", "b"], "mmlu_other": ["c"]},
-                     {leaf: ("multiple_choice", 4, ["acc"]) for leaf in "abc"})
-    assert (line.items, line.chance, line.scores["acc"]) == (9, 25, (50, None))
-
-
-@pytest.mark.parametrize(("kind", "asked", "metrics", "chance"), [
-    ("multiple_choice", 4, ["acc", "acc_norm"], 25), ("multiple_choice", 8, ["acc", "acc_mutual_info"], 25),
-    ("loglikelihood", 1, ["acc", "perplexity"], None), ("generate_until", 1, ["exact_match"], None)])
-def test_chance_is_that_of_choices(kind: str, asked: int, metrics: list[str], chance: float | None) -> None:
-    assert result_of("one", {}, {"one": (kind, asked, metrics)}).chance == chance
-
-
-def test_tags_are_their_tasks(trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
-    lines = evaluate(str(trained_run), Question(("ai2_arc", "piqa")), data_dir=small_tasks, out=tmp_path, report=quiet)
-    assert lines is not None
-    assert [line.name for line in lines] == ["arc_challenge", "arc_easy", "piqa", "average"]
-    with pytest.raises(ConfigError, match="arc_easy is named twice"):
-        evaluate(str(trained_run), Question(("ai2_arc", "arc_easy")), data_dir=small_tasks, out=tmp_path, report=quiet)
-
-
-def test_no_answer_replaces_that_to_another_question(trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
-    shutil.copytree(small_tasks, tmp_path / "elsewhere")
-    for _ in range(2):
-        for data in (small_tasks, tmp_path / "elsewhere"):
-            evaluate(str(trained_run), Question(("piqa",)), data_dir=data, out=tmp_path / "out", report=quiet)
-    found = sorted((tmp_path / "out").glob("results-piqa*.json"))
-    assert {json.loads(file.read_text())["question"]["questions_from"] for file in found} == {
-        str(small_tasks), str(tmp_path / "elsewhere")} and len(found) == 2
-    assert len(list((tmp_path / "out").glob("events-piqa*/events.out.tfevents.*"))) == 2
-
-
-def test_ranks_with_other_questions_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    answers = Answers(tmp_path, None)
-    monkeypatch.setattr(answers, "_gathered", lambda mine: [mine, mine + "x"] if isinstance(mine, str) else [mine])
-    with pytest.raises(DataError, match="other questions than each other"):
-        answers.of("loglikelihood", [("a", "b")], lambda asked: [[0]], lambda batch: [[0.0, True]])
-
-
-def test_a_failure_is_told_to_all_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    answers = Answers(tmp_path, None)
-    told: list[Any] = []
-    monkeypatch.setattr(answers, "_gathered", lambda mine: told.append(mine) or [mine])
-
-    def fails(batch: list[Any]) -> list[Any]:
-        raise MemoryError("no room")
-
-    with pytest.raises(MemoryError):
-        answers.of("loglikelihood", [("a", "b")], lambda asked: [[0]], fails)
-    assert told[-1] == ({}, "MemoryError: no room")
-    monkeypatch.setattr(answers, "_gathered", lambda mine: [mine, ({}, "MemoryError: no room")]
-                        if isinstance(mine, tuple) else [mine])
-    with pytest.raises(RunError, match=r"rank 1 has failed \(MemoryError: no room\)"):
-        answers.of("loglikelihood", [("a", "b")], lambda asked: [[0]], lambda batch: [[0.0, True]])
 
 
 def test_an_export_is_asked_like_its_run(asked: Path, trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
@@ -499,11 +283,3 @@ def test_a_damaged_model_is_refused(trained_run: Path, small_tasks: Path, tmp_pa
     file.write_bytes(content)
     with pytest.raises(CheckpointError):
         evaluate(str(out), Question(("piqa",)), data_dir=small_tasks, out=tmp_path / "out", report=quiet)
-
-
-def test_questions_have_names_of_their_own() -> None:
-    plain = Question(tuple(task for task in local_module.BY_NAME))
-    assert what(plain) == ""
-    assert what(Question(("piqa",), "sampled", "bf16", 2, 10, 64)) == "-piqa-sampled-bf16-2shot-limit10-context64"
-
-
