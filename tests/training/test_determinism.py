@@ -25,8 +25,8 @@ ELEMENT_BY_ELEMENT = {
     "clamp", "clamp_", "clamp_min", "clamp_min_", "clone", "copy_", "cos", "cumprod", "cumsum", "div", "empty",
     "empty_like", "eq", "exp", "exp_", "fill_", "flip", "full", "ge", "gt", "le", "lerp_", "log", "logical_and_", "lt",
     "masked_fill_", "mul", "mul_", "neg", "new_full", "new_zeros", "ones", "ones_like", "pow", "reciprocal",
-    "remainder", "rsqrt", "rsub", "scalar_tensor", "silu", "silu_backward", "sin", "sub", "sub_", "tril", "where",
-    "zeros", "zeros_like", "_local_scalar_dense", "promote_types",
+    "remainder", "rsqrt", "rsub", "scalar_tensor", "sigmoid", "silu", "silu_backward", "sin", "sqrt", "sub", "sub_",
+    "tril", "where", "zeros", "zeros_like", "_local_scalar_dense", "promote_types",
 }
 """And what makes, copies or scans; cumulative products and sums walk one line each."""
 VIEWS = {"_unsafe_view", "alias", "cat", "constant_pad_nd", "detach", "expand", "select", "slice", "slice_backward",

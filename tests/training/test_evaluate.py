@@ -13,6 +13,7 @@ from typing import get_args
 import pytest
 import torch
 
+from dlcm_lightning.checkpoint.folder import FORMAT
 from dlcm_lightning.config import BoundaryConfig, Config, ConfigError
 from dlcm_lightning.data.preprocessing.build import tokenize_documents
 from dlcm_lightning.data.tokenizer import train_bpe
@@ -168,9 +169,9 @@ def test_a_checkpoint_that_may_not_be_read_is_named_so_and_left_as_it_is(run_con
         (newest / name).chmod(0o644)
     assert sorted(file.name for file in newest.parent.iterdir()) == before
     manifest = newest / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
+    manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 99'))
     for act in (lambda: evaluate(run_of(run_config), None, [], quiet), lambda: pretrain(run_config, quiet)):
-        with pytest.raises(CheckpointError, match="format 3, this version reads 2: it was written by another version"):
+        with pytest.raises(CheckpointError, match=f"format 99, this version reads {FORMAT}: it was written by another version"):
             act()
     assert sorted(file.name for file in newest.parent.iterdir()) == before
 
