@@ -171,7 +171,7 @@ def test_a_checkpoint_that_may_not_be_read_is_named_so_and_left_as_it_is(run_con
     manifest = newest / "manifest.json"
     manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 99'))
     for act in (lambda: evaluate(run_of(run_config), None, [], quiet), lambda: pretrain(run_config, quiet)):
-        with pytest.raises(CheckpointError, match=f"format 99, this version reads {FORMAT}: it was written by another version"):
+        with pytest.raises(CheckpointError, match=f"format 99, this version reads {FORMAT}: it was written by another"):
             act()
     assert sorted(file.name for file in newest.parent.iterdir()) == before
 
