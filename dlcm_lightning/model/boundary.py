@@ -15,7 +15,7 @@ flows through the mean.
 
 *Rate bias.* p' = sigmoid(logit p + delta) replaces p everywhere. After each optimizer step delta moves by
 bias_step * log((1/R) / F), F the rate of the whole global batch. It keeps the rate on target where the loss alone
-cannot: at cos = +-1 p has no gradient, and centred features alone miss R = 8 by 30 %.
+cannot: at cos = +-1 p has no gradient, and centred features alone miss R = 8 by a third.
 
 *Calibrated threshold.* The rate loss steers the drawn boundaries. Where p crowds below one half, b_t = [p_t >= 1/2]
 (`threshold: half`, the paper's) finds far fewer, and the model that is deployed has longer concepts than the one that
