@@ -83,6 +83,13 @@ def parser() -> argparse.ArgumentParser:
         description="Tokenise jsonl, parquet, WebDataset and text files, compressed or not, into WebDataset shards. "
                     "The same command continues what was interrupted. What became of every input stands in "
                     "account.json of the source."))
+    ladder = subcommands.add_parser("ladder", help="scaling laws from a ladder of runs",
+                                    description="What can be done with a ladder of runs.")
+    rungs = ladder.add_subparsers(dest="action", required=True)
+    _add_ladder_fit(rungs.add_parser(
+        "fit", help="the compression-aware scaling law of a table of runs",
+        description="Fit Eq. 22 and Eq. 23 and the law of the dense baseline to a csv or parquet table, with intervals "
+                    "and errors on what was left out; write law.json, fit.md and pictures."))
     data = subcommands.add_parser("data", help="sources of shards",
                                   description="What can be done with sources of shards.")
     actions = data.add_subparsers(dest="action", required=True)
@@ -101,6 +108,26 @@ def parser() -> argparse.ArgumentParser:
     _add_looking(actions)
     _add_shipped(subcommands)
     return top
+
+
+def _add_ladder_fit(command: argparse.ArgumentParser) -> None:
+    command.add_argument("table", metavar="TABLE", type=_path, help="csv or parquet; docs/scaling.md has its columns")
+    command.add_argument("--out", metavar="DIR", type=_path, required=True, help="folder to write")
+    command.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, help="of starts and draws (0)")
+    command.add_argument("--starts", type=_whole(1, 100_000), default=32, help="of each search (32)")
+    command.add_argument("--bootstraps", type=_whole(0, 1_000_000), default=200,
+                         help="draws of runs for intervals (200)")
+    command.add_argument("--late", type=_real(0, 10), default=1.0,
+                         help="a point weighs (D / D at its run's end) to this power (1)")
+    command.add_argument("--skip", type=_real(0, 0.9), default=0.05,
+                         help="share of a run that is left out first (0.05)")
+    command.add_argument("--offsets", choices=("shared", "configuration"), default="shared",
+                         help="t_tok, t_con, t_dat: one for all, or by configuration (shared)")
+    command.add_argument("--off-target", type=_real(0, 10), default=0.05,
+                         help="share by which a realised R may miss its target (0.05)")
+    command.add_argument("--extrapolation", type=_real(1, 1e6), default=4.0,
+                         help="factor outside of the ladder up to which predictions are given (4)")
+    command.set_defaults(run=commands.ladder_fit)
 
 
 def _add_analyze(command: argparse.ArgumentParser) -> None:

@@ -139,6 +139,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
         out=Path(arguments.out) if arguments.out else None, samples=arguments.samples, report=_say)
 
 
+def ladder_fit(arguments: argparse.Namespace) -> None:
+    for package in ("scipy", "pandas", "matplotlib"):
+        need(package, "dlcm ladder fit", "scaling")
+    load("scaling.law.fit_table", "fit_table")(
+        Path(arguments.table), Path(arguments.out), seed=arguments.seed, starts=arguments.starts,
+        bootstraps=arguments.bootstraps, late=arguments.late, skip=arguments.skip, offsets=arguments.offsets,
+        off_target=arguments.off_target, extrapolation=arguments.extrapolation, report=_say)
+
+
 def fetch_tasks(arguments: argparse.Namespace) -> None:
     load("evaluation.tasks.fetch", "fetch_tasks")(Path(arguments.out), _say)
 
