@@ -26,6 +26,7 @@ from typing import Any
 
 import datasets
 import lm_eval.api.task
+import lm_eval.evaluator
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
@@ -110,8 +111,8 @@ def task_manager() -> TaskManager:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval and datasets log every task they load, warn of what is chosen here on purpose, and draw a bar a task
-    for what takes no time."""
+    """lm-eval and datasets log every task they load, warn of what is chosen here on purpose, draw a bar a task for what
+    takes no time, and ask git of the folder that this happens to be started in."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
     levels = [one.level for one in loggers]
     for one in loggers:
@@ -119,12 +120,15 @@ def _quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     drawn = lm_eval.api.task.tqdm
     lm_eval.api.task.tqdm = partial(drawn, disable=True)
+    asks_git = lm_eval.evaluator.get_git_commit_hash
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
             lm_eval.api.task.tqdm = drawn
+            lm_eval.evaluator.get_git_commit_hash = asks_git
             for one, level in zip(loggers, levels, strict=True):
                 one.setLevel(level)
 
