@@ -28,7 +28,8 @@ TEXT = "The river is long. A boy walks by the water. 河水很长。"
 def run_with(config: Config, rule: Threshold) -> Path:
     """A run whose threshold has gone far from one half, or would have."""
     boundary = replace(config.model.boundary, threshold=rule, threshold_step=0.9, target_ratio=8.0)
-    config = replace(config, name=rule, model=replace(config.model, boundary=boundary))
+    optim = replace(config.optim, total_tokens=60 * config.data.tokens_per_step)
+    config = replace(config, name=rule, model=replace(config.model, boundary=boundary), optim=optim)
     pretrain(config, lambda message: None)
     return Path(config.train.output_dir) / rule
 
@@ -44,7 +45,7 @@ def test_whatever_uses_a_model_cuts_by_the_threshold_it_was_trained_to(run_confi
                                                                        rule: Threshold) -> None:
     run = run_with(run_config, rule)
     trained = open_trained(run)
-    assert abs(trained.state["boundary.threshold"]) > 0.05, "steered either way"
+    assert abs(trained.state["boundary.threshold"]) > 0.2, "steered either way"
     ids = torch.tensor(Tokenizer.load(run).encode_documents([TEXT])[0][:-1].tolist())
     model = model_of(trained.config, trained.state, torch.float32, torch.device("cpu"), "run")
     assert isinstance(model, DLCM)
