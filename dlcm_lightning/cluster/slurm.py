@@ -20,6 +20,8 @@ from pathlib import Path
 
 CALL_SECONDS = 60.0
 PATIENCE_SECONDS, RETRY_SECONDS = 300.0, 5.0
+SIGNALLED_SECONDS = 0.1
+"""Before a command is repeated that a signal to the job has ended: what follows the signal may not be far."""
 ABSENT = re.compile("unable to contact|timed out|connection refused|communication connection", re.IGNORECASE)
 """What commands say of a controller that does not answer just now."""
 
@@ -33,13 +35,16 @@ def call(*command: str, patience: float = PATIENCE_SECONDS) -> str:
     SlurmError: it fails, or is not there."""
     deadline = time.monotonic() + patience
     while True:
+        pause = RETRY_SECONDS
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=CALL_SECONDS,
                                   stdin=subprocess.DEVNULL)
             said = done.stderr.strip() or done.stdout.strip()
             if not done.returncode:
                 return done.stdout
-            if done.returncode >= 0 and not ABSENT.search(said):  # a signal to the job meets its commands too
+            if done.returncode < 0:  # a signal to the job meets its commands too
+                said, pause = f"ended by signal {-done.returncode}", SIGNALLED_SECONDS
+            elif not ABSENT.search(said):
                 raise SlurmError(f"{' '.join(command)}: {said}")
         except subprocess.TimeoutExpired as error:
             said = str(error)
@@ -47,7 +52,7 @@ def call(*command: str, patience: float = PATIENCE_SECONDS) -> str:
             raise SlurmError(f"{command[0]}: {error}") from error
         if time.monotonic() > deadline:
             raise SlurmError(f"{' '.join(command)}: {said}")
-        time.sleep(RETRY_SECONDS)
+        time.sleep(pause)
 
 
 WHOLE_LINES = ("Command", "WorkDir", "StdErr", "StdIn", "StdOut", "Comment", "AdminComment", "SystemComment")

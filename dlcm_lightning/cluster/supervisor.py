@@ -327,12 +327,11 @@ class Supervisor:
         try:
             slurm.requeue(self.id)
         except slurm.SlurmError as error:
-            info = self._info()
-            if info is not None and not info.may_go_on:  # it was heard, or somebody was faster
-                self.say(f"SLURM has ended this job, and decides ({error})")
-                return 0
-            self.say(f"not requeued ({error}); another job follows this one")
-            return self._chain(wanted)
+            now = self._info()
+            if now is None or now.may_go_on:
+                self.say(f"not requeued ({error}); another job follows this one")
+                return self._chain(wanted)
+            self.say(f"SLURM has ended this job, and decides ({error})")  # it was heard, or somebody was faster
         if info is not None and set(wanted) != set(before):
             try:
                 slurm.exclude(self.id, wanted)
