@@ -150,12 +150,16 @@ def swiglu(x: Tensor, state: State, prefix: str) -> Tensor:
 
 def stack(x: Tensor, state: State, name: str, layers: int, heads: int, kv_heads: int, config: ModelConfig) -> Tensor:
     """Pre-norm transformer layers, without the final norm. x: (n, width) -> (n, width)."""
+    on_stream = config.backbone_layers if name == "backbone" else config.decoder_layers
+    if name != "backbone" and config.kind == "dlcm":
+        on_stream = on_stream + config.encoder_layers
+    branch = (on_stream / config.mup.base_layers) ** -config.mup.depth_exponent
     for i in range(layers):
         prefix = f"{name}.layers.{i}"
         normed = rms_norm(x, state[f"{prefix}.attention_norm.weight"], config.norm_epsilon)
-        x = x + self_attention(normed, state, f"{prefix}.attention", heads, kv_heads, config)
+        x = x + branch * self_attention(normed, state, f"{prefix}.attention", heads, kv_heads, config)
         normed = rms_norm(x, state[f"{prefix}.ffn_norm.weight"], config.norm_epsilon)
-        x = x + swiglu(normed, state, f"{prefix}.ffn")
+        x = x + branch * swiglu(normed, state, f"{prefix}.ffn")
     return x
 
 

@@ -89,11 +89,20 @@ class MupConfig:
     """Standard deviation of hidden matrices at the base width (variance 1/256)."""
     sigma_embedding: float = 0.02
     """Standard deviation of embedding and unembedding, at every width."""
+    depth_exponent: float = 0.0
+    """How residual branches shrink with depth: with L layers on a residual stream, each branch is multiplied by
+    (L / base_layers)^-depth_exponent, and rates, decays and epsilons of the layers follow (CompleteP is 1; model/mup.py
+    has the table). 0: depth changes nothing, as in the paper."""
+    base_layers: int = 16
+    """Layers at which the base rates hold, on the tokens' stream (encoder and decoder together) and on the concepts'
+    alike. Read only where depth_exponent is not 0."""
 
     def __post_init__(self) -> None:
         require_range("model.mup.d_base", self.d_base, 1, WIDEST)
         require_positive("model.mup.sigma", self.sigma, 10**3)
         require_positive("model.mup.sigma_embedding", self.sigma_embedding, 10**3)
+        require_range("model.mup.depth_exponent", self.depth_exponent, 0, 1)
+        require_range("model.mup.base_layers", self.base_layers, 1, MOST_LAYERS)
 
 
 @dataclass(frozen=True)
@@ -157,3 +166,14 @@ class ModelConfig:
     def s_concept(self) -> float:
         """Width multiplier of the backbone, E / d_base."""
         return self.d_concept / self.mup.d_base
+
+    @property
+    def m_token(self) -> float:
+        """Depth multiplier of the tokens' residual stream, which runs through encoder and decoder."""
+        layers = self.decoder_layers + (self.encoder_layers if self.kind == "dlcm" else 0)
+        return layers / self.mup.base_layers
+
+    @property
+    def m_concept(self) -> float:
+        """Depth multiplier of the backbone."""
+        return self.backbone_layers / self.mup.base_layers

@@ -28,7 +28,7 @@ from dlcm_lightning.model.cache import FAR, BoundaryState, ConceptMemory, Concep
 from dlcm_lightning.model.concepts import Pool, close_concepts, extend_smoothing, round_up, smooth
 from dlcm_lightning.model.decoder import CrossAttention
 from dlcm_lightning.model.layers import Stack, StackShape
-from dlcm_lightning.model.mup import MupLinear, Role, RoleModule, initialise, logit_scale
+from dlcm_lightning.model.mup import MupLinear, Role, RoleModule, branch_scale, initialise, logit_scale
 from dlcm_lightning.model.priming import Priming
 from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
 from dlcm_lightning.ops.extension import Extension
@@ -80,7 +80,7 @@ def token_stack(config: ModelConfig, layers: int, recompute: str) -> StackShape:
     return StackShape(
         layers=layers, width=config.d_token, heads=config.heads_token, kv_heads=config.kv_heads_token,
         head_dim=config.head_dim, ffn=config.ffn_token, norm_epsilon=config.norm_epsilon, rope_base=config.rope_base,
-        role=Role.TOKEN, recompute=recompute,
+        role=Role.TOKEN, branch_scale=branch_scale(Role.TOKEN, config), recompute=recompute,
     )
 
 
@@ -89,7 +89,7 @@ def concept_stack(config: ModelConfig, recompute: str) -> StackShape:
         layers=config.backbone_layers, width=config.d_concept, heads=config.heads_concept,
         kv_heads=config.kv_heads_concept, head_dim=config.head_dim, ffn=config.ffn_concept,
         norm_epsilon=config.norm_epsilon, rope_base=config.rope_base, role=Role.CONCEPT,
-        recompute=recompute,
+        branch_scale=branch_scale(Role.CONCEPT, config), recompute=recompute,
     )
 
 

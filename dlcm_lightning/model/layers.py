@@ -40,6 +40,8 @@ class StackShape:
     rope_base: float
     role: Role
     """TOKEN or CONCEPT: what its hidden matrices are in the muP table."""
+    branch_scale: float = 1.0
+    """What every residual branch is multiplied by."""
     recompute: str = "none"
     """What a block runs again in the backward instead of keeping it: none, selective (the feed-forward), full."""
 
@@ -70,6 +72,18 @@ class AddNorm(RMSNorm):
         return self.kernels.add_norm(x, delta, self.weight, self.epsilon)
 
 
+class BranchLinear(MupLinear):
+    """The last matrix of a residual branch: y = scale x W^T."""
+
+    def __init__(self, role: Role, fan_in: int, fan_out: int, scale: float) -> None:
+        super().__init__(role, fan_in, fan_out)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.scale == 1 else y * self.scale
+
+
 class SelfAttention(UsesKernels, nn.Module):
     """Causal attention within segments, rotary positions (T, W) -> (T, W)."""
 
@@ -77,7 +91,7 @@ class SelfAttention(UsesKernels, nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.qkv = MupLinear(shape.role, shape.width, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
-        self.out = MupLinear(shape.role, shape.heads * shape.head_dim, shape.width)
+        self.out = BranchLinear(shape.role, shape.heads * shape.head_dim, shape.width, shape.branch_scale)
 
     def forward(self, x: Tensor, segments: Segments, angles: Rotation, backend: str) -> Tensor:
         query, key, value = self._turned(x, angles)
@@ -104,7 +118,7 @@ class FeedForward(UsesKernels, nn.Module):
     def __init__(self, shape: StackShape) -> None:
         super().__init__()
         self.gate_up = MupLinear(shape.role, shape.width, 2 * shape.ffn)
-        self.down = MupLinear(shape.role, shape.ffn, shape.width)
+        self.down = BranchLinear(shape.role, shape.ffn, shape.width, shape.branch_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.kernels.swiglu(self.gate_up(x)))

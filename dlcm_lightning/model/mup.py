@@ -15,6 +15,12 @@ heads x head width grow with it, so it is each matrix's own fan-in over its fan-
 with 1/width (Eq. 19-20), not with its square root. Logits are multiplied by 1 / s_token. Decay times rate does not
 depend on width. The spectral rule for bridges and everything about boundary and unembedding is our reading; the paper
 is silent there.
+
+Depth is no part of the paper's rules. Where `depth_exponent` a > 0, every residual branch of a block is multiplied by
+m^-a, m = (layers on its residual stream) / base_layers, and what stands in blocks (hidden matrices and norms) learns at
+rate m^(a-1) and with epsilon m^-a times as much: the rules of CompleteP (arXiv 2505.01618), where a = 1 keeps all layers
+learning at any depth and a = 1/2 is the older choice. Decay is m^(1-a) times as much, so that decay times rate stays as
+it is (ours). Bridges and the boundary stand once in a model of any depth, and stay as they are.
 """
 
 from __future__ import annotations
@@ -96,6 +102,18 @@ def _reads(role: Role, model: ModelConfig) -> float:
     return model.s_concept if concept else model.s_token
 
 
+def _depth(role: Role, model: ModelConfig) -> float:
+    """Depth multiplier of the residual stream that a role's blocks stand on; 1 for what stands once."""
+    if role in (Role.CONCEPT, Role.NORM_CONCEPT):
+        return model.m_concept
+    return model.m_token if role in (Role.TOKEN, Role.NORM_TOKEN) else 1.0
+
+
+def branch_scale(role: Role, model: ModelConfig) -> float:
+    """What the residual branches of blocks of this role are multiplied by."""
+    return _depth(role, model) ** -model.mup.depth_exponent
+
+
 def _deviation(role: Role, model: ModelConfig) -> float | None:
     if role in (Role.NORM_TOKEN, Role.NORM_CONCEPT, Role.BOUNDARY):
         return None
@@ -108,17 +126,18 @@ def _deviation(role: Role, model: ModelConfig) -> float | None:
 
 def hyperparameters_of(role: Role, model: ModelConfig, optim: OptimConfig) -> Rule:
     """The line of the table for one role at one size."""
-    s = _reads(role, model)
-    epsilon = optim.epsilon / s
+    s, scale = _reads(role, model), branch_scale(role, model)
+    slower = _depth(role, model) * scale if model.mup.depth_exponent else 1.0
+    epsilon = optim.epsilon / s * scale
     deviation = _deviation(role, model)
     if role in (Role.NORM_TOKEN, Role.NORM_CONCEPT):
-        return Rule(deviation, optim.lr_other, 0.0, epsilon)
+        return Rule(deviation, optim.lr_other / slower, 0.0, epsilon)
     if role in (Role.EMBEDDING, Role.UNEMBEDDING):
         return Rule(deviation, optim.lr_other, optim.weight_decay, epsilon)
     if role is Role.BOUNDARY:
         return Rule(deviation, optim.lr_boundary / s, 0.0, epsilon)
     eta = optim.lr_concept if role in (Role.CONCEPT, Role.CONCEPT_TO_TOKEN) else optim.lr_token
-    return Rule(deviation, eta / s, optim.weight_decay * s, epsilon)
+    return Rule(deviation, eta / s / slower, optim.weight_decay * s * slower, epsilon)
 
 
 def logit_scale(model: ModelConfig) -> float:

@@ -44,6 +44,23 @@ def test_packed_documents_equal_the_loops_over_each_of_them(form: str, sampled: 
     assert len(output.concepts) > len(LENGTHS) or form == "rule"
 
 
+@pytest.mark.parametrize("kind", ["dlcm", "dense"])
+def test_residual_branches_shrink_with_depth_where_the_exponent_says_so(kind: str) -> None:
+    mup = replace(SMALL.mup, depth_exponent=0.5, base_layers=3)  # 4 layers on the tokens' stream, 2 on the concepts'
+    config = replace(SMALL, kind=kind, mup=mup)  # type: ignore[arg-type]
+    state = oracle.random_state(config, seed=3)
+    tokens, _, documents = tokens_and_noise([40])
+    model = build_model(config, torch.float64, "sdpa", seed=0)
+    model.load_state_dict(state)
+    logits = model.logits(model(tokens, documents).hidden)
+    expected = oracle.forward(state, config, tokens).logits if kind == "dlcm" else oracle.dense_forward(
+        state, config, tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+    unscaled = build_model(replace(config, mup=SMALL.mup), torch.float64, "sdpa", seed=0)
+    unscaled.load_state_dict(state)
+    assert not torch.allclose(unscaled.logits(unscaled(tokens, documents).hidden), expected, rtol=0, atol=1e-3)
+
+
 def test_gradients_of_the_whole_loss_equal_those_of_the_loops(form: str) -> None:
     config = small(form)
     state = oracle.random_state(config, seed=4)

@@ -11,7 +11,7 @@ from torch import nn
 from dlcm_lightning.config import BoundaryConfig, ModelConfig, OptimConfig
 from dlcm_lightning.model.boundary import FixedBoundary
 from dlcm_lightning.model.dlcm import build_model
-from dlcm_lightning.model.mup import Role, Rule, hyperparameters_of, role_parameters
+from dlcm_lightning.model.mup import Role, Rule, branch_scale, hyperparameters_of, role_parameters
 from dlcm_lightning.ops.segments import Segments
 from dlcm_lightning.training import optimizer as optim_module
 from dlcm_lightning.training.optimizer import build_optimizer
@@ -41,6 +41,38 @@ def test_each_role_has_its_line(
     assert line.learning_rate == pytest.approx(learning_rate)
     assert line.weight_decay == pytest.approx(decay)
     assert line.epsilon == pytest.approx(epsilon)
+
+
+DEEP = replace(WIDE, encoder_layers=4, backbone_layers=32, decoder_layers=4, mup=replace(
+    WIDE.mup, depth_exponent=0.5, base_layers=2))  # m_token = 4, m_concept = 16
+
+
+@pytest.mark.parametrize(("role", "scale", "rate", "decay", "epsilon"), [
+    (Role.TOKEN, 1 / 2, 1 / 2, 2, 1 / 2),
+    (Role.CONCEPT, 1 / 4, 1 / 4, 4, 1 / 4),
+    (Role.NORM_TOKEN, 1 / 2, 1 / 2, 1, 1 / 2),
+    (Role.NORM_CONCEPT, 1 / 4, 1 / 4, 1, 1 / 4),
+    *((role, 1, 1, 1, 1) for role in (Role.TOKEN_TO_CONCEPT, Role.CONCEPT_TO_TOKEN, Role.BOUNDARY, Role.EMBEDDING,
+                                      Role.UNEMBEDDING)),
+])
+def test_depth_enters_where_an_exponent_is_given_and_only_in_blocks(
+    role: Role, scale: float, rate: float, decay: float, epsilon: float
+) -> None:
+    without, deep = hyperparameters_of(role, WIDE, OPTIM), hyperparameters_of(role, DEEP, OPTIM)
+    assert branch_scale(role, DEEP) == pytest.approx(scale)
+    assert deep.learning_rate == pytest.approx(rate * without.learning_rate)
+    assert deep.weight_decay == pytest.approx(decay * without.weight_decay)
+    assert deep.epsilon == pytest.approx(epsilon * without.epsilon)
+    assert deep.deviation == without.deviation
+    unasked = replace(DEEP, mup=replace(DEEP.mup, depth_exponent=0.0))
+    assert hyperparameters_of(role, unasked, OPTIM) == without and branch_scale(role, unasked) == 1
+
+
+def test_with_the_exponent_of_one_rates_and_decays_do_not_depend_on_depth() -> None:
+    deep = replace(DEEP, mup=replace(DEEP.mup, depth_exponent=1.0))
+    for role in (Role.TOKEN, Role.CONCEPT, Role.NORM_TOKEN, Role.NORM_CONCEPT):
+        lines = hyperparameters_of(role, WIDE, OPTIM), hyperparameters_of(role, deep, OPTIM)
+        assert lines[0].learning_rate == lines[1].learning_rate and lines[0].weight_decay == lines[1].weight_decay
 
 
 def test_decay_times_rate_does_not_depend_on_width() -> None:
