@@ -9,8 +9,6 @@ every source.
 
 from __future__ import annotations
 
-import shutil
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,11 +17,9 @@ from pathlib import Path
 import torch
 
 from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
-from dlcm_lightning.config import Config, DataConfig, ModelConfig
-from dlcm_lightning.data.preprocessing.build import tokenize_documents
-from dlcm_lightning.data.reader import Reader
-from dlcm_lightning.data.tokenizer import train_bpe
-from dlcm_lightning.errors import CheckpointError, DataError
+from dlcm_lightning.config import Config, ModelConfig
+from dlcm_lightning.data.preprocessing.stand_in import rows_at_hand
+from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.export.portable import export, load_model
 from dlcm_lightning.model.dlcm import assemble
 from dlcm_lightning.run_directory import finished
@@ -32,8 +28,6 @@ from dlcm_lightning.training.report import FILE
 from dlcm_lightning.training.run import pretrain
 
 STEPS, ROWS = 2, 4
-VOCABULARY = 512
-STAND_IN_FILES = 40
 
 
 def dry_run(config: Config) -> Iterator[str]:
@@ -78,13 +72,9 @@ def at_debug_width(config: Config, folder: Path) -> tuple[Config, bool]:
     data = replace(config.data, sequence_length=min(config.data.sequence_length, 256), global_batch_size=ROWS,
                    micro_batch_size=2,
                    validation_rows=2, workers=0)
-    stand_in = False
-    try:
-        Reader(data, config.seed, model.vocab_size, verify_all=False, report=_nothing)
-    except DataError:
-        stand_in = True
-        data = _of_library(data, folder / "data")
-        model = replace(model, vocab_size=VOCABULARY)
+    own = data
+    data, vocabulary = rows_at_hand(data, config.seed, model.vocab_size, folder / "data")
+    stand_in, model = data is not own, replace(model, vocab_size=vocabulary)
     data = replace(data, block_rows=min(data.block_rows, 64), weight_changes=[])
     optim = replace(config.optim, total_tokens=STEPS * data.tokens_per_step, warmup_tokens=0)
     train = replace(config.train, output_dir=str(folder / "runs"), init_from="", devices=1, nodes=1, log_every_steps=1,
@@ -103,19 +93,6 @@ def _narrow(model: ModelConfig) -> ModelConfig:
         kv_heads_token=kv(model.heads_token, model.kv_heads_token), heads_concept=4,
         kv_heads_concept=kv(model.heads_concept, model.kv_heads_concept), head_dim=16, ffn_token=128, ffn_concept=128,
         attention="auto")
-
-
-def _of_library(data: DataConfig, folder: Path) -> DataConfig:
-    """Shards of Python's own library under the names of the run's sources."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:STAND_IN_FILES]
-    texts = [file.read_text(errors="replace")[:20_000] for file in files]
-    tokenizer = train_bpe(texts, VOCABULARY)
-    shutil.rmtree(folder, ignore_errors=True)
-    tokenizer.save(folder)
-    for source in data.sources:
-        tokenize_documents(texts, tokenizer, folder / source.name, source=source.name, domain=source.domain,
-                           validation_share=0.2, shard_bytes=2**20)
-    return replace(data, corpus="shards", root=str(folder))
 
 
 def _nothing(message: str) -> None:

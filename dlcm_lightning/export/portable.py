@@ -75,6 +75,8 @@ class Trained:
     """Of the run, where it is one."""
     upcycled: dict[str, Any] | None = None
     """What `dlcm upcycle` keeps of where the weights come from."""
+    merged: tuple[int, ...] = ()
+    """Steps of the checkpoints that `dlcm merge` took the mean of."""
 
     def check(self, model: LanguageModel) -> None:
         """CheckpointError: the model does not say of the probe text what was said when the fingerprint was taken."""
@@ -97,7 +99,8 @@ def open_trained(place: str | Path, step: int | None = None) -> Trained:
             raise ConfigError(f"--step {step}: {place} is an exported model, of step {said['step']}")
         return Trained(place, exported.config, _tokenizer(place, exported.config), load_state(place), said["step"],
                        said["tokens"], Fingerprint(**said["fingerprint"]), said.get("rough", True),
-                       exported.tokenizer_fingerprint(), upcycled=said.get("upcycled"))
+                       exported.tokenizer_fingerprint(), upcycled=said.get("upcycled"),
+                       merged=tuple(said.get("merged", ())))
     if folders(place) or step is not None:
         checkpoint = open_checkpoint(place, step)
         manifest, config = checkpoint.manifest, checkpoint.config
@@ -161,6 +164,7 @@ def finish(folder: Path, trained: Trained, dtype: str) -> None:
             "fingerprint": asdict(trained.fingerprint), "rough": trained.rough or dtype == "bf16",
             "tokenizer": trained.tokenizer_fingerprint,
             **({"upcycled": trained.upcycled} if trained.upcycled else {}),
+            **({"merged": list(trained.merged)} if trained.merged else {}),
             "files": {file.name: sha256_of(file) for file in sorted(folder.iterdir())}}
     write_atomically(folder / ABOUT, (json.dumps(said, indent=1) + "\n").encode())
     open_trained(folder).check(load_model(folder))

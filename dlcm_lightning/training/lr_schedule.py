@@ -29,6 +29,25 @@ def learning_rate_factor(tokens: int, config: OptimConfig) -> float:
     return config.final_fraction + (1 - config.final_fraction) * shape
 
 
+SCHEDULE = ("total_tokens", "schedule", "warmup_tokens", "decay_fraction", "final_fraction")
+"""The fields of `optim` that the schedule is made of."""
+
+
+def same_rates_until(tokens: int, a: OptimConfig, b: OptimConfig) -> bool:
+    """Whether two schedules give the same share of the peak up to so many tokens: they are the same, or both are
+    warm-up-stable and neither has begun to decay."""
+    if all(getattr(a, name) == getattr(b, name) for name in SCHEDULE):
+        return True
+    if a.schedule != "wsd" or b.schedule != "wsd" or a.warmup_tokens != b.warmup_tokens:
+        return False
+    return all(tokens <= stable_tokens(one) for one in (a, b))
+
+
+def stable_tokens(config: OptimConfig) -> int:
+    """Where a warm-up-stable schedule begins to decay."""
+    return config.total_tokens - round(config.decay_fraction * config.total_tokens)
+
+
 class TokenSchedule(LRScheduler):
     """Every group's peak rate times `learning_rate_factor` of the tokens consumed at the *end* of the step that comes
     next, so that the first step of a warm-up does not have rate zero. Its state is the number of steps taken."""

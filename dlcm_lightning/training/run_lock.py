@@ -1,7 +1,8 @@
 """The run's directory: who may write to it, and whether what it holds is this run. What stands in it: run_directory.py.
 
 A configuration binds a directory only once there is a checkpoint: a run that failed before its first one may be
-corrected and started again. What may change afterwards is where and how often, not what is computed.
+corrected and started again. What may change afterwards is where and how often, and what lies ahead; not what was
+computed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dlcm_lightning.cluster.attempts import this_attempt
 from dlcm_lightning.compose import differences
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.errors import RunError
+from dlcm_lightning.training.lr_schedule import SCHEDULE, same_rates_until
 
 LOCK = ".lock"
 LOCK_SECONDS, LOCK_PAUSE_SECONDS = 300.0, 2.0
@@ -82,8 +84,13 @@ def _may_differ(name: str) -> bool:
     return name in MAY_DIFFER or (name.startswith(("train.", "job.")) and name not in CHANGES_THE_RUN)
 
 
-def _decided(config: Config, consumed: int) -> Config:
-    """Without the changes of weights that still lie ahead: they begin to hold at a block behind their token count."""
+def _decided(config: Config, consumed: int, before: Config) -> Config:
+    """As far as it says what was computed so far. Without the changes of weights that still lie ahead: they begin to
+    hold at a block behind their token count. With the schedule of the run before, where the rates so far are its own:
+    a run may be made longer or shorter, and its decay moved, until the decay begins."""
+    if same_rates_until(consumed, before.optim, config.optim):
+        schedule = {name: getattr(before.optim, name) for name in SCHEDULE}
+        config = replace(config, optim=replace(config.optim, **schedule))
     changes = [change for change in config.data.weight_changes if change.at_tokens <= consumed]
     return replace(config, data=replace(config.data, weight_changes=changes))
 
@@ -91,7 +98,7 @@ def _decided(config: Config, consumed: int) -> Config:
 def check_same_configuration(before: Config, config: Config, step: int, checkpoint: str) -> None:
     """Raises ConfigError where a checkpoint of `step` steps was written by a run that computes something else."""
     consumed = step * before.data.tokens_per_step
-    fields = [name for name in differences(_decided(before, consumed), _decided(config, consumed))
+    fields = [name for name in differences(_decided(before, consumed, before), _decided(config, consumed, before))
               if not _may_differ(name)]
     if fields:
         raise ConfigError(f"name = {config.name!r}: {checkpoint} belongs to a run that differs in "

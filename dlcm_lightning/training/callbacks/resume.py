@@ -21,6 +21,7 @@ from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
 from dlcm_lightning.training.checkpoint_manager import CheckpointManager
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.loggers import JsonLinesLogger, RunTensorBoardLogger
+from dlcm_lightning.training.lr_schedule import SCHEDULE
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.run_lock import check_same_data, check_same_run
 
@@ -52,6 +53,11 @@ class ResumeRun(Callback):
             checkpoint_manager.restore(checkpoint, trainer, module)
             step = checkpoint.step
             self.report(f"continuing {self.run} at step {step} of {config.total_steps}")
+            before, now = checkpoint.config.optim, config.optim
+            changed = [f"{name} = {getattr(now, name):g} (was {getattr(before, name):g})" for name in SCHEDULE
+                       if getattr(before, name) != getattr(now, name)]
+            if changed:
+                self.report(f"schedule from here on: {', '.join(changed)}")
         self.data.first_step = step
         self.group.on_rank_zero(lambda: self._prepare(trainer, module, step))
 
