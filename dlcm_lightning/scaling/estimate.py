@@ -2,8 +2,8 @@
 the line that submits it.
 
 Counted from shapes: parameters and FLOPs exactly, memory as `memory.py` says. Time is FLOPs over what the GPUs would
-give: a peak and a share of it (model FLOPs utilisation) that whoever asks has to state. No share has been measured on a
-GPU here.
+give: a peak and a share of it (model FLOPs utilisation) that whoever asks has to state. `dlcm plan` says the same of
+the runs that it plans.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Hardware:
     """Of one GPU, dense bf16 products."""
     mfu: float
     """Share of the peak that training is hoped to reach."""
+    mfu_origin: str = "stated, not measured"
+    """Where `mfu` is from."""
 
     @property
     def ranks(self) -> int:
@@ -43,20 +45,20 @@ def estimate(config: Config, hardware: Hardware, document_tokens: float, run_fil
     rows = config.data.global_batch_size
     if hardware.ranks > rows:
         raise ConfigError(f"data.global_batch_size = {rows}: fewer than {hardware.ranks} ranks, so that some would "
-                          f"only "
-                          "compute padding rows; take fewer nodes, or more rows a step")
-    yield from _model(config, document_tokens)
+                          "only compute padding rows; take fewer nodes, or more rows a step")
+    yield from model_lines(config, document_tokens)
     yield ""
-    yield from _time(config, hardware, document_tokens)
+    yield from time_lines(config, hardware, document_tokens)
     yield ""
-    yield from _memory(config, hardware)
+    yield from memory_lines(config, hardware)
     yield ""
     arguments = " ".join([run_file, *overrides])
     shape = f"--nodes={hardware.nodes} --gpus-per-node={hardware.gpus_per_node}"
     yield f"submit       sbatch {shape} slurm/dlcm_1t.sh {arguments}"
 
 
-def _model(config: Config, document_tokens: float) -> Iterator[str]:
+def model_lines(config: Config, document_tokens: float) -> Iterator[str]:
+    """Parameters and FLOPs."""
     weights, model = matrix_parameters(config.model), config.model
     share = f", backbone {100 * weights.backbone_share:.1f} % of the stacks" if model.kind == "dlcm" else ""
     yield f"parameters   {parameters(model):,}; {weights.non_embedding:,} in matrices outside the embeddings{share}"
@@ -69,22 +71,23 @@ def _model(config: Config, document_tokens: float) -> Iterator[str]:
         yield f"             {most:.3e} while every token is a concept; counted at R = {model.boundary.target_ratio:g}"
 
 
-def _time(config: Config, hardware: Hardware, document_tokens: float) -> Iterator[str]:
+def time_lines(config: Config, hardware: Hardware, document_tokens: float) -> Iterator[str]:
+    """Steps, time, checkpoints."""
     total = config.total_steps * config.data.tokens_per_step
     flops = total * training_flops_per_token(config.model, document_tokens)
     seconds = flops / (hardware.ranks * hardware.peak_flops * hardware.mfu)
     step = seconds / config.total_steps
     yield f"steps        {config.total_steps:,} of {config.data.tokens_per_step:,} tokens"
-    yield (f"time         {_duration(seconds)} at {100 * hardware.mfu:g} % of {hardware.ranks} x "
-           f"{hardware.peak_flops / 1e12:,.0f} TFLOP/s (stated, not measured): {step:.2f} s a step, "
+    yield (f"time         {duration(seconds)} at {100 * hardware.mfu:g} % of {hardware.ranks} x "
+           f"{hardware.peak_flops / 1e12:,.0f} TFLOP/s ({hardware.mfu_origin}): {step:.2f} s a step, "
            f"{total / seconds:,.0f} tokens/s, {flops:.2e} FLOPs, {seconds * hardware.ranks / 3600:,.0f} GPU hours")
     train = config.train
     every = step * train.checkpoint_every_steps
-    yield (f"checkpoints  {checkpoint_bytes(config) / GIGA:,.1f} GB each, every {_duration(every)}; at most "
+    yield (f"checkpoints  {checkpoint_bytes(config) / GIGA:,.1f} GB each, every {duration(every)}; at most "
            f"{kept_bytes(config) / GIGA:,.0f} GB at once")
 
 
-def _memory(config: Config, hardware: Hardware) -> Iterator[str]:
+def memory_lines(config: Config, hardware: Hardware) -> Iterator[str]:
     """By strategy and rows of a micro-batch, at the target and with every token a concept."""
     segmented = config.model.kind == "dlcm"
     rate = 1 / config.model.boundary.target_ratio
@@ -114,7 +117,8 @@ def _rows(config: Config, train: TrainConfig, hardware: Hardware, rate: float, s
         rows *= 2
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In the largest unit of which there are two."""
     for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {name}"
