@@ -18,7 +18,7 @@ from dlcm_lightning.cluster.launch import leave
 from dlcm_lightning.data.inspection.table import escape_control_characters
 from dlcm_lightning.errors import DONE, FAILED, INTERRUPTED, STOPPED, USER_ERROR, Stopped, UserError
 
-CONTINUED = ("pretrain", "job", "prepare", "tokenize", "data", "verify-resume", "submit")
+CONTINUED = ("pretrain", "job", "prepare", "tokenize", "data", "verify-resume", "submit", "anneal", "ladder")
 """Commands that go on where they were interrupted."""
 
 

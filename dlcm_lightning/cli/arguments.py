@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dlcm_lightning import __version__
-from dlcm_lightning.cli import commands
+from dlcm_lightning.cli import commands, ladder_commands, scaling_commands, tuning_commands
 from dlcm_lightning.config.checks import CREDENTIALS, LARGEST_COUNT, local_path, path_or_address
 from dlcm_lightning.errors import ConfigError
 
@@ -40,6 +40,10 @@ def parser() -> argparse.ArgumentParser:
         "estimate", help="memory, time and space of a run, without a GPU",
         description="Count parameters, FLOPs, memory by strategy and micro-batch, checkpoints, steps and time of a "
                     "configuration on hardware that need not be there."))
+    scaling_commands.add_plan(subcommands.add_parser(
+        "plan", help="a run from a budget of FLOPs or GPU days, or from a size",
+        description="Choose model, tokens and batch for a budget, by a fitted law where there is one; say what it would"
+                    " need and which dense models to compare it with, and write a run file."), _path, _whole, _real)
     command = subcommands.add_parser(
         "doctor", help="what would go wrong later, asked now",
         description="Check versions, disk, data, run directory and device of this machine for a run; in a job, of all "
@@ -90,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
         "fit", help="the compression-aware scaling law of a table of runs",
         description="Fit Eq. 22 and Eq. 23 and the law of the dense baseline to a csv or parquet table, with intervals "
                     "and errors on what was left out; write law.json, fit.md and pictures."))
+    ladder_commands.add_study_commands(rungs, _path, _part)
+    tuning_commands.add_tuning(subcommands, _add_run_file, _path, _whole)
     data = subcommands.add_parser("data", help="sources of shards",
                                   description="What can be done with sources of shards.")
     actions = data.add_subparsers(dest="action", required=True)
