@@ -12,7 +12,8 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dlcm_lightning.cli.arguments import QUICKSTART, is_override, parser
+from dlcm_lightning.cli.arguments import parser
+from dlcm_lightning.cli.types import QUICKSTART, is_override
 from dlcm_lightning.cluster.attempts import this_attempt
 from dlcm_lightning.cluster.launch import leave
 from dlcm_lightning.data.inspection.table import escape_control_characters

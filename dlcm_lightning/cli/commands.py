@@ -62,14 +62,14 @@ def submit(arguments: argparse.Namespace) -> None:
 
 def doctor(arguments: argparse.Namespace) -> None:
     if arguments.in_job:
-        _say_all(load("training.preflight", "answer_in_job")(arguments.config).lines())
-    elif not load("training.preflight", "examine")(place(load_config(arguments.config, arguments.overrides))[0], _say):
+        say_all(load("training.preflight", "answer_in_job")(arguments.config).lines())
+    elif not load("training.preflight", "examine")(place(load_config(arguments.config, arguments.overrides))[0], say):
         raise SystemExit(1)
 
 
 def configs(arguments: argparse.Namespace) -> None:
     if arguments.name is None:
-        _say_all(load("shipped", "run_files")())
+        say_all(load("shipped", "run_files")())
         return
     to = Path(arguments.out or f"{arguments.name}.yaml")
     load("shipped", "copy_run_file")(arguments.name, to)
@@ -78,7 +78,7 @@ def configs(arguments: argparse.Namespace) -> None:
 
 def slurm_init(arguments: argparse.Namespace) -> None:
     written = load("shipped", "write_slurm_templates")(Path(arguments.out))
-    _say_all(str(one) for one in written)
+    say_all(str(one) for one in written)
     print("Say in site.sh what your cluster wants; then from that folder: bash slurm/dlcm_1t.sh RUN_FILE")
 
 
@@ -90,9 +90,9 @@ def estimate(arguments: argparse.Namespace) -> None:
     lines = load("scaling.estimate", "estimate")(
         config, hardware, arguments.document_tokens or config.data.sequence_length, arguments.config,
                                                  arguments.overrides)
-    _say_all(lines)
+    say_all(lines)
     if arguments.dry_run:
-        _say_all(load("dry_run", "dry_run")(config))
+        say_all(load("dry_run", "dry_run")(config))
 
 
 def verify_resume(arguments: argparse.Namespace) -> None:
@@ -118,7 +118,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
                               "such as train.precision=bf16")
         if arguments.run_folder is None:
             raise ConfigError("dlcm evaluate RUN: name the directory of a run, such as runs/quickstart")
-        load("training.evaluate", "evaluate")(Path(arguments.run_folder), arguments.step, arguments.overrides, _say,
+        load("training.evaluate", "evaluate")(Path(arguments.run_folder), arguments.step, arguments.overrides, say,
                                               arguments.boundaries)
         return
     if arguments.overrides:
@@ -136,7 +136,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     load("evaluation.tasks.evaluate", "evaluate")(
         arguments.model or arguments.run_folder, question, step=arguments.step,
         data_dir=Path(arguments.data_dir) if arguments.data_dir else None,
-        out=Path(arguments.out) if arguments.out else None, samples=arguments.samples, report=_say)
+        out=Path(arguments.out) if arguments.out else None, samples=arguments.samples, report=say)
 
 
 def ladder_fit(arguments: argparse.Namespace) -> None:
@@ -145,17 +145,17 @@ def ladder_fit(arguments: argparse.Namespace) -> None:
     load("scaling.law.fit_table", "fit_table")(
         Path(arguments.table), Path(arguments.out), seed=arguments.seed, starts=arguments.starts,
         bootstraps=arguments.bootstraps, late=arguments.late, skip=arguments.skip, offsets=arguments.offsets,
-        off_target=arguments.off_target, extrapolation=arguments.extrapolation, report=_say)
+        off_target=arguments.off_target, extrapolation=arguments.extrapolation, report=say)
 
 
 def fetch_tasks(arguments: argparse.Namespace) -> None:
-    load("evaluation.tasks.fetch", "fetch_tasks")(Path(arguments.out), _say)
+    load("evaluation.tasks.fetch", "fetch_tasks")(Path(arguments.out), say)
 
 
 def analyze(arguments: argparse.Namespace) -> None:
     load("evaluation.analysis.report", "analyze")(
         arguments.place, step=arguments.step, against=arguments.against, out=arguments.out, rows=arguments.rows,
-        documents=arguments.documents, overrides=arguments.overrides, report=_say)
+        documents=arguments.documents, overrides=arguments.overrides, report=say)
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -177,16 +177,16 @@ def upcycle(arguments: argparse.Namespace) -> None:
     config = None if arguments.show else load_config(arguments.for_run, arguments.overrides)
     source = load("upcycling.opening", "open_source")(arguments.source)
     if config is None:
-        _say_all(load("upcycling.matching", "matching_section")(source))
+        say_all(load("upcycling.matching", "matching_section")(source))
         return
     folder = arguments.tokenizer
     spelling = load("upcycling.spelling", "spelling_of")(Path(folder)) if folder else None
     done = load("upcycling.upcycle", "upcycle")(source, config, arguments.out, spelling=spelling,
                                                 skip_layers=arguments.skip_layers, seed=arguments.seed)
-    _say_all(done.report)
-    _say(f"loss on the probe texts: {done.source_loss:.6f} nats a token of {source.origin}, {done.loss:.6f} of "
+    say_all(done.report)
+    say(f"loss on the probe texts: {done.source_loss:.6f} nats a token of {source.origin}, {done.loss:.6f} of "
          f"{arguments.out}")
-    _say(shlex.join(["dlcm", "pretrain", arguments.for_run, *arguments.overrides, f"train.init_from={arguments.out}"]))
+    say(shlex.join(["dlcm", "pretrain", arguments.for_run, *arguments.overrides, f"train.init_from={arguments.out}"]))
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -235,8 +235,8 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def _say_built(built: Any, seconds: float | None = None) -> None:
     first, *others = load("data.preprocessing.account", "told")(built.account, seconds)
-    _say(f"data: {built.folder} holds {first}")
-    _say_all(f"data:   {line}" for line in others)
+    say(f"data: {built.folder} holds {first}")
+    say_all(f"data:   {line}" for line in others)
 
 
 def verify(arguments: argparse.Namespace) -> None:
@@ -244,27 +244,27 @@ def verify(arguments: argparse.Namespace) -> None:
     if "://" in place or Path(place).is_dir():
         if arguments.overrides:
             raise ConfigError(f"{arguments.overrides[0]}: overrides go with a run file, and {place} is a folder")
-        found = load("data.inspection.inventory", "verify_folder")(place, workers, _say)
+        found = load("data.inspection.inventory", "verify_folder")(place, workers, say)
     else:
-        found = load("data.inspection.inventory", "verify_run")(load_config(place, arguments.overrides), workers, _say)
+        found = load("data.inspection.inventory", "verify_run")(load_config(place, arguments.overrides), workers, say)
     what = f"{found.shards:,d} shards of {found.sources:,d} sources, {found.bytes:,d} bytes"
     if found.damaged:
         damages = f"{found.damaged:,d} damage{'s' * (found.damaged != 1)}"
         raise DataError(f"{damages} in {what}; each is named above with its remedy")
-    _say(f"all whole: {what}")
+    say(f"all whole: {what}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    reader = load("data.inspection.overview", "open_run")(config, _say)
-    _say_all(load("data.inspection.overview", "overview")(config, reader))
-    _say_all(load("data.inspection.overview", "documents")(reader, arguments.documents, arguments.characters))
+    reader = load("data.inspection.overview", "open_run")(config, say)
+    say_all(load("data.inspection.overview", "overview")(config, reader))
+    say_all(load("data.inspection.overview", "documents")(reader, arguments.documents, arguments.characters))
     reader.check_lasts(config.total_steps * config.data.global_batch_size)
 
 
 def audit(arguments: argparse.Namespace) -> None:
     open_audit = load("data.inspection.audit", "open_audit")
-    opened = open_audit(arguments.run_folder, arguments.overrides, arguments.at_step, _say)
+    opened = open_audit(arguments.run_folder, arguments.overrides, arguments.at_step, say)
     identity, places = None, []
     if arguments.document:
         content = sys.stdin.buffer.read() if arguments.document == "-" else _content(arguments.document)
@@ -275,9 +275,9 @@ def audit(arguments: argparse.Namespace) -> None:
     elif arguments.number:
         places = [load("data.inspection.account", "find_number")(opened, arguments.number)]
     else:
-        _say_all(load("data.inspection.account", "account")(opened))
+        say_all(load("data.inspection.account", "account")(opened))
         return
-    _say_all(load("data.inspection.account", "story")(opened, identity, places))
+    say_all(load("data.inspection.account", "story")(opened, identity, places))
 
 
 def _content(file: str) -> bytes:
@@ -287,12 +287,12 @@ def _content(file: str) -> bytes:
         raise ConfigError(f"--document {file}: cannot be read ({error})") from error
 
 
-def _say_all(lines: Iterable[str]) -> None:
+def say_all(lines: Iterable[str]) -> None:
     for line in lines:
-        _say(line)
+        say(line)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """A line to standard output, whatever its encoding lacks spelled out."""
     encoding = sys.stdout.encoding or "utf-8"
     try:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
-from dlcm_lightning.cli.commands import _say, _say_all, load, need
+from dlcm_lightning.cli.commands import load, need, say, say_all
+from dlcm_lightning.cli.types import part, path
 from dlcm_lightning.config import ConfigError
 
 
-def add_study_commands(actions: Any, text: Callable[[str], str], part: Callable[[str], tuple[int, int]]) -> None:
-    """actions: sub-commands of `dlcm ladder`. text, part: types of a path and of i/n."""
+def add_study_commands(actions: Any) -> None:
+    """actions: sub-commands of `dlcm ladder`."""
     command = actions.add_parser(
         "run", help="train the runs of a study and keep their table",
         description="Train every run of a study that is not finished, one at a time, and write the table that dlcm "
                     "ladder fit reads. Called again, it goes on; in a SLURM array each task does its part.")
-    command.add_argument("study", metavar="STUDY.yaml", type=text, help="or the name of a shipped one: ladder_cpu")
+    command.add_argument("study", metavar="STUDY.yaml", type=path, help="or the name of a shipped one: ladder_cpu")
     only = command.add_mutually_exclusive_group()
     only.add_argument("--list", action="store_true", help="say what there is to do and what is done, and train nothing")
     only.add_argument("--write", action="store_true",
@@ -29,7 +29,7 @@ def add_study_commands(actions: Any, text: Callable[[str], str], part: Callable[
         "transfer", help="whether the best learning rates of one width are those of another",
         description="Search the learning rates of a small model, perturb them at larger widths, and report how far the "
                     "best ones move. Called again, it goes on.")
-    command.add_argument("study", metavar="STUDY.yaml", type=text, help="or the name of a shipped one: lr_transfer_cpu")
+    command.add_argument("study", metavar="STUDY.yaml", type=path, help="or the name of a shipped one: lr_transfer_cpu")
     only = command.add_mutually_exclusive_group()
     only.add_argument("--list", action="store_true", help="say what there is to do and what is done, and train nothing")
     only.add_argument("--report-only", action="store_true", help="report on what is finished, and train nothing")
@@ -48,15 +48,15 @@ def ladder_run(arguments: argparse.Namespace) -> None:
     runs = load("scaling.ladder.plan", "grid")(study)
     part = load("scaling.ladder.study_run", "this_part")(arguments.task)
     mine = load("scaling.ladder.study_run", "chosen")(runs, arguments.only, part)
-    _say_all(f"note: {line}" for line in load("scaling.ladder.study_run", "notes_of")(runs))
+    say_all(f"note: {line}" for line in load("scaling.ladder.study_run", "notes_of")(runs))
     if arguments.list:
-        _say_all(load("scaling.ladder.study_run", "overview")(study, mine))
+        say_all(load("scaling.ladder.study_run", "overview")(study, mine))
     elif arguments.write:
-        load("scaling.ladder.study_run", "write_for_slurm")(study, mine, _say)
+        load("scaling.ladder.study_run", "write_for_slurm")(study, mine, say)
     elif arguments.table_only:
-        file, rows = load("scaling.ladder.study_run", "Table")(study, runs, write_table, _say).collect()
-        _say(f"{file} has {rows} rows" if rows else "no run is finished: there is no table")
-    elif not load("scaling.ladder.study_run", "run_study")(study, runs, mine, write_table, _say):
+        file, rows = load("scaling.ladder.study_run", "Table")(study, runs, write_table, say).collect()
+        say(f"{file} has {rows} rows" if rows else "no run is finished: there is no table")
+    elif not load("scaling.ladder.study_run", "run_study")(study, runs, mine, write_table, say):
         raise SystemExit(1)
 
 
@@ -68,6 +68,6 @@ def ladder_transfer(arguments: argparse.Namespace) -> None:
     need("matplotlib", "dlcm ladder transfer", "scaling")
     part = load("scaling.ladder.study_run", "this_part")(arguments.task)
     if arguments.list:
-        _say_all(load("scaling.ladder.transfer", "overview")(study, part))
-    elif not load("scaling.ladder.transfer", "run_transfer")(study, part, _say, train=not arguments.report_only):
+        say_all(load("scaling.ladder.transfer", "overview")(study, part))
+    elif not load("scaling.ladder.transfer", "run_transfer")(study, part, say, train=not arguments.report_only):
         raise SystemExit(1)

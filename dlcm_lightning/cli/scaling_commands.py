@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dlcm_lightning.cli.commands import _say, _say_all, load, load_config
+from dlcm_lightning.cli.commands import load, load_config, say, say_all
+from dlcm_lightning.cli.types import path, real, whole
 from dlcm_lightning.config import ConfigError
 from dlcm_lightning.config.checks import LARGEST_COUNT
 
@@ -19,10 +19,7 @@ OPTIONS = ("flops", "gpus", "days", "params", "tokens", "tokens_per_parameter", 
 """Of `dlcm plan`, as they are written into a run file."""
 
 
-def add_plan(command: argparse.ArgumentParser, path: Callable[[str], str],
-             whole: Callable[[int, int], Callable[[str], int]], real: Callable[[float, float], Callable[[str], float]]
-             ) -> None:
-    """path, whole, real: types of a path and of numbers between bounds."""
+def add_plan(command: argparse.ArgumentParser) -> None:
     budget = command.add_argument_group("what for: one of them (--params with --gpus and --days: tokens follow)")
     budget.add_argument("--flops", type=real(1, 1e30), help="training FLOPs of the whole run")
     budget.add_argument("--gpus", type=whole(1, 2**24), help="of the run; with --days, a budget")
@@ -63,9 +60,9 @@ def plan(arguments: argparse.Namespace) -> None:
     if out is not None:
         like_file = load("shipped", "find")(like_name, "configs/run")
         load("scaling.plan.run_file", "write_run_file")(found, like_file, _command(arguments), out)
-    _say_all(load("scaling.plan.report", "report")(found))
+    say_all(load("scaling.plan.report", "report")(found))
     shape = f"--nodes {found.hardware.nodes} --gpus-per-node {found.hardware.gpus_per_node}"
-    _say("\n--out FILE.yaml writes it as a run file" if out is None else
+    say("\n--out FILE.yaml writes it as a run file" if out is None else
          f"\n{out} is a run file; dlcm estimate {out} {shape} --dry-run, then dlcm pretrain {out}")
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dlcm_lightning.cli.commands import _say, load, load_config, need
+from dlcm_lightning.cli.commands import load, load_config, need, say
+from dlcm_lightning.cli.types import add_run_file, path, whole
 from dlcm_lightning.cluster.signals import print_stacks_when_asked
 from dlcm_lightning.config import ConfigError
 from dlcm_lightning.config.checks import LARGEST_COUNT
@@ -15,9 +15,7 @@ from dlcm_lightning.config.checks import LARGEST_COUNT
 TOKENS = LARGEST_COUNT
 
 
-def add_tuning(subcommands: Any, run_file: Callable[[argparse.ArgumentParser], None], path: Callable[[str], str],
-               whole: Callable[[int, int], Callable[[str], int]]) -> None:
-    """run_file: adds a run file and its overrides. path, whole: types of a path and of numbers between bounds."""
+def add_tuning(subcommands: Any) -> None:
     mup = subcommands.add_parser("mup", help="whether learning rates carry over to other widths",
                                  description="What can be asked of muP.")
     command = mup.add_subparsers(dest="action", required=True).add_parser(
@@ -25,7 +23,7 @@ def add_tuning(subcommands: Any, run_file: Callable[[argparse.ArgumentParser], N
         description="Train small models of a configuration's proportions for a few steps, at four widths of the tokens,"
                     " four of the concepts and four depths; say how sizes and moves of activations grow, draw them, and"
                     " end with 1 where something is not as muP promises.")
-    run_file(command)
+    add_run_file(command)
     command.add_argument("--out", metavar="DIR", type=path, help="folder to write (mup-check/NAME of the run)")
     command.add_argument("--axes", nargs="+", default=[], choices=("token", "concept", "depth"),
                          help="look along these only")
@@ -61,7 +59,7 @@ def check_mup(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     given = {name: value for name in ("steps", "least_width") if (value := getattr(arguments, name)) is not None}
     out = Path(arguments.out or Path("mup-check") / config.name)
-    if not load("training.mup_check.check", "check_mup")(config, out, _say, axes=arguments.axes, **given):
+    if not load("training.mup_check.check", "check_mup")(config, out, say, axes=arguments.axes, **given):
         raise SystemExit(1)
 
 
@@ -72,10 +70,10 @@ def anneal(arguments: argparse.Namespace) -> None:
         run, arguments.at, arguments.over, arguments.name, arguments.overrides)
     if load("cluster.world", "world_of")(config.train).rank == 0:
         into = load("training.anneal", "branch")(run, config, step)
-        _say(f"{into} branches off {run} at {step * config.data.tokens_per_step:,} tokens, and decays to "
+        say(f"{into} branches off {run} at {step * config.data.tokens_per_step:,} tokens, and decays to "
              f"{config.optim.total_tokens:,}")
         if arguments.only_make:
-            _say(f"dlcm pretrain {into}/config.yaml")
+            say(f"dlcm pretrain {into}/config.yaml")
     if not arguments.only_make:
         load("training.run", "pretrain")(config)
 
@@ -87,5 +85,5 @@ def merge(arguments: argparse.Namespace) -> None:
         Path(arguments.run_folder), Path(arguments.out), last=arguments.last, steps=arguments.steps,
         dtype=arguments.dtype)
     steps = ", ".join(map(str, merged.merged))
-    _say(f"{arguments.out} holds the mean of the checkpoints of steps {steps}; loss on the probe text "
+    say(f"{arguments.out} holds the mean of the checkpoints of steps {steps}; loss on the probe text "
          f"{merged.fingerprint.loss:.4f}")

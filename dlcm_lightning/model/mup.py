@@ -18,9 +18,9 @@ is silent there.
 
 Depth is no part of the paper's rules. Where `depth_exponent` a > 0, every residual branch of a block is multiplied by
 m^-a, m = (layers on its residual stream) / base_layers, and what stands in blocks (hidden matrices and norms) learns at
-rate m^(a-1) and with epsilon m^-a times as much: the rules of CompleteP (arXiv 2505.01618), where a = 1 keeps all layers
-learning at any depth and a = 1/2 is the older choice. Decay is m^(1-a) times as much, so that decay times rate stays as
-it is (ours). Bridges and the boundary stand once in a model of any depth, and stay as they are.
+rate m^(a-1) and with epsilon m^-a times as much: the rules of CompleteP (arXiv 2505.01618), which is a = 1; a = 1/2 is
+the older choice. Decay is m^(1-a) times as much, so that decay times rate stays as it is (ours). Bridges and the
+boundary stand once in a model of any depth, and stay as they are.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def place_layers(source: DenseSource, config: Config, skip_layers: bool) -> Plac
         if ours != wanted:
             raise ConfigError(f"model.{field} = {ours!r}: the source has {wanted!r}; write that")
     if model.mup.depth_exponent:
-        raise ConfigError(f"model.mup.depth_exponent = {model.mup.depth_exponent:g}: the source's residual branches are "
-                          "added as they are; write 0")
+        raise ConfigError(f"model.mup.depth_exponent = {model.mup.depth_exponent:g}: residual branches of the source "
+                          "are added as they are; write 0")
     if source.longest and config.data.sequence_length > source.longest:
         raise ConfigError(f"data.sequence_length = {config.data.sequence_length}: the source attends to the last "
                           f"{source.longest} tokens (sliding_window) and our models to all; write at most that")

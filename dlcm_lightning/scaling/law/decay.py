@@ -32,8 +32,8 @@ class _Decayed:
 def _gains(runs: Sequence[Run]) -> list[_Decayed]:
     found = []
     for index, run in enumerate(runs):
-        for tokens, loss in run.decayed:
-            before = run.loss[run.tokens <= tokens]
+        for _, loss, begun in run.decayed:
+            before = run.loss[run.tokens <= begun]
             if len(before):
                 found.append(_Decayed(index, float(before[-1]), run.N, run.R, float(before[-1]) - loss))
     return found

@@ -16,6 +16,8 @@ and, not read by the fit or only where they are there:
     seed      of the run
     seconds   of training so far
     loss_X    validation loss of domain X
+    decay_from  of a decayed row: tokens at which its decay began; where it is not given, the last stable row at or
+              before the end counts as the last before the decay
 
 A rung is a configuration (kind, N, P, R_target); runs of it may differ by seed. What is fitted is what was trained: the
 law gets the *realised* R of a run's last row, and a run whose R missed its target by more than a bound is refused,
@@ -36,6 +38,7 @@ from dlcm_lightning.errors import ConfigError
 REQUIRED = ("run", "kind", "N", "P", "R_target", "R", "tokens", "loss", "phase")
 OPTIONAL = ("flops", "seed", "seconds")
 DOMAIN_PREFIX = "loss_"
+DECAY_FROM = "decay_from"
 KINDS, PHASES = ("dlcm", "dense"), ("stable", "decayed")
 LEAST_POINTS = 3
 """Stable rows of a run."""
@@ -59,8 +62,8 @@ class Run:
     """Of the stable rows, (points,)."""
     loss: np.ndarray
     flops: np.ndarray | None
-    decayed: tuple[tuple[float, float], ...]
-    """(tokens, loss) at the ends of decays."""
+    decayed: tuple[tuple[float, float, float], ...]
+    """(tokens, loss, tokens at which it began) at the ends of decays."""
 
     @property
     def rung(self) -> tuple[str, float, float, float]:
@@ -142,7 +145,15 @@ def _run(run: str, rows: pd.DataFrame, name: str) -> Run:
     return Run(run, str(last["kind"]), float(last["N"]), float(last["P"]), float(last["R_target"]), float(last["R"]),
                stable["tokens"].to_numpy(), stable["loss"].to_numpy(),
                stable["flops"].to_numpy() if "flops" in rows.columns else None,
-               tuple(zip(decayed["tokens"].tolist(), decayed["loss"].tolist(), strict=True)))
+               tuple(zip(decayed["tokens"].tolist(), decayed["loss"].tolist(), _begun(decayed), strict=True)))
+
+
+def _begun(decayed: pd.DataFrame) -> list[float]:
+    """Tokens at which each decay began, no later than its end."""
+    if DECAY_FROM not in decayed.columns:
+        return [float(value) for value in decayed["tokens"]]
+    begun = pd.to_numeric(decayed[DECAY_FROM], errors="coerce").astype(float)
+    return [float(value) for value in begun.fillna(decayed["tokens"]).clip(upper=decayed["tokens"])]
 
 
 def _check_targets(runs: Iterable[Run], off_target: float, name: str) -> None:

@@ -252,6 +252,20 @@ def test_decay_comes_back_and_lies_within_its_intervals() -> None:
     assert np.mean(held) >= 0.85
 
 
+def test_a_decay_that_branches_off_a_run_that_goes_on_is_held_against_the_loss_where_it_began() -> None:
+    table = ladder(dense=None, points=6, decay=None, **EXACT)
+    branches = []
+    for _, rows in table.groupby("run"):
+        began, end = rows.iloc[2], rows.iloc[4]  # the run is measured twice more until the branch ends
+        gain = PLANTED_DECAY.gain(began["loss"], began["N"], began["R"])
+        branches.append({**end, "phase": "decayed", "loss": began["loss"] - gain, "decay_from": began["tokens"]})
+    both = pd.concat([table, pd.DataFrame(branches)], ignore_index=True)
+    found, without = (fit_decay(runs_of(one, 0.05), 0, 0) for one in (both, both.drop(columns="decay_from")))
+    assert not isinstance(found, str)
+    assert asdict(found.law) == pytest.approx(asdict(PLANTED_DECAY), rel=1e-6)
+    assert isinstance(without, str) or asdict(without.law) != pytest.approx(asdict(PLANTED_DECAY), rel=1e-2)
+
+
 def test_decay_without_gain_or_with_too_few_runs_says_so() -> None:
     table = ladder(dense=None, points=4)
     few = fit_decay(runs_of(table[table["N"] < 1e8], 0.05), 0, 0)
