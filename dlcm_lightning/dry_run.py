@@ -22,9 +22,8 @@ from dlcm_lightning.data.preprocessing.stand_in import rows_at_hand
 from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.export.portable import export, load_model
 from dlcm_lightning.model.dlcm import assemble
-from dlcm_lightning.run_directory import finished
+from dlcm_lightning.run_directory import REPORT_FILE, finished
 from dlcm_lightning.scaling.memory import parameters
-from dlcm_lightning.training.report import FILE
 from dlcm_lightning.training.run import pretrain
 
 STEPS, ROWS = 2, 4
@@ -49,7 +48,7 @@ def dry_run(config: Config) -> Iterator[str]:
         yield f"trained      {STEPS} steps, validated, saved: {report.validation['bits_per_byte']:.2f} bits per byte"
         before = folder / "before"
         finished(run, STEPS).rename(before)
-        (run / FILE).unlink()
+        (run / REPORT_FILE).unlink()
         pretrain(small, _nothing)
         yield _compared(Checkpoint(before, Manifest.load(before)),
                         Checkpoint(finished(run, STEPS), Manifest.load(finished(run, STEPS))))

@@ -22,6 +22,8 @@ from pathlib import Path
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
+METRICS_FILE = "metrics.jsonl"
+REPORT_FILE = "report.json"
 CHECKPOINTS = "checkpoints"
 COMPLETE = "step-"
 UNFINISHED = ".unfinished-"

@@ -23,8 +23,7 @@ from dlcm_lightning.checkpoint.folder import CONFIG, Checkpoint, open_checkpoint
 from dlcm_lightning.compose import load_saved_config, save_config
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.errors import CheckpointError
-from dlcm_lightning.run_directory import CHECKPOINTS, CONFIG_FILE, finished, folders
-from dlcm_lightning.training.loggers import METRICS_FILE
+from dlcm_lightning.run_directory import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, finished, folders
 from dlcm_lightning.training.lr_schedule import stable_tokens
 
 UNFINISHED = ".branch-"

@@ -28,8 +28,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.config import Config
+from dlcm_lightning.run_directory import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 KINDS = {"train": "train", "val": "validation", "test": "test"}
 """What the first part of a name is called in `metrics.jsonl`."""
 OTHER = "other"

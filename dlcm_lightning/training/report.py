@@ -13,9 +13,8 @@ from dlcm_lightning.config import Config
 from dlcm_lightning.data.ngram import NgramBaseline, ngram_baselines
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.run_directory import REPORT_FILE
 from dlcm_lightning.training.speed import Speed
-
-FILE = "report.json"
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,12 @@ class Report:
     speed: Speed | None
 
     def save(self, run: Path) -> None:
-        write_atomically(run / FILE, json.dumps(asdict(self), indent=1).encode())
+        write_atomically(run / REPORT_FILE, json.dumps(asdict(self), indent=1).encode())
 
     @staticmethod
     def load(run: Path) -> Report | None:
         """The report of a finished run, None where there is none."""
-        file = run / FILE
+        file = run / REPORT_FILE
         if not file.is_file():
             return None
         try:

@@ -35,7 +35,7 @@ from dlcm_lightning.config import Config
 from dlcm_lightning.data.preprocessing.prepare import prepare_sample_corpus
 from dlcm_lightning.errors import STOPPED, RunError
 from dlcm_lightning.progress import progress_bar
-from dlcm_lightning.run_directory import CHECKPOINTS, UNFINISHED, folders
+from dlcm_lightning.run_directory import CHECKPOINTS, METRICS_FILE, UNFINISHED, folders
 from dlcm_lightning.scaling.memory import checkpoint_bytes
 from dlcm_lightning.training.callbacks.metrics import TIMED
 
@@ -203,7 +203,7 @@ class Attempt:
     def _steps(self) -> int:
         """The last step that was logged."""
         try:
-            lines = (self.run / "metrics.jsonl").read_text().splitlines()
+            lines = (self.run / METRICS_FILE).read_text().splitlines()
             return int(json.loads(lines[-1])["step"]) if lines else 0
         except (FileNotFoundError, ValueError):
             return 0
@@ -237,6 +237,6 @@ def compare(straight: Path, disturbed: Path, verdict: Verdict) -> None:
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
     """Of the steps of a run, without the numbers that a clock is in."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMED}
             for line in found if line["kind"] == "train"]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dlcm_lightning.evaluation.analysis.absent import absent
+from dlcm_lightning.run_directory import METRICS_FILE
 
-FILE = "metrics.jsonl"
 NAMES = ("R_sampled", "R_thresholded")
 BAND = 0.1
 """Share of the target."""
@@ -25,10 +25,11 @@ def ratio_history(folder: Path | None, target: float, until: int) -> dict[str, A
     """folder: of the run; None for an export. until: the step that is looked at."""
     if folder is None:
         return absent("an export carries no metrics; name the directory of the run to see them")
-    lines = [line for line in read_metrics(folder / FILE)
+    lines = [line for line in read_metrics(folder / METRICS_FILE)
              if line.get("kind") == "train" and "R_sampled" in line and line["step"] <= until]
     if not lines:
-        return absent(f"{folder / FILE} holds no line of training with R; the file is written while the run trains")
+        return absent(f"{folder / METRICS_FILE} holds no line of training with R; the file is written while the run "
+                      "trains")
     size = -(-len(lines) // POINTS)
     windows = [lines[begin:begin + size] for begin in range(0, len(lines), size)]
     domains = list(dict.fromkeys(domain for line in lines for domain in line.get("domains", {})))

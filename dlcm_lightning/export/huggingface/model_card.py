@@ -10,15 +10,16 @@ from xml.sax.saxutils import escape
 from dlcm_lightning import __version__
 from dlcm_lightning.export.portable import Trained
 from dlcm_lightning.flops import forward_flops_per_token, matrix_parameters
+from dlcm_lightning.run_directory import METRICS_FILE
 
-METRICS, CURVES = "metrics.jsonl", "curves.svg"
+CURVES = "curves.svg"
 COLOURS = ("#1f77b4", "#d95f02", "#2a9d4a", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 WIDTH, HEIGHT, MARGIN = 720, 300, 56
 
 
 def validations(trained: Trained) -> list[dict[str, Any]]:
     """Of the run up to its checkpoint, oldest first; none where its metrics are not at hand."""
-    if trained.folder is None or not (file := trained.folder / METRICS).is_file():
+    if trained.folder is None or not (file := trained.folder / METRICS_FILE).is_file():
         return []
     found: dict[int, dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():

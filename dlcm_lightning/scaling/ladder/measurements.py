@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 from dlcm_lightning.errors import RunError
 from dlcm_lightning.flops import training_flops_per_token
+from dlcm_lightning.run_directory import METRICS_FILE
 from dlcm_lightning.scaling.ladder.plan import rates_of
-from dlcm_lightning.scaling.ladder.runs import METRICS_FILE, Branch, PlannedRun, state_of
+from dlcm_lightning.scaling.ladder.runs import Branch, PlannedRun, state_of
 
 LEAST_CONCEPTS = 1e-9
 """Per token: a stretch without any would have no FLOPs that can be counted."""

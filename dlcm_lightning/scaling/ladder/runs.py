@@ -16,9 +16,8 @@ from dlcm_lightning.compose import differences, load_saved_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.errors import ConfigError
 from dlcm_lightning.flops import MatrixParameters, matrix_parameters, training_flops_per_token
-from dlcm_lightning.run_directory import CONFIG_FILE, newest_step
+from dlcm_lightning.run_directory import CONFIG_FILE, METRICS_FILE, REPORT_FILE, newest_step
 
-METRICS_FILE, REPORT_FILE = "metrics.jsonl", "report.json"
 MAY_DIFFER = ("data.root", "data.workers", "data.cache_megabytes", "data.read_ahead_steps", "data.unreadable",
               "data.max_unreadable", "data.micro_batch_size", "model.boundary.previous_rate")
 """Fields that say where and how a run is trained, not what; beside them those of `train` and `job`."""

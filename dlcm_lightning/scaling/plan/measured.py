@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dlcm_lightning.errors import ConfigError
-
-FILE = "metrics.jsonl"
+from dlcm_lightning.run_directory import METRICS_FILE
 
 
 def measured_mfu(place: str) -> float:
@@ -23,7 +22,7 @@ def measured_mfu(place: str) -> float:
     path = Path(place)
     try:
         if path.is_dir():
-            values = list(_of_lines((path / FILE).read_text(encoding="utf-8")))
+            values = list(_of_lines((path / METRICS_FILE).read_text(encoding="utf-8")))
             values = values[len(values) // 2:]
         else:
             values = list(_of_result(json.loads(path.read_text(encoding="utf-8"))))
