@@ -162,7 +162,7 @@ def open_checkpoint(run: Path, step: int | None) -> Checkpoint:
         raise CheckpointError(f"{run}: holds no checkpoint; name the directory of a run, runs/NAME")
     checkpoint = Checkpoint(found[0], Manifest.load(found[0]))
     if damages := checkpoint.manifest.damages(found[0]):
-        raise CheckpointError(f"{damages[0]}; choose another with --step")
+        raise CheckpointError(f"{damages[0]}; choose another step")
     return checkpoint
 
 

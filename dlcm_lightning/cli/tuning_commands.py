@@ -37,7 +37,7 @@ def add_tuning(subcommands: Any) -> None:
                     "Called again, it goes on.")
     command.add_argument("run_folder", metavar="RUN", type=path, help="directory of the trunk, such as runs/trunk")
     command.add_argument("--over", type=whole(1, TOKENS), required=True, metavar="TOKENS", help="length of the decay")
-    command.add_argument("--at", type=whole(1, TOKENS), metavar="TOKENS", help="of a kept checkpoint (the newest)")
+    command.add_argument("--at", type=whole(1, TOKENS), required=True, metavar="TOKENS", help="of a kept checkpoint")
     command.add_argument("--name", default="", help="of the branch (RUN-anneal-TOKENS)")
     command.add_argument("--only-make", action="store_true", help="train nothing, and say what trains it")
     command.add_argument("overrides", nargs="*", metavar="field=value", help="such as optim.final_fraction=0")
@@ -56,6 +56,8 @@ def add_tuning(subcommands: Any) -> None:
 
 def check_mup(arguments: argparse.Namespace) -> None:
     need("matplotlib", "dlcm mup check", "scaling")
+    if arguments.least_width is not None and arguments.axes == ["depth"]:
+        raise ConfigError(f"--least-width {arguments.least_width}: depth has none; leave it out, or look along widths")
     config = load_config(arguments.config, arguments.overrides)
     given = {name: value for name in ("steps", "least_width") if (value := getattr(arguments, name)) is not None}
     out = Path(arguments.out or Path("mup-check") / config.name)
@@ -68,7 +70,7 @@ def anneal(arguments: argparse.Namespace) -> None:
     run = Path(arguments.run_folder)
     config, step = load("training.anneal", "branch_config")(
         run, arguments.at, arguments.over, arguments.name, arguments.overrides)
-    if load("cluster.world", "world_of")(config.train).rank == 0:
+    if arguments.only_make or load("cluster.world", "world_of")(config.train).rank == 0:
         into = load("training.anneal", "branch")(run, config, step)
         say(f"{into} branches off {run} at {step * config.data.tokens_per_step:,} tokens, and decays to "
              f"{config.optim.total_tokens:,}")

@@ -20,7 +20,8 @@ Depth is no part of the paper's rules. Where `depth_exponent` a > 0, every resid
 m^-a, m = (layers on its residual stream) / base_layers, and what stands in blocks (hidden matrices and norms) learns at
 rate m^(a-1) and with epsilon m^-a times as much: the rules of CompleteP (arXiv 2505.01618), which is a = 1; a = 1/2 is
 the older choice. Decay is m^(1-a) times as much, so that decay times rate stays as it is (ours). Bridges and the
-boundary stand once in a model of any depth, and stay as they are.
+boundary stand once in a model of any depth, and stay as they are; so do queries and output of the cross-attention and
+the norms around the stacks, but these have the role, hence the rates, of the blocks beside them.
 """
 
 from __future__ import annotations

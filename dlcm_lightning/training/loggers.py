@@ -74,6 +74,8 @@ class JsonLinesLogger(Logger):
                 read = json.loads(line)
                 if read["step"] <= step and (read["kind"], read["step"]) != ("validation", total_steps):
                     kept.append(line)
+            except TypeError:  # of no step, by a callback of the user's
+                kept.append(line)
             except (json.JSONDecodeError, KeyError):
                 break
         write_atomically(self.file, "".join(f"{line}\n" for line in kept).encode())

@@ -40,7 +40,14 @@ def same_rates_until(tokens: int, a: OptimConfig, b: OptimConfig) -> bool:
         return True
     if a.schedule != "wsd" or b.schedule != "wsd" or a.warmup_tokens != b.warmup_tokens:
         return False
-    return all(tokens <= stable_tokens(one) for one in (a, b))
+    return all(is_stable(tokens, one) for one in (a, b))
+
+
+def is_stable(tokens: int, config: OptimConfig) -> bool:
+    """Whether a warm-up-stable schedule has not begun to decay by then. One that never decays is stable behind its end
+    too, where its last step may lie."""
+    stable = stable_tokens(config)
+    return tokens <= stable or stable == config.total_tokens
 
 
 def stable_tokens(config: OptimConfig) -> int:

@@ -88,7 +88,8 @@ def _decided(config: Config, consumed: int, before: Config) -> Config:
     """As far as it says what was computed so far. Without the changes of weights that still lie ahead: they begin to
     hold at a block behind their token count. With the schedule of the run before, where the rates so far are its own:
     a run may be made longer or shorter, and its decay moved, until the decay begins."""
-    if same_rates_until(consumed, before.optim, config.optim):
+    reaches = consumed <= config.total_steps * config.data.tokens_per_step
+    if reaches and same_rates_until(consumed, before.optim, config.optim):
         schedule = {name: getattr(before.optim, name) for name in SCHEDULE}
         config = replace(config, optim=replace(config.optim, **schedule))
     changes = [change for change in config.data.weight_changes if change.at_tokens <= consumed]

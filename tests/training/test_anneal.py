@@ -9,11 +9,12 @@ import pytest
 
 from dlcm_lightning.cli import main
 from dlcm_lightning.config import Config, ConfigError, OptimConfig
-from dlcm_lightning.errors import CheckpointError
+from dlcm_lightning.errors import CheckpointError, RunError
 from dlcm_lightning.run_directory import finished, folders
 from dlcm_lightning.training.anneal import branch, branch_config
 from dlcm_lightning.training.lr_schedule import learning_rate_factor, same_rates_until, stable_tokens
 from dlcm_lightning.training.run import pretrain
+from dlcm_lightning.training.run_lock import RunLock
 from tests.training.test_run import assert_same_end, last, lines, quiet, run_folder
 
 
@@ -61,14 +62,16 @@ def test_a_branch_of_another_length_does_not_go_on_in_the_directory_of_the_first
     trunk: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     each, run = trunk.data.tokens_per_step, str(run_folder(trunk))
-    assert main(["anneal", run, "--over", str(2 * each), "--name", "b"]) == 0
-    assert main(["anneal", run, "--over", str(5 * each), "--name", "b"]) == 2
+    at = ["--at", str(12 * each), "--name", "b"]
+    assert main(["anneal", run, *at, "--over", str(2 * each)]) == 0
+    assert main(["anneal", run, *at, "--over", str(5 * each)]) == 2
     assert "optim.total_tokens" in capsys.readouterr().err
 
 
 def test_only_made_it_says_what_trains_it(trunk: Config, capsys: pytest.CaptureFixture[str]) -> None:
     each = trunk.data.tokens_per_step
-    assert main(["anneal", str(run_folder(trunk)), "--over", str(2 * each), "--name", "b", "--only-make"]) == 0
+    assert main(["anneal", str(run_folder(trunk)), "--at", str(12 * each), "--over", str(2 * each), "--name", "b",
+                 "--only-make"]) == 0
     command = capsys.readouterr().out.splitlines()[-1].split()
     made = run_folder(replace(trunk, name="b"))
     assert [one.name for one in folders(made)] == ["step-00000012"] and command[:2] == ["dlcm", "pretrain"]
@@ -81,15 +84,61 @@ def test_what_cannot_be_branched_off_is_refused_with_the_remedy(trunk: Config, t
     with pytest.raises(CheckpointError, match=rf"no checkpoint of step 5; there are some at {3 * each:,}, .*keep_eve"):
         branch_config(run, 5 * each, each, "", [])
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        branch_config(tmp_path, None, each, "", [])
+        branch_config(tmp_path, each, each, "", [])
     with pytest.raises(ConfigError, match=r"optim\.schedule = 'cosine'"):
-        branch_config(run, None, each, "", ["optim.schedule=cosine"])
+        branch_config(run, 9 * each, each, "", ["optim.schedule=cosine"])
+    decayed = straight(trunk, "decayed", 12, 6)
     with pytest.raises(ConfigError, match=r"holds its rate from .* choose a checkpoint between"):
-        branch_config(run, 9 * each, each, "", ["optim.decay_fraction=0.5"])
+        branch_config(run_folder(decayed), 12 * each, each, "", [])
+    for field in ("optim.total_tokens", "optim.decay_fraction"):
+        with pytest.raises(ConfigError, match="follows from --at and --over"):
+            branch_config(run, 9 * each, each, "", [f"{field}=1"])
+    with pytest.raises(ConfigError, match=r"differs in optim\.lr_token"):
+        branch_config(run, 9 * each, each, "", ["optim.lr_token=1"])
+    with pytest.raises(ConfigError, match="is the trunk itself"):
+        branch_config(run, 12 * each, each, "trunk", [])
     (finished(run, 12) / "config.yaml").write_text("name: trunk\n")  # the manifest knows another
     with pytest.raises(CheckpointError, match=r"instead of"):
         branch(run, replace(trunk, name="b"), 12)
-    assert not (run.parent / "b").exists() and not list(run.parent.glob(".*b"))
+    assert not folders(run.parent / "b") and not list(run.parent.glob(".branch-*"))
+
+
+def test_a_branch_lies_beside_its_trunk_on_whatever_processes_there_are(trunk: Config, tmp_path: Path) -> None:
+    run, each = run_folder(trunk), trunk.data.tokens_per_step
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    run.rename(moved / "trunk")
+    config, _ = branch_config(moved / "trunk", 9 * each, each, "", [])
+    assert Path(config.train.output_dir) == moved and (config.train.devices, config.train.nodes) == (0, 0)
+    config, _ = branch_config(moved / "trunk", 9 * each, each, "", ["train.devices=2", "train.output_dir=there"])
+    assert config.train.output_dir.endswith("there") and config.train.devices == 2
+
+
+def test_a_branch_that_another_process_makes_is_left_to_it(trunk: Config) -> None:
+    config, step = branch_config(run_folder(trunk), 9 * trunk.data.tokens_per_step, 1, "b", [])
+    with RunLock(run_folder(trunk).parent / "b") as lock:
+        lock.acquire()
+        with pytest.raises(RunError, match="in use by a running job"):
+            branch(run_folder(trunk), config, step)
+    assert not folders(run_folder(trunk).parent / "b")
+    branch(run_folder(trunk), config, step)
+    assert len(folders(run_folder(trunk).parent / "b")) == 1
+
+
+def test_a_trunk_whose_tokens_are_no_whole_steps_can_be_branched_off_and_made_longer(run_config: Config) -> None:
+    """As all that are given in round numbers."""
+    each = run_config.data.tokens_per_step
+    optim = replace(run_config.optim, decay_fraction=0.0, total_tokens=12 * each - 5)
+    trunk = replace(run_config, name="trunk", optim=optim, train=replace(run_config.train, keep_last=9))
+    pretrain(trunk, quiet)
+    config, step = branch_config(run_folder(trunk), 12 * each - 5, 2 * each, "", [])
+    assert (step, config.total_steps) == (12, 14)
+    longer = replace(trunk, optim=replace(optim, total_tokens=15 * each - 1))
+    pretrain(longer, quiet)
+    assert last(longer).step == 15
+    shorter = replace(trunk, optim=replace(optim, total_tokens=9 * each))
+    with pytest.raises(ConfigError, match=r"differs in optim\.total_tokens"):
+        pretrain(shorter, quiet)
 
 
 def test_a_run_that_holds_its_rate_can_be_made_longer_and_is_then_the_longer_run(trunk: Config) -> None:

@@ -1,7 +1,8 @@
 """The run around a model and its tokens: everything that the known run says, but for what its length changes.
 
 - Rows of a step are kept, since learning rates belong to a batch; where fewer than 500 steps would be left, they are
-  halved until there are as many, but never below one row a GPU.
+  halved until there are as many, but never below one row a GPU. Where GPUs are named, rows are the nearest number that
+  whole micro-batches of all of them make: else some would compute padding rows.
 - Tokens are a whole number of steps.
 - Warm-up is as many steps as in the known run, in a longer run as large a share; at most a twentieth of it.
 - Validations and checkpoints are as far apart as in the known run, in a longer run up to 1000 steps; at most a tenth of
@@ -37,12 +38,11 @@ class Schedule:
 def scheduled(like: Config, name: str, model: ModelConfig, tokens: float, ranks: int | None) -> Schedule:
     """The known run with this model on about so many tokens. ranks: GPUs that each want a row; None if nobody says.
     ConfigError: a field that such a run cannot have."""
-    rows = _rows(like, tokens, max(1, ranks or 1))
+    rows, micro_batch = _whole_batches(_rows(like, tokens, ranks or 1), like.data.micro_batch_size, ranks or 1)
     per_step = rows * like.data.sequence_length
     steps = max(1, round(tokens / per_step))
     optim = replace(like.optim, total_tokens=steps * per_step, warmup_tokens=_warmup_steps(like, steps) * per_step)
-    mine = -(-rows // max(1, ranks or 1))
-    data = replace(like.data, global_batch_size=rows, micro_batch_size=min(like.data.micro_batch_size, mine))
+    data = replace(like.data, global_batch_size=rows, micro_batch_size=micro_batch)
     train = replace(like.train, init_from="" if model != like.model else like.train.init_from,
                     log_every_steps=min(like.train.log_every_steps, max(1, int(LOG_SHARE * steps))),
                     validate_every_steps=_interval(like, like.train.validate_every_steps, steps),
@@ -56,6 +56,13 @@ def _rows(like: Config, tokens: float, least: int) -> int:
     while tokens / (rows * like.data.sequence_length) < LEAST_STEPS and rows // 2 >= least:
         rows //= 2
     return rows
+
+
+def _whole_batches(rows: int, micro_batch: int, ranks: int) -> tuple[int, int]:
+    """Rows of a step and of a micro-batch, so that every rank has whole ones."""
+    micro_batch = min(micro_batch, max(1, rows // ranks))
+    unit = ranks * micro_batch
+    return max(unit, round(rows / unit) * unit) if 1 < ranks <= rows else rows, micro_batch
 
 
 def _warmup_steps(like: Config, steps: int) -> int:

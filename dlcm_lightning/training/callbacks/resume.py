@@ -54,7 +54,7 @@ class ResumeRun(Callback):
             step = checkpoint.step
             self.report(f"continuing {self.run} at step {step} of {config.total_steps}")
             before, now = checkpoint.config.optim, config.optim
-            changed = [f"{name} = {getattr(now, name):g} (was {getattr(before, name):g})" for name in SCHEDULE
+            changed = [f"{name} = {getattr(now, name):,} (was {getattr(before, name):,})" for name in SCHEDULE
                        if getattr(before, name) != getattr(now, name)]
             if changed:
                 self.report(f"schedule from here on: {', '.join(changed)}")

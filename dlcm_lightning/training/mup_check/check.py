@@ -77,8 +77,8 @@ def shrunk(config: Config, folder: Path, steps: int) -> tuple[Config, str]:
     data = replace(config.data, sequence_length=min(config.data.sequence_length, SEQUENCE_LENGTH),
                    global_batch_size=rows, micro_batch_size=micro_batch, validation_rows=1, workers=0,
                    block_rows=min(config.data.block_rows, 64), weight_changes=[])
-    data, vocabulary = rows_at_hand(data, config.seed, config.model.vocab_size, folder / "data")
-    own = vocabulary == config.model.vocab_size
+    read, vocabulary = rows_at_hand(data, config.seed, config.model.vocab_size, folder / "data")
+    own, data = read is data, read
     optim = replace(config.optim, total_tokens=steps * data.tokens_per_step, warmup_tokens=0, schedule="wsd",
                     decay_fraction=0.0)
     train = replace(config.train, output_dir=str(folder / "runs"), init_from="", devices=devices, nodes=1,

@@ -218,6 +218,17 @@ def test_rates_at_the_width_are_those_of_mup() -> None:
                 assert found[name] == (getattr(optim, name), pytest.approx(rule.learning_rate))
 
 
+@pytest.mark.parametrize("gpus", [7, 96, 128, 200, 512])
+def test_no_gpu_computes_padding_rows(gpus: int) -> None:
+    for request in (Request(flops=1e22, gpus=gpus), Request(params=3e8, tokens=2e9, gpus=gpus)):
+        found = planned(request)
+        data = found.config.data
+        assert data.global_batch_size % (gpus * data.micro_batch_size) == 0
+        known = like().data.global_batch_size
+        assert data.global_batch_size == known or any("a step in place of" in note for note in found.notes)
+    assert planned(Request(flops=1e22, gpus=96)).config.data.global_batch_size == 576  # 512 would be computed as 576
+
+
 def test_rates_of_blocks_follow_depth_where_an_exponent_is_given() -> None:
     config = planned(Request(params=3e8, tokens=1e9)).config
     model = replace(config.model, mup=replace(config.model.mup, depth_exponent=0.5, base_layers=4))
