@@ -109,11 +109,15 @@ def _composed(layers: Iterable[tuple[str, Written]], overrides: Sequence[str]) -
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Writes every field of `config` as plain YAML without bases; `load_config` gives back an equal Config."""
+    """Writes every field of `config` as plain YAML without bases; `load_config` gives back an equal Config. Several
+    processes may write one file at once: it is whole, and that of one of them."""
     path = Path(path)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
-    os.replace(unfinished, path)
+    unfinished = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        unfinished.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def differences(a: Config, b: Config) -> list[str]:

@@ -2,7 +2,7 @@
 # Runs of a study, or the paper's ladder: one run file a task, one node of 8 GPUs each. The code is copied when a task first
 # starts; a task that is requeued goes on where it stopped, and one whose run is finished ends at once.
 #   dlcm ladder run STUDY.yaml --write                                     writes run files, and says the next line
-#   sbatch --array=0-39 slurm/ladder.sh FOLDER [field=value ...]           a task for each run file in FOLDER
+#   sbatch --array=0-39 slurm/ladder.sh LIST.txt [field=value ...]         a task for each line, a run file, of LIST.txt
 #   sbatch slurm/ladder.sh [field=value ...]                               configs/run/ladder_*.yaml, a size a task
 # Studies of runs that need one GPU or none take a task for many runs instead: dlcm ladder run STUDY.yaml inside an array.
 #SBATCH --job-name=ladder
@@ -20,7 +20,10 @@
 cd "${SLURM_SUBMIT_DIR:-$PWD}" || exit 2
 FILES=(configs/run/ladder_{87m,274m,468m,833m}.yaml)
 if [ -d "${1-}" ]; then
-    FILES=("$1"/*.yaml)
+    echo "$1 is a folder: give a list of run files, as dlcm ladder run STUDY.yaml --write makes it" >&2
+    exit 2
+elif [[ ${1-} == *.txt ]]; then
+    mapfile -t FILES < "$1" || exit 2
     shift
 fi
 CONFIG=${FILES[$SLURM_ARRAY_TASK_ID]-} # unless a run file is named, as by the job that follows one which was not requeued

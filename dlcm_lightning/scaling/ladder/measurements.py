@@ -150,12 +150,11 @@ def _sums(planned: PlannedRun, stretches: Sequence[_Stretch], step: int) -> _Sum
 def _trunk_rows(planned: PlannedRun, measured: _Measured) -> Iterator[Row]:
     optim, per_step = planned.config.optim, planned.config.data.tokens_per_step
     last = planned.config.total_steps
-    decays = optim.decay_fraction > 0
-    start = (1 - optim.decay_fraction) * optim.total_tokens
+    decays, start = optim.decay_fraction > 0, planned.decay_start
     for step in sorted(measured.validations):
         tokens = step * per_step
         if decays and step == last:
-            yield _row(planned, step, measured.validations[step], measured.stretches, "decayed", round(start))
+            yield _row(planned, step, measured.validations[step], measured.stretches, "decayed", start)
         elif optim.warmup_tokens < tokens <= start:
             yield _row(planned, step, measured.validations[step], measured.stretches, "stable", None)
 

@@ -88,7 +88,8 @@ def planned_run(study: Study, label: str, overrides: Sequence[str], tokens: floa
     rhythm = _rhythm(first, steps, row, branches)
     given += [f"{field}={value}" for field, value in rhythm.items()]
     return PlannedRun(_with(first, rhythm), study.base, tuple(given), variant,
-                      study.document_tokens or first.data.sequence_length, branches)
+                      study.document_tokens or first.data.sequence_length, branches,
+                      first.train.checkpoint_every_steps)
 
 
 def _with(config: Config, rhythm: dict[str, int]) -> Config:
@@ -104,6 +105,10 @@ def _branches(study: Study, name: str, steps: int, row: int, tokens_per_step: in
     found: dict[int, Branch] = {}
     if decays is None:
         return ()
+    if 1 <= decays.over < tokens_per_step:
+        raise ConfigError(f"decays.over = {decays.over:g}: fewer tokens than one step of {name}, which has "
+                          f"{tokens_per_step:,}; write a share of what was trained before, such as 0.2, or at least "
+                          f"{tokens_per_step} tokens")
     for at in decays.at:
         wanted = at * steps if at <= 1 else at / tokens_per_step
         start = max(1, round(wanted / row)) * row
@@ -133,6 +138,11 @@ def largest_divisor(number: int, most: int) -> int:
     return next(one for one in range(min(number, most), 0, -1) if number % one == 0)
 
 
+def is_fine(row: int, wanted: int) -> bool:
+    """Whether steps that divide those of a row come near to the wanted ones."""
+    return 2 * largest_divisor(row, wanted) >= min(row, wanted)
+
+
 def _check_rows(study: Study, run: PlannedRun) -> None:
     """ConfigError: the table would have no row of it, or a branch of it cannot be."""
     optim, tokens_per_step = run.config.optim, run.config.data.tokens_per_step
@@ -160,6 +170,11 @@ def _rungs(study: Study) -> Iterator[_Rung]:
         if size is not None and size.parameters and shaped.model.kind != "dlcm":
             raise ConfigError(f"base = {study.base!r}: it is dense; sizes are made of a DLCM, and its dense partners "
                               "by kinds")
+        if shaped.model.kind != "dlcm" and (study.ratios or set(study.kinds) == {"dlcm", "dense"}):
+            field = f"ratios = {list(study.ratios)}" if study.ratios else f"kinds = {list(study.kinds)}"
+            raise ConfigError(f"{field}: base {study.base!r} is dense{f' at size {size.label}' if size else ''}, so "
+                              "that the same model would be trained several times; leave the field out, or begin with "
+                              "a DLCM")
         yield from _rungs_of_size(study, size, shaped, own)
 
 

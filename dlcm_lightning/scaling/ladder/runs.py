@@ -7,7 +7,8 @@ what is finished; whether something is left to do is asked here in milliseconds,
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +17,16 @@ from dlcm_lightning.compose import differences, load_saved_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.errors import ConfigError
 from dlcm_lightning.flops import MatrixParameters, matrix_parameters, training_flops_per_token
-from dlcm_lightning.run_directory import CONFIG_FILE, METRICS_FILE, REPORT_FILE, newest_step
+from dlcm_lightning.run_directory import CONFIG_FILE, METRICS_FILE, REPORT_FILE, finished, folders, newest_step
 
 MAY_DIFFER = ("data.root", "data.workers", "data.cache_megabytes", "data.read_ahead_steps", "data.unreadable",
               "data.max_unreadable", "data.micro_batch_size", "model.boundary.previous_rate")
 """Fields that say where and how a run is trained, not what; beside them those of `train` and `job`."""
 State = Literal["finished", "begun", "new"]
+MANIFEST_FILE = "manifest.json"
+"""Of a checkpoint, as checkpoint/folder.py writes it: what the model says of a fixed text, and the sums of files."""
+STATE_FILES = "state-"
+"""How the names of those begin that hold weights and moments."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class PlannedRun:
     variant: str
     document_tokens: float
     branches: tuple[Branch, ...] = ()
+    wanted_checkpoint_steps: int = 0
+    """Steps between checkpoints that the base asks for; the configuration has those that fit the rows. 0: the same."""
 
     @property
     def name(self) -> str:
@@ -85,6 +92,12 @@ class PlannedRun:
         """Without those of branches."""
         return self.config.total_steps * self.config.data.tokens_per_step
 
+    @property
+    def decay_start(self) -> int:
+        """Tokens at which its own decay begins; its end where it has none."""
+        optim = self.config.optim
+        return optim.total_tokens - round(optim.decay_fraction * optim.total_tokens)
+
     @cached_property
     def flops_per_step(self) -> float:
         """Training, at the target of R."""
@@ -99,14 +112,22 @@ class PlannedRun:
         """Its directory."""
         return self.run.with_name(branch.name)
 
+    def branch_config(self, branch: Branch) -> Config:
+        """What it is trained with, but for where and how."""
+        per_step = self.config.data.tokens_per_step
+        length, total = branch.steps * per_step, branch.last_step * per_step
+        optim = replace(self.config.optim, total_tokens=total, decay_fraction=length / total)
+        return replace(self.config, name=branch.name, optim=optim)
+
     def jobs(self, run_file: Path) -> list[Job]:
         """The run, and then its branches. run_file: of the run."""
         steps, per_step = self.config.total_steps, self.flops_per_step
         found = [Job(self.name, self.run, ("pretrain", str(run_file)), 0, steps, steps * per_step)]
         tokens = self.config.data.tokens_per_step
         for branch in self.branches:
-            arguments = ("anneal", str(self.run), "--at", str(branch.first_step * tokens),
-                         "--over", str(branch.steps * tokens), "--name", branch.name)
+            arguments = ("anneal", str(self.run), f"train.output_dir={self.config.train.output_dir}",
+                         "--at", str(branch.first_step * tokens), "--over", str(branch.steps * tokens),
+                         "--name", branch.name)
             found.append(Job(branch.name, self.branch_run(branch), arguments, branch.first_step, branch.last_step,
                              branch.steps * per_step))
         return found
@@ -131,13 +152,46 @@ def read_report(run: Path) -> dict[str, Any] | None:
 
 def check_same_run(planned: PlannedRun) -> None:
     """ConfigError: what is finished in the directory of the run is not what the study asks for now."""
-    saved = load_saved_config(planned.run / CONFIG_FILE)
-    fields = [name for name in differences(saved, planned.config)
-              if name not in MAY_DIFFER and not (name.startswith(("train.", "job."))
-                                                 and name not in ("train.precision", "train.compile"))]
-    if fields:
+    if fields := list(_differing(load_saved_config(planned.run / CONFIG_FILE), planned.config)):
         raise ConfigError(f"{planned.run} is of another run: it differs in {', '.join(fields)}; restore these fields "
                           "in the study, give the study another name, or move the folder away")
+
+
+def check_same_branch(planned: PlannedRun, branch: Branch) -> None:
+    """ConfigError: what is in the directory of the branch does not begin with this run, or decays otherwise than the
+    study asks for now. A directory without checkpoints holds nothing that counts."""
+    run = planned.branch_run(branch)
+    if not folders(run):
+        return
+    if newest_step(planned.run) < branch.first_step:  # asked second: another process may train the run meanwhile
+        raise ConfigError(f"{run} begins with step {branch.first_step} of {planned.run}, which has no checkpoint of "
+                          "that step or a later one: it is of a run that was there before; move the folder of the "
+                          "branch away, or that run back")
+    if fields := list(_differing(load_saved_config(run / CONFIG_FILE), planned.branch_config(branch))):
+        raise ConfigError(f"{run} is another branch than that of the study: it differs in {', '.join(fields)}; restore "
+                          "these fields in the study (decays.over is the length of the decay), or move the folder away")
+    own, trunk = (_trained_state(finished(one, branch.first_step)) for one in (run, planned.run))
+    if own and trunk and own != trunk:
+        raise ConfigError(f"{run} begins with another checkpoint than that of step {branch.first_step} of "
+                          f"{planned.run}, which was trained again since; move the folder of the branch away")
+
+
+def _differing(saved: Config, planned: Config) -> Iterator[str]:
+    """Fields that say what is trained, in which two configurations differ."""
+    for name in differences(saved, planned):
+        section = name.partition(".")[0]
+        if name in ("train.precision", "train.compile") or not (name in MAY_DIFFER or section in ("train", "job")):
+            yield name
+
+
+def _trained_state(checkpoint: Path) -> dict[str, Any]:
+    """What tells the weights and moments of a checkpoint from others; empty where it is gone or cannot be read."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
+        sums = {name: file["sha256"] for name, file in manifest["files"].items() if name.startswith(STATE_FILES)}
+        return {"fingerprint": manifest["fingerprint"], **sums}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def reached_step(job: Job) -> int:

@@ -40,6 +40,8 @@ SET_BY_STUDY = {
     "name": "name", "seed": "seeds", "train.output_dir": "output_dir", "optim.total_tokens": "tokens",
     "train.validate_every_steps": "validate_every"}
 """Fields of a run that an override must not set, and the field of a study that does."""
+SET_BY_DECAYS = ("optim.decay_fraction", "train.keep_every_tokens")
+"""Fields of a run that `decays` sets, and that an override must not set beside it."""
 MOST_PARAMETERS = 1e15
 
 
@@ -277,8 +279,19 @@ class Study:
         require_range("validate_every", self.validate_every, 0, LARGEST_COUNT)
         require(self.decays is None or self.validate_every > 0, "validate_every", self.validate_every,
                 "decays begin at rows of the table: give the tokens between two")
+        if self.decays is not None:
+            self._check_no_decay_of_its_own()
         if self.document_tokens:
             require_range("document_tokens", self.document_tokens, 1, 2**24)
+
+    def _check_no_decay_of_its_own(self) -> None:
+        by_name = {"overrides": self.overrides}
+        by_name |= {f"sizes[{one.label}].overrides": one.overrides for one in self.sizes}
+        by_name |= {f"variants[{one.name}].overrides": one.overrides for one in self.variants}
+        for name, overrides in by_name.items():
+            for one in overrides:
+                require(one.partition("=")[0] not in SET_BY_DECAYS, name, one,
+                        "decays sets this field itself; leave the override out, or decays")
 
     def _check_axes(self) -> None:
         for kind in self.kinds:

@@ -3,6 +3,7 @@
     <output_dir>/<study>/
         runs/NAME.yaml    every run, with all of its fields: dlcm pretrain takes it, and so does a job
         branches/NAME.yaml    the same of a branch, once --write has made it of its finished run
+        lists/KIND-DIGEST.txt    which of them an array of SLURM trains: a file a line, in the order of its tasks
         logs/NAME.log     what its training has printed, over all attempts
         table.csv         the rows of all finished runs; dlcm ladder fit reads it
 
@@ -13,25 +14,30 @@ shared by several processes, and called again.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.compose import load_saved_config, save_config
 from dlcm_lightning.config import ConfigError
 from dlcm_lightning.errors import UserError
 from dlcm_lightning.progress import progress_bar
-from dlcm_lightning.run_directory import CONFIG_FILE
+from dlcm_lightning.run_directory import CONFIG_FILE, folders
 from dlcm_lightning.scaling.ladder.execute import Executor, Outcome, make_branch
 from dlcm_lightning.scaling.ladder.measurements import Row, rows_of
-from dlcm_lightning.scaling.ladder.plan import rates_of, study_folder
-from dlcm_lightning.scaling.ladder.runs import Job, PlannedRun, check_same_run, state_of
+from dlcm_lightning.scaling.ladder.plan import is_fine, rates_of, study_folder
+from dlcm_lightning.scaling.ladder.runs import Branch, Job, PlannedRun, check_same_branch, check_same_run, state_of
 from dlcm_lightning.scaling.ladder.study import Study
 from dlcm_lightning.scaling.ladder.table_file import one_at_a_time
 
-RUNS, BRANCHES, LOGS = "runs", "branches", "logs"
+RUNS, BRANCHES, LISTS, LOGS = "runs", "branches", "lists", "logs"
+NOTHING = "there is nothing in this part: the study has fewer runs than parts"
+DIGITS = 12
+"""Hexadecimal, of the digest that names a list."""
 LEAST_ROWS = 3
 """Stable rows of a run, below which `dlcm ladder fit` refuses the table."""
 Say = Callable[[str], None]
@@ -94,6 +100,9 @@ def jobs_of(study: Study, run: PlannedRun) -> list[Job]:
 
 def overview(study: Study, runs: Sequence[PlannedRun]) -> Iterator[str]:
     """Lines of --list."""
+    if not runs:
+        yield NOTHING
+        return
     longest = max(len(job.name) for run in runs for job in jobs_of(study, run))
     yield (f"{'run':<{longest}}{'kind':>7}{'N':>13}{'P':>7}{'R':>5}{'tokens':>16}{'FLOPs':>11}  state")
     finished, tokens, flops, left = 0, 0, 0.0, 0.0
@@ -121,17 +130,30 @@ def notes_of(runs: Sequence[PlannedRun]) -> Iterator[str]:
             yield (f"{run.name} has {rows} rows between warm-up and decay; dlcm ladder fit wants {LEAST_ROWS}: write a "
                    "smaller validate_every")
             break
+    for run in runs:
+        if run.config.train.checkpoint_every_steps * 4 < run.wanted_checkpoint_steps:
+            yield _note_of_checkpoints(run)
+            break
     if len({(run.variant, *rates_of(run.config).values()) for run in runs}) > 1:
         yield ("the table has several variants or learning rates, and dlcm ladder fit takes runs of one N, P and R for "
                "the same: leave the rows of one in")
+
+
+def _note_of_checkpoints(run: PlannedRun) -> str:
+    train, per_step = run.config.train, run.config.data.tokens_per_step
+    row = train.validate_every_steps
+    while not is_fine(row, run.wanted_checkpoint_steps):
+        row += 1
+    return (f"{run.name} writes a checkpoint every {train.checkpoint_every_steps} steps in place of every "
+            f"{run.wanted_checkpoint_steps}, because branches begin at rows of {train.validate_every_steps} steps; write "
+            f"validate_every: {row * per_step}, or checkpoints that are farther apart where these are too many")
 
 
 def stable_rows(run: PlannedRun) -> int:
     """Rows of the table between warm-up and decay."""
     optim, per_step = run.config.optim, run.config.data.tokens_per_step
     row = run.config.train.validate_every_steps * per_step
-    end = (1 - optim.decay_fraction) * run.tokens
-    return max(0, int(end // row) - optim.warmup_tokens // row)
+    return max(0, run.decay_start // row - optim.warmup_tokens // row)
 
 
 class Table:
@@ -163,14 +185,29 @@ class Table:
             return []
         try:
             check_same_run(run)
-            rows = rows_of(run)
+            ended = [branch for branch, state in zip(run.branches, states[1:], strict=True) if state == "finished"]
+            rows = rows_of(replace(run, branches=tuple(branch for branch in ended if self._is_of(run, branch))))
         except UserError as error:
-            self._refused.add(run.name)
-            self.say(f"{run.name} is left out of the table: {error}")
+            self._refuse(run.name, error)
             return []
         if set(states) == {"finished"}:
             self._complete[run.name] = rows
         return rows
+
+    def _is_of(self, run: PlannedRun, branch: Branch) -> bool:
+        """Whether a branch is what the study says."""
+        if branch.name in self._refused:
+            return False
+        try:
+            check_same_branch(run, branch)
+        except UserError as error:
+            self._refuse(branch.name, error)
+            return False
+        return True
+
+    def _refuse(self, name: str, error: UserError) -> None:
+        self._refused.add(name)
+        self.say(f"{name} is left out of the table: {error}")
 
 
 def run_study(study: Study, runs: Sequence[PlannedRun], mine: Sequence[PlannedRun], write_table: WriteTable, say: Say
@@ -180,13 +217,13 @@ def run_study(study: Study, runs: Sequence[PlannedRun], mine: Sequence[PlannedRu
     Stopped: this process was told to leave; the same command goes on.
     """
     write_run_files(study, mine)
-    good, failed = _unchanged(mine)
+    good, failed = _unchanged(study, mine)
     for outcome in failed:
         say(f"{outcome.job.name} is not trained: {outcome.said}")
     outcomes: list[Outcome] = list(failed)
     table = Table(study, runs, write_table, say)
     with Executor(study_folder(study) / LOGS) as executor:
-        for outcome in executor.go_through([jobs_of(study, run) for run in good]):
+        for outcome in executor.go_through(good):
             outcomes.append(outcome)
             if outcome.how == "finished":
                 say(f"{outcome.job.name} is finished")
@@ -199,17 +236,26 @@ def run_study(study: Study, runs: Sequence[PlannedRun], mine: Sequence[PlannedRu
     return not any(outcome.how == "failed" for outcome in outcomes)
 
 
-def _unchanged(runs: Sequence[PlannedRun]) -> tuple[list[PlannedRun], list[Outcome]]:
-    """Runs that are to be trained, or were trained as the study says; and those that were trained otherwise."""
-    good, failed = [], []
+def _unchanged(study: Study, runs: Sequence[PlannedRun]) -> tuple[list[list[Job]], list[Outcome]]:
+    """By run, what is to be trained, or was trained as the study says, the run first; and what was trained otherwise.
+    Of a run that was, no branch is trained either."""
+    good: list[list[Job]] = []
+    failed: list[Outcome] = []
     for run in runs:
-        trunk = run.jobs(Path())[0]
+        trunk, *branches = jobs_of(study, run)
         try:
             if state_of(trunk) == "finished":
                 check_same_run(run)
-            good.append(run)
         except UserError as error:
             failed.append(Outcome(trunk, "failed", str(error)))
+            continue
+        good.append([trunk])
+        for job, branch in zip(branches, run.branches, strict=True):
+            try:
+                check_same_branch(run, branch)
+                good[-1].append(job)
+            except UserError as error:
+                failed.append(Outcome(job, "failed", str(error)))
     return good, failed
 
 
@@ -225,20 +271,39 @@ def _conclude(outcomes: Sequence[Outcome], file: Path, rows: int, say: Say) -> N
 
 
 def write_for_slurm(study: Study, runs: Sequence[PlannedRun], say: Say) -> None:
-    """Run files of all runs and, where a run is finished, of its branches; says how SLURM trains them. RunError: a
-    branch cannot be made."""
-    write_run_files(study, runs)
+    """Run files of all runs and, where a run is finished, of its branches; says how SLURM trains them. ConfigError: a
+    finished run, or a branch, is not what the study says now. RunError: a branch cannot be made."""
+    if not runs:
+        say(NOTHING)
+        return
+    good, failed = _unchanged(study, runs)
+    if failed:
+        raise ConfigError("nothing is written: " + "; ".join(outcome.said for outcome in failed))
+    files = write_run_files(study, runs)
     folder = study_folder(study) / BRANCHES
-    ready = [job for run in runs if state_of((jobs := jobs_of(study, run))[0]) == "finished" for job in jobs[1:]]
+    branches = []
+    ready = [job for jobs in good if state_of(jobs[0]) == "finished" for job in jobs[1:]]
     for job in progress_bar(ready, desc="branches", unit="branch"):
-        if not (job.run / CONFIG_FILE).is_file():
+        if not folders(job.run):  # a kill leaves the other files of one behind
             make_branch(job)
         folder.mkdir(exist_ok=True)
-        save_config(load_saved_config(job.run / CONFIG_FILE), folder / f"{job.name}.yaml")
-    for name, count in ((RUNS, len(runs)), (BRANCHES, len(ready))):
-        if count:
-            say(f"{count} run files are in {study_folder(study) / name}")
-            say(f"sbatch --array=0-{count - 1} slurm/ladder.sh {study_folder(study) / name}")
+        branches.append(folder / f"{job.name}.yaml")
+        save_config(load_saved_config(job.run / CONFIG_FILE), branches[-1])
+    for name, listed in ((RUNS, files), (BRANCHES, branches)):
+        if listed:
+            say(f"{len(listed)} run files are in {study_folder(study) / name}")
+            say(f"sbatch --array=0-{len(listed) - 1} slurm/ladder.sh {write_list(study, name, listed)}")
+
+
+def write_list(study: Study, kind: str, files: Sequence[Path]) -> Path:
+    """The list of an array: task i trains the i-th of these run files. Its name follows from what it says, so that
+    another choice is another file, and tasks that wait or are requeued find theirs as it was."""
+    text = "".join(f"{file}\n" for file in files).encode()
+    listed = study_folder(study) / LISTS / f"{kind}-{hashlib.sha256(text).hexdigest()[:DIGITS]}.txt"
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    if not listed.is_file():
+        write_atomically(listed, text)
+    return listed
 
 
 def this_part(given: tuple[int, int] | None) -> Part | None:

@@ -12,6 +12,8 @@ process trains its runs itself, one behind another; several are started for each
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -99,7 +101,8 @@ def look_at(size: Size, shared: Config, folder: Path) -> Seen:
     train = replace(shared.train, callbacks=[ClassConfig(PROBE, {"file": str(file)})])
     config = replace(shared, name=name, model=model, train=train)
     if config.train.devices == 1:
-        pretrain(config, _nothing)
+        with contextlib.redirect_stderr(io.StringIO()):  # the bar of a run of seconds
+            pretrain(config, _nothing)
     else:
         _in_processes(config, folder)
     found = json.loads(file.read_text())
