@@ -138,11 +138,6 @@ def largest_divisor(number: int, most: int) -> int:
     return next(one for one in range(min(number, most), 0, -1) if number % one == 0)
 
 
-def is_fine(row: int, wanted: int) -> bool:
-    """Whether steps that divide those of a row come near to the wanted ones."""
-    return 2 * largest_divisor(row, wanted) >= min(row, wanted)
-
-
 def _check_rows(study: Study, run: PlannedRun) -> None:
     """ConfigError: the table would have no row of it, or a branch of it cannot be."""
     optim, tokens_per_step = run.config.optim, run.config.data.tokens_per_step

@@ -29,8 +29,15 @@ from dlcm_lightning.progress import progress_bar
 from dlcm_lightning.run_directory import CONFIG_FILE, folders
 from dlcm_lightning.scaling.ladder.execute import Executor, Outcome, make_branch
 from dlcm_lightning.scaling.ladder.measurements import Row, rows_of
-from dlcm_lightning.scaling.ladder.plan import is_fine, rates_of, study_folder
-from dlcm_lightning.scaling.ladder.runs import Branch, Job, PlannedRun, check_same_branch, check_same_run, state_of
+from dlcm_lightning.scaling.ladder.plan import largest_divisor, rates_of, study_folder
+from dlcm_lightning.scaling.ladder.runs import (
+    Branch,
+    Job,
+    PlannedRun,
+    check_same_branch,
+    check_same_run,
+    state_of,
+)
 from dlcm_lightning.scaling.ladder.study import Study
 from dlcm_lightning.scaling.ladder.table_file import one_at_a_time
 
@@ -40,6 +47,8 @@ DIGITS = 12
 """Hexadecimal, of the digest that names a list."""
 LEAST_ROWS = 3
 """Stable rows of a run, below which `dlcm ladder fit` refuses the table."""
+MOST_CHECKPOINTS = 4
+"""Times those that the base asks for, above which it is said."""
 Say = Callable[[str], None]
 WriteTable = Callable[[Sequence[dict[str, Any]], Path], None]
 
@@ -131,7 +140,7 @@ def notes_of(runs: Sequence[PlannedRun]) -> Iterator[str]:
                    "smaller validate_every")
             break
     for run in runs:
-        if run.config.train.checkpoint_every_steps * 4 < run.wanted_checkpoint_steps:
+        if run.config.train.checkpoint_every_steps * MOST_CHECKPOINTS < run.wanted_checkpoint_steps:
             yield _note_of_checkpoints(run)
             break
     if len({(run.variant, *rates_of(run.config).values()) for run in runs}) > 1:
@@ -140,13 +149,13 @@ def notes_of(runs: Sequence[PlannedRun]) -> Iterator[str]:
 
 
 def _note_of_checkpoints(run: PlannedRun) -> str:
-    train, per_step = run.config.train, run.config.data.tokens_per_step
+    train, wanted = run.config.train, run.wanted_checkpoint_steps
     row = train.validate_every_steps
-    while not is_fine(row, run.wanted_checkpoint_steps):
+    while largest_divisor(row, wanted) * MOST_CHECKPOINTS < wanted:
         row += 1
-    return (f"{run.name} writes a checkpoint every {train.checkpoint_every_steps} steps in place of every "
-            f"{run.wanted_checkpoint_steps}, because branches begin at rows of {train.validate_every_steps} steps; write "
-            f"validate_every: {row * per_step}, or checkpoints that are farther apart where these are too many")
+    return (f"{run.name} writes a checkpoint every {train.checkpoint_every_steps} steps in place of every {wanted}, "
+            f"because branches begin at rows of {train.validate_every_steps} steps; write validate_every: "
+            f"{row * run.config.data.tokens_per_step}, for rows of {row}")
 
 
 def stable_rows(run: PlannedRun) -> int:

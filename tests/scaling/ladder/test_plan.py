@@ -12,7 +12,7 @@ from dlcm_lightning.compose import differences, load_config
 from dlcm_lightning.config import ConfigError
 from dlcm_lightning.flops import matrix_parameters, training_flops_per_token
 from dlcm_lightning.scaling.ladder.plan import grid, largest_divisor
-from dlcm_lightning.scaling.ladder.study_run import Part, chosen, part_of_array, stable_rows, write_run_files
+from dlcm_lightning.scaling.ladder.study_run import Part, chosen, notes_of, part_of_array, stable_rows, write_run_files
 from tests.scaling.ladder.conftest import TOKENS_PER_STEP, MakeStudy
 
 
@@ -84,6 +84,33 @@ def test_branches_begin_at_rows_at_checkpoints_that_are_kept(make_study: MakeStu
 def test_a_branch_outside_of_its_run_is_refused(make_study: MakeStudy, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"decays\.at = 9000: .* ends at 4,096 tokens"):
         grid(make_study(tmp_path, validate_every=1024, decays={"at": [9000]}))
+
+
+@pytest.mark.parametrize("over", [1, TOKENS_PER_STEP - 1])
+def test_a_decay_of_less_than_a_step_is_refused(make_study: MakeStudy, tmp_path: Path, over: int) -> None:
+    with pytest.raises(ConfigError, match=rf"decays\.over = {over}: fewer tokens than one step .* such as 0\.2"):
+        grid(make_study(tmp_path, validate_every=1024, decays={"at": [1], "over": over}))
+    run = grid(make_study(tmp_path, validate_every=1024, decays={"at": [1], "over": TOKENS_PER_STEP}))[0]
+    assert run.branches[0].steps == 1
+
+
+def test_checkpoints_that_become_many_because_nothing_divides_a_row_are_remarked_on(make_study: MakeStudy,
+                                                                                   tmp_path: Path) -> None:
+    def noted(steps: int) -> list[str]:
+        run = grid(make_study(tmp_path, tokens=400 * TOKENS_PER_STEP, validate_every=steps * TOKENS_PER_STEP,
+                              decays={"at": [0.25, 1]}, overrides=["train.checkpoint_every_steps=50"]))
+        return list(notes_of(run))
+
+    assert noted(101) == ["t-base-s0 writes a checkpoint every 1 steps in place of every 50, because branches begin at "
+                          f"rows of 101 steps; write validate_every: {102 * TOKENS_PER_STEP}, for rows of 102"]
+    assert noted(102) == noted(100) == []
+
+
+@pytest.mark.parametrize("axes", [{"ratios": [2, 4]}, {"kinds": ["dlcm", "dense"]}])
+def test_axes_that_would_train_one_dense_model_several_times_are_refused(make_study: MakeStudy, tmp_path: Path,
+                                                                        axes: dict[str, list[str]]) -> None:
+    with pytest.raises(ConfigError, match=rf"{next(iter(axes))} = .* is dense.* the same model .* several times"):
+        grid(make_study(tmp_path, overrides=["model.kind=dense", "model.backbone_layers=0"], **axes))
 
 
 def test_a_branch_within_the_warm_up_is_refused(make_study: MakeStudy, tmp_path: Path) -> None:

@@ -200,9 +200,11 @@ def test_branches_for_slurm_are_made_without_being_trained(trunk: Study) -> None
     said: list[str] = []
     write_for_slurm(trunk, grid(trunk), said.append)
     folder = Path(trunk.output_dir) / "t"
-    assert said == [f"1 run files are in {folder / 'runs'}", f"sbatch --array=0-0 slurm/ladder.sh {folder / 'runs'}",
-                    f"2 run files are in {folder / 'branches'}",
-                    f"sbatch --array=0-1 slurm/ladder.sh {folder / 'branches'}"]
+    assert [said[0], said[2]] == [f"1 run files are in {folder / 'runs'}", f"2 run files are in {folder / 'branches'}"]
+    assert said[1].startswith(f"sbatch --array=0-0 slurm/ladder.sh {folder / 'lists' / 'runs-'}")
+    assert said[3].startswith(f"sbatch --array=0-1 slurm/ladder.sh {folder / 'lists' / 'branches-'}")
+    assert Path(said[3].split()[-1]).read_text().splitlines() == [
+        str(folder / "branches" / f"{branch.name}.yaml") for branch in grid(trunk)[0].branches]
     assert {load_config(file).name for file in (folder / "branches").iterdir()} == {
         branch.name for branch in grid(trunk)[0].branches}
 
