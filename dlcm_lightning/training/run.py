@@ -166,7 +166,8 @@ def _run(config: Config, run: Path, world: World, group: ControlGroup, lock: Run
                              begun=newest.manifest.identity.attention if newest else "")
     if newest is not None:
         check_same_run(newest, config, precision, backend)
-    if newest is not None and done is not None and newest.step == done.steps == config.total_steps:
+    if (newest is not None and done is not None and newest.step == done.steps
+            and newest.config.total_steps == config.total_steps):  # else it was made longer since
         say(f"{run} is finished: {done.steps} of {config.total_steps} steps. For another run choose name=...")
         say(summary(config, done))
         return done

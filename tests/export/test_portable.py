@@ -113,7 +113,7 @@ def test_what_cannot_be_exported_is_said(run: Path, tmp_path: Path, capsys: pyte
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"is damaged.*choose another with --step"):
+    with pytest.raises(CheckpointError, match=r"is damaged.*choose another step"):
         export(run, tmp_path / "out")
     assert main(["export", str(run), str(tmp_path / "out")]) == 2
     assert "is damaged" in capsys.readouterr().err
