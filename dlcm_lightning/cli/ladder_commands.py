@@ -16,9 +16,7 @@ def add_study_commands(actions: Any) -> None:
         "run", help="train the runs of a study and keep their table",
         description="Train every run of a study that is not finished, one at a time, and write the table that dlcm "
                     "ladder fit reads. Called again, it goes on; in a SLURM array each task does its part.")
-    command.add_argument("study", metavar="STUDY.yaml", type=path, help="or the name of a shipped one: ladder_cpu")
-    only = command.add_mutually_exclusive_group()
-    only.add_argument("--list", action="store_true", help="say what there is to do and what is done, and train nothing")
+    only = _add_study(command, "ladder_cpu")
     only.add_argument("--write", action="store_true",
                       help="write run files, those of decays once their runs are finished; say how SLURM trains them")
     only.add_argument("--table-only", action="store_true", help="collect what is finished, and train nothing")
@@ -29,12 +27,18 @@ def add_study_commands(actions: Any) -> None:
         "transfer", help="whether the best learning rates of one width are those of another",
         description="Search the learning rates of a small model, perturb them at larger widths, and report how far the "
                     "best ones move. Called again, it goes on.")
-    command.add_argument("study", metavar="STUDY.yaml", type=path, help="or the name of a shipped one: lr_transfer_cpu")
-    only = command.add_mutually_exclusive_group()
-    only.add_argument("--list", action="store_true", help="say what there is to do and what is done, and train nothing")
+    only = _add_study(command, "lr_transfer_cpu")
     only.add_argument("--report-only", action="store_true", help="report on what is finished, and train nothing")
     command.add_argument("--task", type=part, metavar="i/n", help="part i of n of the sweeps, counted from 0")
     command.set_defaults(run=ladder_transfer)
+
+
+def _add_study(command: argparse.ArgumentParser, shipped: str) -> Any:
+    """The study, and the group of what is done instead of training it."""
+    command.add_argument("study", metavar="STUDY.yaml", type=path, help=f"or the name of a shipped one: {shipped}")
+    only = command.add_mutually_exclusive_group()
+    only.add_argument("--list", action="store_true", help="say what there is to do and what is done, and train nothing")
+    return only
 
 
 def ladder_run(arguments: argparse.Namespace) -> None:

@@ -66,6 +66,11 @@ class OptimConfig:
         for name in ("weight_decay", "max_grad_norm"):
             require_range(f"optim.{name}", getattr(self, name), 0, 10**6)
 
+    @property
+    def stable_tokens(self) -> int:
+        """wsd: where the rate begins to decay; the end where it does not."""
+        return self.total_tokens - round(self.decay_fraction * self.total_tokens)
+
 
 @dataclass(frozen=True)
 class ClassConfig:

@@ -24,7 +24,7 @@ from dlcm_lightning.compose import load_saved_config, save_config
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.run_directory import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, finished, folders
-from dlcm_lightning.training.lr_schedule import is_stable, stable_tokens
+from dlcm_lightning.training.lr_schedule import is_stable
 from dlcm_lightning.training.run_lock import RunLock, check_same_configuration
 
 UNFINISHED = ".branch-"
@@ -61,7 +61,7 @@ def branch_config(run: Path, at: int, over: int, name: str, overrides: Sequence[
     if optim.schedule != "wsd":
         raise ConfigError(f"optim.schedule = {optim.schedule!r}: {run} never holds its rate; train a trunk with wsd")
     if begins < optim.warmup_tokens or not is_stable(begins, optim):
-        raise ConfigError(f"--at {begins}: {run} holds its rate from {optim.warmup_tokens} to {stable_tokens(optim)} "
+        raise ConfigError(f"--at {begins}: {run} holds its rate from {optim.warmup_tokens} to {optim.stable_tokens} "
                           "tokens; choose a checkpoint between, or train a trunk with optim.decay_fraction=0")
     total = begins + length
     optim = replace(optim, total_tokens=total, decay_fraction=length / total)

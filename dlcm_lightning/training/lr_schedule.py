@@ -46,13 +46,7 @@ def same_rates_until(tokens: int, a: OptimConfig, b: OptimConfig) -> bool:
 def is_stable(tokens: int, config: OptimConfig) -> bool:
     """Whether a warm-up-stable schedule has not begun to decay by then. One that never decays is stable behind its end
     too, where its last step may lie."""
-    stable = stable_tokens(config)
-    return tokens <= stable or stable == config.total_tokens
-
-
-def stable_tokens(config: OptimConfig) -> int:
-    """Where a warm-up-stable schedule begins to decay."""
-    return config.total_tokens - round(config.decay_fraction * config.total_tokens)
+    return tokens <= config.stable_tokens or config.stable_tokens == config.total_tokens
 
 
 class TokenSchedule(LRScheduler):

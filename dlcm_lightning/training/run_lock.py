@@ -19,17 +19,12 @@ from dlcm_lightning.checkpoint.folder import Checkpoint, Identity
 from dlcm_lightning.cluster.attempts import this_attempt
 from dlcm_lightning.compose import differences
 from dlcm_lightning.config import Config, ConfigError
+from dlcm_lightning.config.identity import may_differ
 from dlcm_lightning.errors import RunError
 from dlcm_lightning.training.lr_schedule import SCHEDULE, same_rates_until
 
 LOCK = ".lock"
 LOCK_SECONDS, LOCK_PAUSE_SECONDS = 300.0, 2.0
-MAY_DIFFER = ("name", "data.root", "data.workers", "data.cache_megabytes", "data.read_ahead_steps", "data.unreadable",
-              "data.max_unreadable", "data.micro_batch_size", "model.boundary.previous_rate")
-"""Beside `job` and most of `train`. Which rows can be read may change, which rows there are may not; how a step is
-split may, as long as the rule for F stays what it was."""
-CHANGES_THE_RUN = ("train.precision", "train.compile")
-"""Among the fields of `train`."""
 
 
 class RunLock:
@@ -80,10 +75,6 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def _may_differ(name: str) -> bool:
-    return name in MAY_DIFFER or (name.startswith(("train.", "job.")) and name not in CHANGES_THE_RUN)
-
-
 def _decided(config: Config, consumed: int, before: Config) -> Config:
     """As far as it says what was computed so far. Without the changes of weights that still lie ahead: they begin to
     hold at a block behind their token count. With the schedule of the run before, where the rates so far are its own:
@@ -100,7 +91,7 @@ def check_same_configuration(before: Config, config: Config, step: int, checkpoi
     """Raises ConfigError where a checkpoint of `step` steps was written by a run that computes something else."""
     consumed = step * before.data.tokens_per_step
     fields = [name for name in differences(_decided(before, consumed, before), _decided(config, consumed, before))
-              if not _may_differ(name)]
+              if not may_differ(name)]
     if fields:
         raise ConfigError(f"name = {config.name!r}: {checkpoint} belongs to a run that differs in "
                           f"{', '.join(fields)}; choose another name=..., restore these fields, or move it away")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,11 +61,12 @@ def test_it_can_be_used_as_any_export(run: Path, tmp_path: Path, capsys: pytest.
 
 def test_what_cannot_be_merged_is_refused_and_nothing_is_written(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for given, error, said in (
+    refused: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({}, ConfigError, "--last K or --steps"), ({"last": 2, "steps": [3, 6]}, ConfigError, "--last K or --steps"),
         ({"steps": [6, 3, 6]}, ConfigError, "twice"), ({"steps": [3, 7]}, CheckpointError, "no checkpoint of step 7"),
         ({"last": 8}, CheckpointError, "keeps 4 checkpoints.*keep_every_tokens"),
-    ):
+    ]
+    for given, error, said in refused:
         with pytest.raises(error, match=said):
-            merge_checkpoints(run, out, **given)  # type: ignore[arg-type]
+            merge_checkpoints(run, out, **given)
         assert not out.exists() and not list(tmp_path.glob(".*unfinished"))

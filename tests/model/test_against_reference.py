@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -45,9 +46,9 @@ def test_packed_documents_equal_the_loops_over_each_of_them(form: str, sampled: 
 
 
 @pytest.mark.parametrize("kind", ["dlcm", "dense"])
-def test_residual_branches_shrink_with_depth_where_the_exponent_says_so(kind: str) -> None:
+def test_residual_branches_shrink_with_depth_where_the_exponent_says_so(kind: Literal["dlcm", "dense"]) -> None:
     mup = replace(SMALL.mup, depth_exponent=0.5, base_layers=3)  # 4 layers on the tokens' stream, 2 on the concepts'
-    config = replace(SMALL, kind=kind, mup=mup)  # type: ignore[arg-type]
+    config = replace(SMALL, kind=kind, mup=mup)
     state = oracle.random_state(config, seed=3)
     tokens, _, documents = tokens_and_noise([40])
     model = build_model(config, torch.float64, "sdpa", seed=0)

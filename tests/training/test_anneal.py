@@ -12,7 +12,7 @@ from dlcm_lightning.config import Config, ConfigError, OptimConfig
 from dlcm_lightning.errors import CheckpointError, RunError
 from dlcm_lightning.run_directory import finished, folders
 from dlcm_lightning.training.anneal import branch, branch_config
-from dlcm_lightning.training.lr_schedule import learning_rate_factor, same_rates_until, stable_tokens
+from dlcm_lightning.training.lr_schedule import learning_rate_factor, same_rates_until
 from dlcm_lightning.training.run import pretrain
 from dlcm_lightning.training.run_lock import RunLock
 from tests.training.test_run import assert_same_end, last, lines, quiet, run_folder
@@ -178,4 +178,4 @@ def test_two_schedules_are_one_as_far_as_their_rates_are(other: OptimConfig, unt
         assert same_rates_until(tokens, WSD, other) == same_rates_until(tokens, other, WSD) == (tokens <= until)
         if tokens <= until:
             assert learning_rate_factor(tokens, WSD) == learning_rate_factor(tokens, other)
-    assert stable_tokens(WSD) == 800
+    assert WSD.stable_tokens == 800

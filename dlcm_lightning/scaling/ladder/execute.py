@@ -89,9 +89,9 @@ class Executor:
 
         Stopped: this process was told to leave; the run that was under way has saved itself.
         """
-        todo = [job for group in groups for job in group if state_of(job) != "finished"]
-        bar = progress_bar(total=sum(job.flops for job in todo), desc=what, unit="FLOP", unit_scale=True)
-        counted = {job.name for job in todo}
+        unfinished = [job for group in groups for job in group if state_of(job) != "finished"]
+        bar = progress_bar(total=sum(job.flops for job in unfinished), desc=what, unit="FLOP", unit_scale=True)
+        counted = {job.name for job in unfinished}
         with bar:
             done = 0
             for group in groups:
@@ -102,7 +102,7 @@ class Executor:
                         yield Outcome(job, "skipped")
                         continue
                     done += 1
-                    bar.set_postfix_str(f"run {done} of {len(todo)}, {job.name}", refresh=False)
+                    bar.set_postfix_str(f"run {done} of {len(unfinished)}, {job.name}", refresh=False)
                     outcome = self._do(job, bar)
                     yield outcome
                     if place == 0 and outcome.how != "finished":

@@ -150,7 +150,7 @@ def _sums(planned: PlannedRun, stretches: Sequence[_Stretch], step: int) -> _Sum
 def _trunk_rows(planned: PlannedRun, measured: _Measured) -> Iterator[Row]:
     optim, per_step = planned.config.optim, planned.config.data.tokens_per_step
     last = planned.config.total_steps
-    decays, start = optim.decay_fraction > 0, planned.decay_start
+    decays, start = optim.decay_fraction > 0, optim.stable_tokens
     for step in sorted(measured.validations):
         tokens = step * per_step
         if decays and step == last:

@@ -15,13 +15,11 @@ from typing import Any, Literal
 
 from dlcm_lightning.compose import differences, load_saved_config
 from dlcm_lightning.config import Config
+from dlcm_lightning.config.identity import may_differ
 from dlcm_lightning.errors import ConfigError
 from dlcm_lightning.flops import MatrixParameters, matrix_parameters, training_flops_per_token
 from dlcm_lightning.run_directory import CONFIG_FILE, METRICS_FILE, REPORT_FILE, finished, folders, newest_step
 
-MAY_DIFFER = ("data.root", "data.workers", "data.cache_megabytes", "data.read_ahead_steps", "data.unreadable",
-              "data.max_unreadable", "data.micro_batch_size", "model.boundary.previous_rate")
-"""Fields that say where and how a run is trained, not what; beside them those of `train` and `job`."""
 State = Literal["finished", "begun", "new"]
 MANIFEST_FILE = "manifest.json"
 """Of a checkpoint, as checkpoint/folder.py writes it: what the model says of a fixed text, and the sums of files."""
@@ -91,12 +89,6 @@ class PlannedRun:
     def tokens(self) -> int:
         """Without those of branches."""
         return self.config.total_steps * self.config.data.tokens_per_step
-
-    @property
-    def decay_start(self) -> int:
-        """Tokens at which its own decay begins; its end where it has none."""
-        optim = self.config.optim
-        return optim.total_tokens - round(optim.decay_fraction * optim.total_tokens)
 
     @cached_property
     def flops_per_step(self) -> float:
@@ -178,10 +170,7 @@ def check_same_branch(planned: PlannedRun, branch: Branch) -> None:
 
 def _differing(saved: Config, planned: Config) -> Iterator[str]:
     """Fields that say what is trained, in which two configurations differ."""
-    for name in differences(saved, planned):
-        section = name.partition(".")[0]
-        if name in ("train.precision", "train.compile") or not (name in MAY_DIFFER or section in ("train", "job")):
-            yield name
+    return (name for name in differences(saved, planned) if not may_differ(name))
 
 
 def _trained_state(checkpoint: Path) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def stable_rows(run: PlannedRun) -> int:
     """Rows of the table between warm-up and decay."""
     optim, per_step = run.config.optim, run.config.data.tokens_per_step
     row = run.config.train.validate_every_steps * per_step
-    return max(0, run.decay_start // row - optim.warmup_tokens // row)
+    return max(0, optim.stable_tokens // row - optim.warmup_tokens // row)
 
 
 class Table:

@@ -16,7 +16,7 @@ import pytest
 from dlcm_lightning.checkpoint.folder import CONFIG, MANIFEST, Fingerprint, Identity, Manifest, describe_file
 from dlcm_lightning.checkpoint.tensors import file_name
 from dlcm_lightning.compose import save_config
-from dlcm_lightning.config import Config, ConfigError, OptimConfig
+from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.run_directory import CONFIG_FILE, METRICS_FILE, REPORT_FILE, finished, newest_step
 from dlcm_lightning.scaling.ladder import study_run
 from dlcm_lightning.scaling.ladder.measurements import _Measured, _Stretch, _trunk_rows
@@ -27,7 +27,6 @@ from dlcm_lightning.scaling.ladder.study_run import Table, _unchanged, jobs_of, 
 from dlcm_lightning.scaling.ladder.table_file import write_csv
 from dlcm_lightning.training.anneal import branch as make
 from dlcm_lightning.training.anneal import branch_config
-from dlcm_lightning.training.lr_schedule import stable_tokens
 from tests.scaling.ladder.conftest import TOKENS_PER_STEP, MakeStudy
 
 
@@ -208,8 +207,7 @@ def test_the_row_at_which_a_decay_begins_is_one_for_every_fraction(make_study: M
                                                                    ) -> None:
     run = grid(make_study(tmp_path, tokens=10_240, validate_every=1024,
                           overrides=[f"optim.decay_fraction={tenths / 10}", "optim.warmup_tokens=0"]))[0]
-    optim: OptimConfig = run.config.optim
-    assert run.decay_start == stable_tokens(optim) == (10 - tenths) * 1024
+    assert run.config.optim.stable_tokens == (10 - tenths) * 1024
     assert stable_rows(run) == 10 - tenths
     steps = range(4, 41, 4)
     measured = _Measured([_Stretch(step, 4, 0.25, 1.0) for step in steps], {step: {"loss": 5.0} for step in steps})

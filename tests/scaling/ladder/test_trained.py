@@ -193,7 +193,8 @@ def test_what_a_branch_adds_up_is_its_run_s_until_it_begins_and_then_its_own(tru
 
 
 def test_branches_for_slurm_are_made_without_being_trained(trunk: Study) -> None:
-    run = grid(replace(trunk, decays=replace(trunk.decays, over=0.25)))[0]  # type: ignore[type-var]
+    assert trunk.decays is not None
+    run = grid(replace(trunk, decays=replace(trunk.decays, over=0.25)))[0]
     job = replace(jobs_of(trunk, run)[1], name="by_hand", run=run.run.with_name("by_hand"))
     make_branch(replace(job, arguments=(*job.arguments[:-1], "by_hand")))
     assert newest_step(job.run) == 6 and state_of(job) == "new"

@@ -204,7 +204,8 @@ def test_a_run_that_diverges_has_an_infinite_loss_and_is_not_tried_again(make_st
     study = make_study(tmp_path, tokens=4096, overrides=["optim.max_grad_norm=0", "optim.warmup_tokens=0"], transfer={
         "factors": [1e-6, 1e-5, 1e-4], "sweeps": [{"name": "high", "rates": ["lr_other"], "widths": [
             {"name": "w", "overrides": ["optim.lr_other=1000", "model.mup.sigma_embedding=1000"]}]}]})
-    study = replace(study, transfer=replace(study.transfer, factors=(1e-6, 1e-5, 1.0)))  # type: ignore[type-var]
+    assert study.transfer is not None
+    study = replace(study, transfer=replace(study.transfer, factors=(1e-6, 1e-5, 1.0)))
     said: list[str] = []
     assert run_transfer(study, None, said.append), said
     run = sweep_points(study, {}, Runs())[-1].runs[0]

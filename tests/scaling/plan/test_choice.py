@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -79,8 +80,8 @@ def test_optima_of_the_tests_lie_inside_where_they_say_so() -> None:
 
 
 @pytest.mark.parametrize("given", [{"ratio": 3.0}, {"share": 0.5}, {"size": 5e8}, {"ratio": 6.0, "share": 0.4}])
-def test_what_is_given_is_kept_and_the_rest_is_the_best(shapes: list[ModelConfig], given: dict[str, float]) -> None:
-    choice = asked(3e19, **given)  # type: ignore[arg-type]
+def test_what_is_given_is_kept_and_the_rest_is_the_best(shapes: list[ModelConfig], given: dict[str, Any]) -> None:
+    choice = asked(3e19, **given)
     weights = matrix_parameters(choice.model)
     some = [model for model in shapes
             if "share" not in given or abs(matrix_parameters(model).backbone_share - given["share"]) <= 0.02]
@@ -177,8 +178,8 @@ def test_prediction_is_the_laws_of_the_shapes_own_numbers() -> None:
 
 
 def convention(**given: float) -> Choice:
-    known = {name: None for name in ("flops", "size", "tokens", "share", "ratio")}
-    return by_convention(LIKE, DOCUMENT, **{**known, "tokens_per_parameter": 20.0, **given})  # type: ignore[arg-type]
+    known: dict[str, Any] = {name: None for name in ("flops", "size", "tokens", "share", "ratio")}
+    return by_convention(LIKE, DOCUMENT, **{**known, "tokens_per_parameter": 20.0, **given})
 
 
 @pytest.mark.parametrize("flops", [1e17, 1e19, 1e21, 1e23, 1e25])
@@ -211,10 +212,10 @@ def test_budget_that_is_too_small_gets_the_smallest_shape_and_says_so() -> None:
 
 def test_size_without_a_shape_of_the_known_share_gets_the_nearest_share() -> None:
     smoke = like("smoke").model
-    known = {"flops": None, "tokens": None, "tokens_per_parameter": 20.0, "ratio": None}
-    choice = by_convention(smoke, 128.0, size=3e5, share=None, **known)  # type: ignore[arg-type]
+    known: dict[str, Any] = {"flops": None, "tokens": None, "tokens_per_parameter": 20.0, "ratio": None}
+    choice = by_convention(smoke, 128.0, size=3e5, share=None, **known)
     assert matrix_parameters(choice.model).non_embedding == pytest.approx(3e5, rel=0.1)
     with pytest.raises(ConfigError, match="no shape"):
-        by_convention(smoke, 128.0, size=3e5, share=0.7, **known)  # type: ignore[arg-type]
+        by_convention(smoke, 128.0, size=3e5, share=0.7, **known)
     with pytest.raises(ConfigError, match="no shape"):
-        by_convention(smoke, 128.0, size=1e3, share=None, **known)  # type: ignore[arg-type]
+        by_convention(smoke, 128.0, size=1e3, share=None, **known)
