@@ -26,6 +26,9 @@ from dlcm_lightning.scaling.ladder.sweeps import Point, Runs, distinct, proxy_ru
 from dlcm_lightning.scaling.ladder.transfer_page import write_report
 from dlcm_lightning.scaling.ladder.transfer_result import Curve, Result, Verdict
 
+WIDEST = 2.0
+"""Grid steps between factors that seeds may leave open: one to either side of a minimum."""
+
 
 def overview(study: Study, part: Part | None) -> Iterator[str]:
     """Lines of --list: the points that are known by now."""
@@ -145,7 +148,7 @@ class _Session:
         curves = list(self._curves(points))
         verdicts = [verdict for sweep in transfer.sweeps for variant in sweep.variants
                     if (verdict := verdict_of([one for one in curves if (one.sweep, one.variant) == (
-                        sweep.name, variant.name)], transfer.grid_step))]
+                        sweep.name, variant.name)], transfer.grid_step, len(self.study.seeds)))]
         missing = sum(loss is None for curve in curves for loss in curve.losses)
         return Result(self.study.name, len(self.study.seeds), transfer.factor, transfer.grid_step, descent, base,
                       tuple(curves), tuple(verdicts), missing)
@@ -165,8 +168,9 @@ class _Session:
                         tuple(spread for _, spread in measured), minimum_of(factors, losses))
 
 
-def verdict_of(curves: Sequence[Curve], step: float) -> Verdict | None:
-    """Of a variant, its widths ascending. step: ratio of neighbouring factors. None where a width has no loss."""
+def verdict_of(curves: Sequence[Curve], step: float, seeds: int = 1) -> Verdict | None:
+    """Of a variant, its widths ascending. step: ratio of neighbouring factors. seeds: behind each loss. None where a
+    width has no loss."""
     minima = [curve.minimum for curve in curves]
     if not curves or any(one is None for one in minima):
         return None
@@ -176,8 +180,16 @@ def verdict_of(curves: Sequence[Curve], step: float) -> Verdict | None:
     times = curves[-1].times / curves[0].times
     cost = _cost(curves[-1], known[0].factor)
     text = f"{curves[0].sweep}, {curves[0].variant}: the best rates "
+    ranges = {curve.width: curve.alike(seeds) for curve in curves}
+    unclear = {width: found for width, found in ranges.items()
+               if found and grid_steps(min(found), max(found), step) > WIDEST + 1e-9}
+    if unclear:
+        said = ", ".join(f"x {min(found):g} to x {max(found):g} at {width}" for width, found in unclear.items())
+        return Verdict(curves[0].sweep, curves[0].variant, times, moves, bool(edges), tuple(unclear), cost, text + (
+            f"are not known: losses at factors {said} are no further apart than {seeds} seeds are; train longer, or "
+            "with more seeds"))
     if known[0].at_edge and known[-1].at_edge and moves[-1] == 0:
-        return Verdict(curves[0].sweep, curves[0].variant, times, moves, True, cost, text + (
+        return Verdict(curves[0].sweep, curves[0].variant, times, moves, True, (), cost, text + (
             f"are not known: the minima of {curves[0].width} and {curves[-1].width} lie at the same edge of the "
             "factors, or beyond; give other factors"))
     text += f"move by {moves[-1]:+.2f} grid steps over {times:g} x width"
@@ -186,7 +198,7 @@ def verdict_of(curves: Sequence[Curve], step: float) -> Verdict | None:
     if cost is not None:
         text += (f"; at {curves[-1].width}, the factor nearest to the best of {curves[0].width} costs {cost:.4f} nats "
                  "more than the best")
-    return Verdict(curves[0].sweep, curves[0].variant, times, moves, bool(edges), cost, text)
+    return Verdict(curves[0].sweep, curves[0].variant, times, moves, bool(edges), (), cost, text)
 
 
 def _cost(curve: Curve, factor: float) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import dataclass
 
 from dlcm_lightning.scaling.ladder.descent import Descent
@@ -28,6 +30,17 @@ class Curve:
     """Standard deviation over seeds; None where there is one."""
     minimum: Minimum | None
 
+    def alike(self, seeds: int) -> tuple[float, ...]:
+        """Factors whose losses are no further above the least than two standard errors of a difference of means, the
+        spread of seeds being that of all factors together; empty for one seed, of which nothing is known."""
+        spreads = [spread for spread in self.spreads if spread is not None]
+        losses = [loss for loss in self.losses if loss is not None]
+        if seeds < 2 or not spreads or not losses:
+            return ()
+        error = math.sqrt(2 * statistics.fmean(spread**2 for spread in spreads) / seeds)
+        return tuple(factor for factor, loss in zip(self.factors, self.losses, strict=True)
+                     if loss is not None and loss <= min(losses) + 2 * error)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -41,6 +54,9 @@ class Verdict:
     """Of the minimum, in grid steps from that of the first width, by width."""
     bound: bool
     """Whether a minimum lies at the edge of the factors, so that a move is a bound."""
+    unclear: tuple[str, ...]
+    """Widths whose seeds do not tell factors apart that lie more than two grid steps from one another, so that no move
+    can be told."""
     cost: float | None
     """Nats that the best factor of the first width costs at the last one; None where training diverged there."""
     text: str

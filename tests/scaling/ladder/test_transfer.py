@@ -125,6 +125,21 @@ def test_the_verdict_counts_grid_steps_between_the_widths() -> None:
     assert verdict_of([curve("one", 1, 1.0), nothing], 2) is None
 
 
+def test_a_minimum_that_seeds_do_not_tell_apart_is_not_known() -> None:
+    """Two seeds: two standard errors of a difference are twice the spread."""
+    clear = replace(curve("one", 1, 1.0), factors=(0.25, 0.5, 1.0, 2.0, 4.0), losses=(3.4, 3.1, 3.0, 3.1, 3.4))
+    low = replace(clear, spreads=(0.04, 0.06, 0.05, 0.05, 0.05))
+    assert low.alike(2) == (0.5, 1.0, 2.0) and low.alike(1) == ()
+    found = verdict_of([low, replace(low, width="four", times=4)], 2, 2)
+    assert found is not None and not found.unclear and "move by +0.00 grid steps" in found.text
+    high = replace(clear, width="four", times=4, spreads=(0.25, 0.25, 0.2, 0.2, 0.2))
+    lost = verdict_of([low, high], 2, 2)
+    assert lost is not None and lost.unclear == ("four",)
+    assert "are not known: losses at factors x 0.25 to x 4 at four are no further apart than 2 seeds are" in lost.text
+    unasked = verdict_of([low, high], 2)
+    assert unasked is not None and "move by" in unasked.text, "one seed says nothing of that"
+
+
 def test_the_same_result_gives_the_same_files_and_json_holds_no_infinity(tmp_path: Path) -> None:
     high = replace(curve("four", 4, 0.5), losses=(3.1, 3.0, 3.2, math.inf, None),
                    spreads=(0.01, None, 0.02, None, None))
