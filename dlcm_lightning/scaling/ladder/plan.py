@@ -22,6 +22,7 @@ from typing import Any
 
 from dlcm_lightning.compose import differences_of, load_config
 from dlcm_lightning.config import Config, ConfigError, ModelConfig
+from dlcm_lightning.config.checks import LARGEST_COUNT
 from dlcm_lightning.flops import matrix_parameters, training_flops_per_token
 from dlcm_lightning.scaling.ladder.runs import Branch, PlannedRun
 from dlcm_lightning.scaling.ladder.study import RATES, Rates, Size, Study, Variant
@@ -93,6 +94,12 @@ def planned_run(study: Study, label: str, overrides: Sequence[str], tokens: floa
                       first.train.checkpoint_every_steps)
 
 
+def composed(study: Study, overrides: Sequence[str] = ()) -> Config:
+    """The base with the overrides of a study and more. Its tokens are not those of a run, which follow from its shape:
+    no warm-up is too long for them. ConfigError: it cannot be."""
+    return load_config(study.base, [*study.overrides, *overrides, f"optim.total_tokens={LARGEST_COUNT}"])
+
+
 def _with(config: Config, rhythm: dict[str, int]) -> Config:
     """The same as composing it once more, which takes tens of milliseconds."""
     train: dict[str, Any] = {name.removeprefix("train."): value for name, value in rhythm.items()
@@ -158,11 +165,11 @@ def _check_rows(study: Study, run: PlannedRun) -> None:
 
 
 def _rungs(study: Study) -> Iterator[_Rung]:
-    base = load_config(study.base, list(study.overrides))
+    base = composed(study)
     for size in study.sizes or (None,):
         shaped, own = base, size.overrides if size is not None else ()
         if own:
-            shaped = load_config(study.base, [*study.overrides, *own])
+            shaped = composed(study, own)
         if size is not None and size.parameters and shaped.model.kind != "dlcm":
             raise ConfigError(f"base = {study.base!r}: it is dense; sizes are made of a DLCM, and its dense partners "
                               "by kinds")

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.flops import matrix_parameters
-from dlcm_lightning.scaling.ladder.plan import model_overrides, planned_run, rate_overrides, rates_of
+from dlcm_lightning.scaling.ladder.plan import composed, model_overrides, planned_run, rate_overrides, rates_of
 from dlcm_lightning.scaling.ladder.runs import PlannedRun
 from dlcm_lightning.scaling.ladder.study import RATES, Study, Sweep, Transfer, Variant, Width
 from dlcm_lightning.scaling.shapes import model_of_size
@@ -66,10 +65,10 @@ def proxy_runs(study: Study, place: Mapping[str, int], runs: Runs) -> tuple[Plan
     assert transfer.proxy is not None
     overrides: tuple[str, ...] = transfer.proxy.overrides
     if transfer.proxy.parameters:
-        like = load_config(study.base, [*study.overrides, *overrides]).model
+        like = composed(study, overrides).model
         shape = model_of_size(transfer.proxy.parameters, matrix_parameters(like).backbone_share, like)
         overrides = (*overrides, *model_overrides(like, shape))
-    config = load_config(study.base, [*study.overrides, *overrides])
+    config = composed(study, overrides)
     rates = scaled(rates_of(config), place, transfer.factor)
     label = "-".join(["proxy", *(f"{name.removeprefix('lr_')}{rates[name]:g}" for name in RATES)])
     return _seeds(study, label, [*overrides, *rate_overrides(rates)], config, "proxy", runs)
@@ -87,7 +86,7 @@ def sweep_points(study: Study, place: Mapping[str, int], runs: Runs) -> list[Poi
     for sweep in transfer.sweeps:
         for variant in sweep.variants:
             for width in sweep.widths:
-                config = load_config(study.base, [*study.overrides, *width_overrides(width, variant)])
+                config = composed(study, width_overrides(width, variant))
                 points += [_point(study, sweep, width, variant, factor, config, place, runs)
                            for factor in transfer.factors]
     return points

@@ -118,6 +118,14 @@ def test_a_branch_within_the_warm_up_is_refused(make_study: MakeStudy, tmp_path:
         grid(make_study(tmp_path, validate_every=1024, decays={"at": [0.25]}, overrides=["optim.warmup_tokens=2000"]))
 
 
+def test_a_warm_up_may_be_longer_than_the_base(make_study: MakeStudy, tmp_path: Path) -> None:
+    own = {"name": "own", "overrides": ["optim.warmup_tokens=20_480"]}
+    study = make_study(tmp_path, tokens=40_960, sizes=[own, 3e4], overrides=["optim.warmup_tokens=12_288"])
+    assert [run.config.optim.warmup_tokens for run in grid(study)] == [20_480, 12_288]
+    with pytest.raises(ConfigError, match=r"warmup_tokens = 12288: .*total_tokens = 4096"):
+        grid(make_study(tmp_path, overrides=["optim.warmup_tokens=12_288"]))
+
+
 def test_two_runs_of_one_name_are_refused(make_study: MakeStudy, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two runs would be called t-30k-P60-s0"):
         grid(make_study(tmp_path, sizes=[3e4], backbone_shares=[0.6, 0.600000001]))
