@@ -40,6 +40,7 @@ class _Rung:
     overrides: tuple[str, ...]
     tokens: float
     """Of its runs, before rounding."""
+    kind: str
 
 
 def grid(study: Study) -> list[PlannedRun]:
@@ -63,8 +64,11 @@ def grid(study: Study) -> list[PlannedRun]:
 def _grid_run(study: Study, rung: _Rung, variant: Variant, rates: Rates | None, seed: int) -> PlannedRun:
     label = [rung.label, *([rates.label] if rates else []), *([variant.name] if study.variants else []), f"s{seed}"]
     overrides = [*rung.overrides, *variant.overrides, *rate_overrides(rates.given if rates else {})]
-    return planned_run(study, "-".join(label), overrides, rung.tokens, seed,
-                       variant.name if study.variants else "")
+    run = planned_run(study, "-".join(label), overrides, rung.tokens, seed, variant.name if study.variants else "")
+    if run.config.model.kind != rung.kind:
+        raise ConfigError(f"variants: {variant.name} makes {run.name} a model of the kind {run.config.model.kind}, "
+                          f"where the grid has a {rung.kind} one; write kinds: [dlcm, dense] instead")
+    return run
 
 
 def rate_overrides(rates: dict[str, float]) -> list[str]:
@@ -198,7 +202,7 @@ def _rungs_of_size(study: Study, size: Size | None, base: Config, own: tuple[str
             name = "-".join(filter(None, parts)) or "base"
             tokens = study.tokens or study.tokens_per_parameter * (wanted or matrix_parameters(rung).non_embedding)
             if "dlcm" in study.kinds:
-                yield _Rung(name, (*own, *model_overrides(model, rung)), tokens)
+                yield _Rung(name, (*own, *model_overrides(model, rung)), tokens, rung.kind)
             partners.append((name, rung, tokens))
     if "dense" in study.kinds:
         yield from _dense_rungs(study, label, wanted, base, own, partners)
@@ -212,12 +216,12 @@ def _dense_rungs(study: Study, label: str, wanted: float, base: Config, own: tup
         parameters = wanted or matrix_parameters(model).non_embedding
         tokens = study.tokens or study.tokens_per_parameter * parameters
         dense = dense_of_size(parameters, model)
-        yield _Rung(f"{label}-dense".lstrip("-"), (*own, *model_overrides(model, dense)), tokens)
+        yield _Rung(f"{label}-dense".lstrip("-"), (*own, *model_overrides(model, dense)), tokens, dense.kind)
     if "flops" in study.dense:
         document = study.document_tokens or base.data.sequence_length
         for name, shape, tokens in partners:
             dense = dense_of_flops(training_flops_per_token(shape, document), model, document)
-            yield _Rung(f"{name}-denseflops", (*own, *model_overrides(model, dense)), tokens)
+            yield _Rung(f"{name}-denseflops", (*own, *model_overrides(model, dense)), tokens, dense.kind)
 
 
 def model_overrides(before: ModelConfig, after: ModelConfig) -> tuple[str, ...]:

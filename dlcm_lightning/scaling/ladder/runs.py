@@ -162,10 +162,11 @@ def check_same_branch(planned: PlannedRun, branch: Branch) -> None:
     if fields := list(_differing(load_saved_config(run / CONFIG_FILE), planned.branch_config(branch))):
         raise ConfigError(f"{run} is another branch than that of the study: it differs in {', '.join(fields)}; restore "
                           "these fields in the study (decays.over is the length of the decay), or move the folder away")
-    own, trunk = (_trained_state(finished(one, branch.first_step)) for one in (run, planned.run))
-    if own and trunk and own != trunk:
-        raise ConfigError(f"{run} begins with another checkpoint than that of step {branch.first_step} of "
-                          f"{planned.run}, which was trained again since; move the folder of the branch away")
+    for told in (_trained_state, _logged):  # a branch drops its first checkpoint some time, its log never
+        own, trunk = (told(one, branch.first_step) for one in (run, planned.run))
+        if own and trunk and own != trunk:
+            raise ConfigError(f"{run} begins with another checkpoint than that of step {branch.first_step} of "
+                              f"{planned.run}, which was trained again since; move the folder of the branch away")
 
 
 def _differing(saved: Config, planned: Config) -> Iterator[str]:
@@ -173,10 +174,30 @@ def _differing(saved: Config, planned: Config) -> Iterator[str]:
     return (name for name in differences(saved, planned) if not may_differ(name))
 
 
-def _trained_state(checkpoint: Path) -> dict[str, Any]:
+def _logged(run: Path, step: int) -> dict[str, float]:
+    """What training came to at a step; empty where no line says it. A branch has the lines of its run up to its own
+    first step, and lines end there."""
+    for line in _lines_from_the_last((run / METRICS_FILE).read_bytes() if (run / METRICS_FILE).is_file() else b""):
+        if line.get("kind") == "train" and line.get("step") == step:
+            return {name: line[name] for name in ("loss", "grad_norm") if name in line}
+    return {}
+
+
+def _lines_from_the_last(text: bytes) -> Iterator[dict[str, Any]]:
+    """Of metrics.jsonl, without such as are half written."""
+    for line in reversed(text.splitlines()):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
+def _trained_state(run: Path, step: int) -> dict[str, Any]:
     """What tells the weights and moments of a checkpoint from others; empty where it is gone or cannot be read."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = json.loads((finished(run, step) / MANIFEST_FILE).read_text(encoding="utf-8"))
         sums = {name: file["sha256"] for name, file in manifest["files"].items() if name.startswith(STATE_FILES)}
         return {"fingerprint": manifest["fingerprint"], **sums}
     except (OSError, ValueError, KeyError, TypeError):
@@ -191,12 +212,10 @@ def reached_step(job: Job) -> int:
         with file.open("rb") as opened:
             opened.seek(0, 2)
             opened.seek(max(0, opened.tell() - 65_536))
-            lines = opened.read().splitlines()
+            text = opened.read()
     except OSError:
         return job.first_step
-    for line in reversed(lines):
-        try:
-            return max(job.first_step, int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError):
-            continue
+    for line in _lines_from_the_last(text):
+        if isinstance(line.get("step"), int):
+            return max(job.first_step, line["step"])
     return job.first_step

@@ -50,7 +50,7 @@ def write_run(run: Path, config: Config, states: dict[int, str], last: int) -> N
     (run / REPORT_FILE).write_text(json.dumps({"steps": last, "validation": {"loss": 5.0}}))
     lines: list[dict[str, Any]] = []
     for step in range(6, last + 1, 6):
-        lines += [{"kind": "train", "step": step, "F": 0.25, "step_seconds": 0.1},
+        lines += [{"kind": "train", "step": step, "loss": 5.1 - step / 100, "F": 0.25, "step_seconds": 0.1},
                   {"kind": "validation", "step": step, "loss": 5.0 - step / 100}]
     (run / METRICS_FILE).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
@@ -127,8 +127,23 @@ def test_a_branch_of_a_run_that_was_trained_again_as_it_was_is_known_by_its_firs
     assert list(refused(study)) == [planned.branches[1].name]
     assert "begins with another checkpoint than that of step 18" in refused(study)[planned.branches[1].name]
     assert collected(study)[0] == 4
-    shutil.rmtree(finished(planned.branch_run(planned.branches[1]), 18))  # as the branch's own retention does
+
+
+def test_and_by_its_log_once_that_checkpoint_is_dropped(study: Study) -> None:
+    planned = grid(study)[0]
+    for branch in planned.branches:  # as its own retention does
+        shutil.rmtree(finished(planned.branch_run(branch), branch.first_step))
     assert not refused(study)
+    shutil.rmtree(planned.run)
+    write_run(planned.run, planned.config, {6: "trunk", 18: "again"}, 18)
+    assert not refused(study)  # bit for bit the same run, as far as anything says
+    file = planned.run / METRICS_FILE
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        line["loss"] += 1e-9 * (line["step"] > 6)
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert list(refused(study)) == [planned.branches[1].name]
+    assert "trained again since" in refused(study)[planned.branches[1].name]
 
 
 def test_a_branch_over_another_length_is_refused_and_neither_trained_nor_written(study: Study) -> None:

@@ -113,6 +113,13 @@ def test_axes_that_would_train_one_dense_model_several_times_are_refused(make_st
         grid(make_study(tmp_path, overrides=["model.kind=dense", "model.backbone_layers=0"], **axes))
 
 
+@pytest.mark.parametrize("kinds", [["dlcm"], ["dlcm", "dense"]])
+def test_a_variant_of_another_kind_is_refused(make_study: MakeStudy, tmp_path: Path, kinds: list[str]) -> None:
+    other = {"name": "flat", "overrides": ["model.kind=dense", "model.encoder_layers=0", "model.backbone_layers=0"]}
+    with pytest.raises(ConfigError, match=r"variants: flat makes t-R2-flat-s0 a model of the kind dense, .*kinds:"):
+        grid(make_study(tmp_path, ratios=[2, 4], kinds=kinds, variants=[other]))
+
+
 def test_a_branch_within_the_warm_up_is_refused(make_study: MakeStudy, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"decays\.at: a branch of t-base-s0 would begin at 1,024 tokens, within"):
         grid(make_study(tmp_path, validate_every=1024, decays={"at": [0.25]}, overrides=["optim.warmup_tokens=2000"]))
