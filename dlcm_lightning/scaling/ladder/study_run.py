@@ -113,20 +113,23 @@ def overview(study: Study, runs: Sequence[PlannedRun]) -> Iterator[str]:
         yield NOTHING
         return
     longest = max(len(job.name) for run in runs for job in jobs_of(study, run))
-    yield (f"{'run':<{longest}}{'kind':>7}{'N':>13}{'P':>7}{'R':>5}{'tokens':>16}{'FLOPs':>11}  state")
+    yield (f"{'run':<{longest}}{'kind':>7}{'D':>6}{'E':>6}{'layers':>10}{'N':>14}{'P':>7}{'R':>5}{'tokens':>17}"
+           f"{'FLOPs':>11}  state")
     finished, tokens, flops, left = 0, 0, 0.0, 0.0
     for run in runs:
         model, per_step = run.config.model, run.config.data.tokens_per_step
-        share, ratio = "-", "-"
+        width, layers, share, ratio = "-", str(model.decoder_layers), "-", "-"
         if model.kind == "dlcm":
-            share, ratio = f"{run.weights.backbone_share:.3f}", f"{model.boundary.target_ratio:g}"
+            width, share, ratio = (str(model.d_concept), f"{run.weights.backbone_share:.3f}",
+                                   f"{model.boundary.target_ratio:g}")
+            layers = f"{model.encoder_layers}+{model.backbone_layers}+{model.decoder_layers}"
         for job in jobs_of(study, run):
             state, count = state_of(job), (job.last_step - job.first_step) * per_step
             finished += state == "finished"
             tokens, flops = tokens + count, flops + job.flops
             left += job.flops if state != "finished" else 0.0
-            yield (f"{job.name:<{longest}}{model.kind:>7}{run.weights.non_embedding:>13,}{share:>7}{ratio:>5}"
-                   f"{count:>16,}{job.flops:>11.2e}  {state}")
+            yield (f"{job.name:<{longest}}{model.kind:>7}{model.d_token:>6}{width:>6}{layers:>10}"
+                   f"{run.weights.non_embedding:>14,}{share:>7}{ratio:>5}{count:>17,}{job.flops:>11.2e}  {state}")
     count = sum(len(jobs_of(study, run)) for run in runs)
     yield (f"{count} runs and branches, {finished} of them finished; {tokens:,} tokens, {flops:.2e} FLOPs at the "
            f"target of R, {left:.2e} of them left")

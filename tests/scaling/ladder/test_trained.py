@@ -115,6 +115,8 @@ def test_what_is_finished_is_not_trained_again(ladder: Study) -> None:
 def test_the_list_says_what_is_done(ladder: Study) -> None:
     lines = list(overview(ladder, grid(ladder)))
     assert sum(line.endswith("finished") for line in lines) == 6
+    shapes = [line.split()[2:5] for line in lines[1:-1:2]]
+    assert shapes == [["16", "32", "2+1+1"], ["16", "32", "2+2+3"], ["32", "32", "1+3+1"]]
     assert lines[-1].startswith("6 runs and branches, 6 of them finished; 30,720 tokens")
     assert lines[-1].endswith("0.00e+00 of them left")
 
