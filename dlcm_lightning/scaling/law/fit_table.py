@@ -138,6 +138,9 @@ def fit_table(file: Path, out: Path, *, seed: int = 0, starts: int = 32, bootstr
 def _written(out: Path, laws: LadderLaws, kinds: dict[str, list[Run]], notes: list[str], skip: float,
              report: Callable[[str], None]) -> Fitted:
     out.mkdir(parents=True, exist_ok=True)
+    for name in plots.NAMES:  # of a fit before this one, which may have drawn more
+        for suffix in plots.SUFFIXES:
+            (out / f"{name}.{suffix}").unlink(missing_ok=True)
     files = [out / "law.json", out / "fit.md"]
     best: BestRatio | None = None
     saved: list[Savings] = []
@@ -174,8 +177,8 @@ def _summary(name: str, law: FittedLaw) -> str:
 
 
 def _compute(out: Path, laws: LadderLaws, runs: list[Run]
-             ) -> tuple[list[str], BestRatio, list[Savings], list[Path]]:
-    """What the laws say about compute, and its pictures."""
+             ) -> tuple[list[str], BestRatio | None, list[Savings], list[Path]]:
+    """What the laws say about compute, and its pictures. None, and empty: nothing within the range of the ladder."""
     law = laws.concept
     assert law is not None
     notes = []
@@ -189,17 +192,22 @@ def _compute(out: Path, laws: LadderLaws, runs: list[Run]
         notes.append(f"The dense law stands on {laws.dense.quality['rungs']} rungs and has more constants: what is "
                      "saved is little to go by, whatever its interval says. Train more dense sizes.")
     flops = budgets(runs, law.extrapolation)
-    best = best_ratio(law, flops)
+    best: BestRatio | None = best_ratio(law, flops)
     saved = [] if laws.dense is None else [savings(law, laws.dense, flops, R) for R in ratios]
-    if not np.isfinite(best.R).any():
-        notes.append("No best R: at no budget do the best N and D lie inside the range of the ladder; train longer or "
-                     "larger rungs, or ask for more --extrapolation.")
     dearest = max(spent)
     largest = {run.name for run in sizes_of(runs)[-1]}
     tokens, middle = (float(np.median([value for value, run in zip(values, runs, strict=True) if run.name in largest]))
                       for values in ([float(run.tokens[-1]) for run in runs], spent))
     pictures = plots.loss_over_share(out, law, laws.dense, middle, tokens, ratios)
-    pictures += plots.best_ratio_over_compute(out, best, dearest)
-    if saved:
+    if best is not None and np.isfinite(best.R).any():
+        pictures += plots.best_ratio_over_compute(out, best, dearest)
+    else:
+        best = None
+        notes.append("No best R: at no budget do the best N and D lie inside the range of the ladder; train longer or "
+                     "larger rungs, or ask for more --extrapolation.")
+    if any(np.isfinite(one.share).any() for one in saved):
         pictures += plots.savings_over_compute(out, saved, dearest)
+    elif saved:
+        notes.append("No savings: at no budget do the best N and D of a DLCM and of a dense model of the same loss lie "
+                     "inside the range of the ladder.")
     return notes, best, saved, pictures

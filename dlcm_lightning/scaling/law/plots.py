@@ -1,4 +1,4 @@
-"""The four pictures of a fitted ladder, each as PNG and SVG.
+"""The pictures of a fitted ladder, each as PNG and SVG.
 
 One colour is one R in all of them, from a palette that colour-blind readers tell apart (Okabe and Ito). Bands are 95 %
 intervals of the law by the bootstrap; what lies right of the dotted line is dearer than any run of the ladder.
@@ -28,6 +28,8 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DENSE = "#555555"
 DOTS_PER_INCH = 150
+NAMES = ("trajectories-dlcm", "trajectories-dense", "loss-over-share", "savings", "best-ratio")
+SUFFIXES = ("png", "svg")
 MOST_SAVED = (-100, 100)
 """Percent, the axis of savings: wider intervals leave it."""
 STYLE: Any = {"font.size": 10.0, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -35,20 +37,21 @@ STYLE: Any = {"font.size": 10.0, "axes.spines.top": False, "axes.spines.right": 
 
 
 def _drawn(out: Path, name: str, width: float, height: float, draw: Callable[[Figure], None]) -> list[Path]:
-    """Same data, same bytes: neither dates nor random ids are written."""
+    """Same data, same bytes: neither dates nor random ids are written. name: one of `NAMES`."""
+    assert name in NAMES
     files = []
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
-        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        for suffix, metadata in zip(SUFFIXES, ({"Software": None}, {"Date": None}), strict=True):
             files.append(out / f"{name}.{suffix}")
             figure.savefig(files[-1], dpi=DOTS_PER_INCH, metadata=metadata)
     return files
 
 
 def _parameters(N: float) -> str:
-    """Of parameters or tokens: 833 M, 1.3 B."""
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+    """Of parameters or tokens: 98 k, 833 M, 1.3 B."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if unit <= N:
             return f"{N / unit:.3g} {letter}"
     return f"{N:.3g}"
