@@ -132,5 +132,5 @@ def test_a_job_of_1024_ranks_is_checked_started_and_concluded(slurm_is_here: Non
             job = cluster.call("sbatch", "--parsable", "--nodes=128", "slurm/dlcm_1t.sh", cwd=desk, **STUB).strip()
             ended(cluster, job, desk)
     attempt = next((desk / "runs/dlcm_2b_1t/jobs").glob("*/attempt-000"))
-    assert len(list(attempt.glob("place-*"))) == 1024
+    assert len(list(attempt.glob("place-*"))) == 1024, (attempt / "srun.txt").read_text()
     assert json.loads((attempt.parent / "attempts.json").read_text())[0]["how"] == "finished"
