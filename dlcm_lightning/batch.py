@@ -30,6 +30,10 @@ class Unreadable:
     reason: str
 
 
+COUNTS = ("targets", "tokens", "documents")
+"""What `StepCounts` counts, in the order of tensors of counts."""
+
+
 @dataclass(frozen=True)
 class StepCounts:
     """What one rank reads for one optimizer step, all its micro-batches together, padding rows left out."""
@@ -40,6 +44,11 @@ class StepCounts:
     """Pieces counted as such."""
     unreadable: tuple[Unreadable, ...] = ()
     """Rows that could not be read and are padding rows instead."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """In the order of `COUNTS`."""
+        return self.targets, self.tokens, self.documents
 
 
 @dataclass(frozen=True)

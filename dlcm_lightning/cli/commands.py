@@ -46,7 +46,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
     print_stacks_when_asked()
     with recorded():
         config, _ = place(load_config(arguments.config, arguments.overrides))  # refused before torch is loaded
-        load("training.extensions", "check_installed")(config)
+        load("training.user_classes", "check_installed")(config)
         load("training.run", "pretrain")(config)
 
 
@@ -175,7 +175,7 @@ def upcycle(arguments: argparse.Namespace) -> None:
         raise ConfigError("dlcm upcycle SOURCE OUT --config RUN_FILE writes a model; dlcm upcycle SOURCE --show prints "
                           "the model section of such a run file")
     config = None if arguments.show else load_config(arguments.for_run, arguments.overrides)
-    source = load("upcycling.opening", "open_source")(arguments.source)
+    source = load("upcycling.open_source", "open_source")(arguments.source)
     if config is None:
         say_all(load("upcycling.matching", "matching_section")(source))
         return

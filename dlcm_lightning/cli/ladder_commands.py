@@ -46,7 +46,7 @@ def ladder_run(arguments: argparse.Namespace) -> None:
     if study.table == "parquet":
         need("pandas", "table: parquet", "scaling")
         need("pyarrow", "table: parquet", "parquet")
-        write_table = load("scaling.ladder.parquet", "write_parquet")
+        write_table = load("scaling.ladder.parquet_table", "write_parquet")
     else:
         write_table = load("scaling.ladder.table_file", "write_csv")
     runs = load("scaling.ladder.plan", "grid")(study)

@@ -39,7 +39,7 @@ from dlcm_lightning.cluster.attempts import (
     save_attempts,
 )
 from dlcm_lightning.cluster.checks import CheckResult, Finding, Verdict, answers_in, judge
-from dlcm_lightning.cluster.exclusions import EXCLUDED, record_exclusions, to_leave_out
+from dlcm_lightning.cluster.excluded_nodes import EXCLUDED, record_exclusions, to_leave_out
 from dlcm_lightning.cluster.heartbeat import HEARTBEATS, HangDetector, RankStatus
 from dlcm_lightning.cluster.requeue import Decision, decide_requeue
 from dlcm_lightning.cluster.srun import Srun, job_name

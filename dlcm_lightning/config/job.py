@@ -24,7 +24,7 @@ class JobConfig:
     save_minutes: float = 30.0
     """Longest write of a checkpoint."""
     validate_minutes: float = 60.0
-    """Longest validation, and longest end of a run: the last validation, the floors, the report."""
+    """Longest validation, and longest end of a run: the last validation, the n-gram baselines, the report."""
     check_minutes: float = 5.0
     """Longest time that all ranks together may take for the checks before the first step."""
     exclude_hours: float = 24.0

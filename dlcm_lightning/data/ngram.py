@@ -48,8 +48,8 @@ class Histories:
 
 
 FITTED_TOKENS = 2**25
-"""At most so many tokens of a source are counted, from its beginning: floors of a large corpus are no less useful, and
-counting sorts in memory."""
+"""At most so many tokens of a source are counted, from its beginning: baselines of a large corpus are no less useful,
+and counting sorts in memory."""
 
 
 def ngram_baselines(reader: Reader, fitted_on: Literal["domain", "mixture"] = "domain") -> list[NgramBaseline]:

@@ -35,8 +35,8 @@ from dlcm_lightning.data.byte_level import (
     why_lossy,
     without_control_tokens,
 )
-from dlcm_lightning.data.encoder import Encoder
 from dlcm_lightning.data.store import Store, store_at
+from dlcm_lightning.data.text_encoder import Encoder
 from dlcm_lightning.errors import DataError
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"

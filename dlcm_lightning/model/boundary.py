@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from dlcm_lightning.config import BoundaryConfig, Threshold
 from dlcm_lightning.model.cache import BoundaryState
 from dlcm_lightning.model.mup import MupLinear, Role
-from dlcm_lightning.ops.extension import Extension
+from dlcm_lightning.ops.incremental import Extension
 from dlcm_lightning.ops.scan import linear_scan
 from dlcm_lightning.ops.segments import Segments
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from dlcm_lightning.ops.extension import Extension
+from dlcm_lightning.ops.incremental import Extension
 
 FAR = 2**40
 """Where a concept lies that is not there."""

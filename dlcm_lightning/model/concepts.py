@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dlcm_lightning.model.boundary import document_starts
 from dlcm_lightning.model.cache import ConceptState, DecodingState
 from dlcm_lightning.model.mup import MupLinear, Role
-from dlcm_lightning.ops.extension import Extension
+from dlcm_lightning.ops.incremental import Extension
 from dlcm_lightning.ops.pool_and_replicate import mean_pool, segment_sum
 from dlcm_lightning.ops.scan import linear_scan
 from dlcm_lightning.ops.segments import Concepts, Segments

@@ -20,7 +20,7 @@ from dlcm_lightning.model.concepts import ClosedConcepts
 from dlcm_lightning.model.layers import RMSNorm
 from dlcm_lightning.model.mup import MupLinear, Role
 from dlcm_lightning.ops.attention import attention
-from dlcm_lightning.ops.extension import Extension, attend
+from dlcm_lightning.ops.incremental import Extension, attend
 from dlcm_lightning.ops.pool_and_replicate import replicate
 from dlcm_lightning.ops.segments import Concepts, Segments
 

@@ -31,8 +31,8 @@ from dlcm_lightning.model.layers import Stack, StackShape
 from dlcm_lightning.model.mup import MupLinear, Role, RoleModule, branch_scale, initialise, logit_scale
 from dlcm_lightning.model.priming import Priming
 from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
-from dlcm_lightning.ops.extension import Extension
 from dlcm_lightning.ops.fused import UsesKernels, compiled
+from dlcm_lightning.ops.incremental import Extension
 from dlcm_lightning.ops.linear import LowCopies
 from dlcm_lightning.ops.segments import Concepts, Decisions, Segments, concepts_from_boundaries
 

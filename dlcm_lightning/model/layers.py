@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from dlcm_lightning.model.cache import KeyValues
 from dlcm_lightning.model.mup import MupLinear, Role, RoleModule
 from dlcm_lightning.ops.attention import attention
-from dlcm_lightning.ops.extension import Extension, attend, causal_bias
 from dlcm_lightning.ops.fused import UsesKernels
+from dlcm_lightning.ops.incremental import Extension, attend, causal_bias
 from dlcm_lightning.ops.rope import Rotation, rotation
 from dlcm_lightning.ops.segments import Segments
 

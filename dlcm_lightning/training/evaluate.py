@@ -1,4 +1,4 @@
-"""`dlcm evaluate`: the validation table of any checkpoint that is kept, on one process, beside its floors.
+"""`dlcm evaluate`: the validation table of any checkpoint that is kept, on one process, beside n-gram baselines.
 
 The numbers are those that the run itself logs at a validation: bits per byte and tokens per concept by domain. They may
 be asked for other rows (`data.validation_rows=...`) or other shards (`data.root=...`) than the run's own, or in another
@@ -35,9 +35,9 @@ from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.run_directory import TOKENIZER_FILE
 from dlcm_lightning.training.checkpoint_manager import check_fingerprint, load_weights
 from dlcm_lightning.training.device import choose_device, resolve_precision
-from dlcm_lightning.training.metrics import metrics_of
+from dlcm_lightning.training.metrics.numbers import metrics_of
+from dlcm_lightning.training.metrics.table import baselines_of, validation_table
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.report import baselines_of, validation_table
 from dlcm_lightning.training.validation import validate
 
 MAY_BE_ASKED = ("data.", "train.precision", "model.attention")
@@ -79,7 +79,7 @@ def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Call
     question = {"overrides": asked, "precision": str(dtype).removeprefix("torch."), "attention": backend,
                 "rows": reader.validation_fingerprint}
     content = {"step": checkpoint.step, "tokens": checkpoint.manifest.tokens, "question": question,
-               "validation": metrics, "floors": [asdict(floor) for floor in counted]}
+               "validation": metrics, "baselines": [asdict(one) for one in counted]}
     kept = _keep(run, checkpoint, question, content)
     report(f"step {checkpoint.step}, {checkpoint.manifest.tokens:,} tokens; {kept}")
     return metrics

@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLR
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlcm_lightning.batch import Batch, StepCounts
+from dlcm_lightning.batch import COUNTS, Batch, StepCounts
 from dlcm_lightning.compose import config_from
 from dlcm_lightning.config import BoundaryConfig, Config, ConfigError
 from dlcm_lightning.errors import CheckpointError, RunError
@@ -42,19 +42,11 @@ from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.device import BY_NAME, DTYPES, resolve_precision
 from dlcm_lightning.training.initial_weights import filling
 from dlcm_lightning.training.lr_schedule import TokenSchedule
-from dlcm_lightning.training.metrics import metric_tensors
-from dlcm_lightning.training.objective import (
-    COLUMNS,
-    COUNTS,
-    SCALARS,
-    MetricSums,
-    all_reduce_sums,
-    counts_of,
-    measure_batch,
-    rate_loss_surrogate,
-)
+from dlcm_lightning.training.metrics.numbers import metric_tensors
+from dlcm_lightning.training.metrics.sums import COLUMNS, SCALARS, MetricSums, all_reduce_sums, counts_of, measure_batch
 from dlcm_lightning.training.optimizer import build_optimizer
 from dlcm_lightning.training.position import at_optimizer_step
+from dlcm_lightning.training.rate_loss import rate_loss_surrogate
 from dlcm_lightning.training.run_lock import check_same_configuration
 from dlcm_lightning.training.strategies.full_state import FullStateStrategy, whole, whole_model
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.config import Config
-from dlcm_lightning.data.ngram import NgramBaseline, ngram_baselines
-from dlcm_lightning.data.reader import Reader
-from dlcm_lightning.errors import DataError
+from dlcm_lightning.data.ngram import NgramBaseline
 from dlcm_lightning.run_directory import REPORT_FILE
+from dlcm_lightning.training.metrics.table import validation_table
 from dlcm_lightning.training.speed import Speed
 
 
@@ -29,7 +27,7 @@ class Report:
     parameters: int
     validation: dict[str, Any]
     """Metrics of all domains, and of each under "domains"."""
-    floors: list[NgramBaseline]
+    baselines: list[NgramBaseline]
     speed: Speed | None
 
     def save(self, run: Path) -> None:
@@ -43,46 +41,18 @@ class Report:
             return None
         try:
             fields = json.loads(file.read_text())
-            fields["floors"] = [NgramBaseline(**floor) for floor in fields["floors"]]
+            counted = fields.pop("floors", None) or fields.get("baselines", [])  # as it was once called
+            fields["baselines"] = [NgramBaseline(**one) for one in counted]
             fields["speed"] = Speed(**fields["speed"]) if fields["speed"] else None
             return Report(**fields)
         except (ValueError, TypeError, KeyError):  # of another version, or edited: the run makes it again
             return None
 
 
-def baselines_of(reader: Reader, report: Callable[[str], None]) -> list[NgramBaseline]:
-    """Those of the validation rows; none where shards that they count are damaged: the model was trained all the
-    same."""
-    try:
-        return ngram_baselines(reader)
-    except DataError as error:
-        report(f"unigram and trigram are left out: {error}")
-        return []
-
-
-def validation_table(validation: dict[str, Any], counted: Iterable[NgramBaseline]) -> str:
-    """Per domain: bits per byte beside the floors of the same rows, tokens per concept."""
-    floors = {floor.domain: floor for floor in counted}
-    segmented = "R_sampled" in validation
-    header = f"{'validation':<12}{'bits/byte':>10}{'unigram':>10}{'trigram':>10}"
-    lines = [header + (f"{'R sampled':>12}{'R thresh.':>11}" if segmented else "")]
-    for domain, metrics in validation["domains"].items():
-        floor = floors.get(domain)
-        figures = f"{floor.unigram:>10.3f}{floor.trigram:>10.3f}" if floor else f"{'-':>10}{'-':>10}"
-        line = f"{domain:<12}{metrics['bits_per_byte']:>10.3f}{figures}"
-        if segmented:
-            line += f"{metrics['R_sampled']:>12.2f}{metrics['R_thresholded']:>11.2f}"
-        lines.append(line)
-    line = f"{'all':<12}{validation['bits_per_byte']:>10.3f}{'':>20}"
-    if segmented:
-        line += f"{validation['R_sampled']:>12.2f}{validation['R_thresholded']:>11.2f}"
-    return "\n".join([*lines, line])
-
-
 def summary(config: Config, report: Report) -> str:
     """The table, the speed, and where to go from here."""
     run = Path(config.train.output_dir) / config.name
-    parts = ["", validation_table(report.validation, report.floors), ""]
+    parts = ["", validation_table(report.validation, report.baselines), ""]
     parts.append(f"{report.steps} steps, {report.tokens:,} tokens, {report.parameters:,} parameters, "
                  f"{report.precision}, attention {report.attention}, {report.hardware}")
     if report.speed:

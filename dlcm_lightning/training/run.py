@@ -56,7 +56,6 @@ from dlcm_lightning.training.device import (
     peak_flops,
     resolve_precision,
 )
-from dlcm_lightning.training.extensions import build_all
 from dlcm_lightning.training.loggers import JsonLinesLogger, RunTensorBoardLogger
 from dlcm_lightning.training.loop import install
 from dlcm_lightning.training.module import PretrainModule
@@ -66,6 +65,7 @@ from dlcm_lightning.training.run_lock import RunLock, check_same_run
 from dlcm_lightning.training.stopwatch import Stopwatch
 from dlcm_lightning.training.strategies.choice import RunEnvironment, choose_strategy, needs_group
 from dlcm_lightning.training.strategies.full_state import FullStateStrategy
+from dlcm_lightning.training.user_classes import build_all
 
 Say = Callable[[str], None]
 LOGGER: type[Any] = Logger  # an abstract class, which may be asked for none the less

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dlcm_lightning.config import Config
 from dlcm_lightning.flops import training_flops_per_token
-from dlcm_lightning.training.objective import MetricSums
+from dlcm_lightning.training.metrics.sums import MetricSums
 
 
 @dataclass(frozen=True)

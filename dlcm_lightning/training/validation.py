@@ -8,8 +8,8 @@ import torch
 
 from dlcm_lightning.batch import Batch, StepCounts
 from dlcm_lightning.progress import progress_bar
+from dlcm_lightning.training.metrics.sums import MetricSums, all_reduce_sums
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.objective import MetricSums, all_reduce_sums
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ and none is left that nobody reads, is asked of the file's table of contents. Te
 
     huggingface.py   a folder with config.json and safetensors
     gguf.py          a .gguf file
-    ours.py          an export of ours, or the directory of a run
+    own_models.py    an export of ours, or the directory of a run
 
 The logits of a source are unembedding times norm: where they are multiplied by something, the matrix has it in it.
 """

@@ -9,7 +9,7 @@ import pytest
 
 from dlcm_lightning.cluster.attempts import Attempt, How, Outcome, fruitless_in_a_row, load_attempts, save_attempts
 from dlcm_lightning.cluster.checks import CheckResult, Finding, Verdict, answers_in, judge, room
-from dlcm_lightning.cluster.exclusions import load_exclusions, record_exclusions, to_leave_out
+from dlcm_lightning.cluster.excluded_nodes import load_exclusions, record_exclusions, to_leave_out
 from dlcm_lightning.cluster.requeue import decide_requeue
 from dlcm_lightning.cluster.srun import complaints_in
 from dlcm_lightning.cluster.supervisor import Supervisor

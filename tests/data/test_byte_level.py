@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlcm_lightning.data import encoder as module
+from dlcm_lightning.data import text_encoder as module
 from dlcm_lightning.data.byte_level import byte_alphabet, proof_page
 from dlcm_lightning.data.preprocessing.build import tokenize_documents
 from dlcm_lightning.data.tokenizer import Tokenizer

@@ -50,7 +50,7 @@ def test_probabilities_sum_to_one_after_any_history() -> None:
             assert (2**log2).sum() == pytest.approx(1)
 
 
-def test_floors_score_the_targets_the_model_is_scored_on(reader: Reader) -> None:
+def test_baselines_score_the_targets_the_model_is_scored_on(reader: Reader) -> None:
     batches = [batch for data in [ValidationBatches(reader)] for batch in (data[index] for index in range(len(data)))]
     for number, floor in enumerate(ngram_baselines(reader)):
         mine = [(batch.token_domains() == number) & batch.counted() for batch in batches]

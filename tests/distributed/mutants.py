@@ -17,7 +17,7 @@ from torch import Tensor
 from dlcm_lightning.batch import StepCounts
 from dlcm_lightning.ops import collectives
 from dlcm_lightning.training import checkpoint_manager, datamodule, module
-from dlcm_lightning.training.objective import MetricSums
+from dlcm_lightning.training.metrics.sums import MetricSums
 from dlcm_lightning.training.strategies.ddp import DdpStrategy
 from dlcm_lightning.training.strategies.fsdp2 import Fsdp2Strategy
 from dlcm_lightning.training.strategies.single import SingleStrategy

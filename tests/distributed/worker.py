@@ -30,7 +30,7 @@ from dlcm_lightning.training import run
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.device import DTYPES
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.objective import rate_loss
+from dlcm_lightning.training.rate_loss import rate_loss
 from dlcm_lightning.training.rendezvous import leave_group, meet
 from dlcm_lightning.training.strategies.choice import choose_strategy
 from dlcm_lightning.training.strategies.full_state import FullStateStrategy

@@ -11,7 +11,7 @@ import torch
 from dlcm_lightning.batch import IGNORE_INDEX
 from dlcm_lightning.model.dlcm import build_model
 from dlcm_lightning.ops.segments import Segments
-from dlcm_lightning.training.objective import rate_loss
+from dlcm_lightning.training.rate_loss import rate_loss
 from tests import reference as oracle
 from tests.model.conftest import LENGTHS, SMALL, loaded, small, tokens_and_noise
 

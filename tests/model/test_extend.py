@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dlcm_lightning.model import boundary, concepts, layers
 from dlcm_lightning.model.decoder import CrossAttention
 from dlcm_lightning.model.dlcm import DLCM, LanguageModel, build_model
-from dlcm_lightning.ops.extension import Extension
+from dlcm_lightning.ops.incremental import Extension
 from dlcm_lightning.ops.rope import rotation
 from dlcm_lightning.ops.segments import Segments
 from tests import reference as oracle

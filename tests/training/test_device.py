@@ -18,7 +18,7 @@ from dlcm_lightning.ops.segments import Segments
 from dlcm_lightning.training import device as device_module
 from dlcm_lightning.training import run as run_module
 from dlcm_lightning.training.device import choose_device, resolve_precision
-from dlcm_lightning.training.objective import COLUMNS, SCALARS, MetricSums
+from dlcm_lightning.training.metrics.sums import COLUMNS, SCALARS, MetricSums
 from dlcm_lightning.training.run import pretrain
 from dlcm_lightning.training.speed import Machine, speed_of
 from dlcm_lightning.training.strategies.choice import choose_strategy

@@ -39,7 +39,7 @@ from dlcm_lightning.config import ClassConfig, Config, ConfigError
 from dlcm_lightning.run_directory import folders
 from dlcm_lightning.training.contract import check_trainer
 from dlcm_lightning.training.lr_schedule import learning_rate_factor
-from dlcm_lightning.training.metrics import metrics_of
+from dlcm_lightning.training.metrics.numbers import metrics_of
 from dlcm_lightning.training.module import EVERY_STEP
 
 MONITORED = {"train/loss", "train/bits_per_byte", "train/bits_per_byte/en", "train/bits_per_byte/zh", "train/F",

@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlcm_lightning.model import boundary, dlcm
-from dlcm_lightning.training import objective
+from dlcm_lightning.training.metrics import sums
 from tests import varlen_cpu
 from tests.steps import CONFIG, MODEL, Steps
 
@@ -90,8 +90,8 @@ def writes_a_number_by_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def takes_by_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = objective.digest
-    monkeypatch.setattr(objective, "digest", lambda numbers, counted: honest(numbers[counted], counted[counted]))
+    honest = sums.digest
+    monkeypatch.setattr(sums, "digest", lambda numbers, counted: honest(numbers[counted], counted[counted]))
 
 
 @pytest.mark.parametrize("plant", [reads_a_number, asks_for_places, writes_a_number_by_an_index, takes_by_a_mask])

@@ -17,7 +17,7 @@ from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.upcycling.gguf import NAMING, halves
 from dlcm_lightning.upcycling.huggingface import NAMING as HUB
-from dlcm_lightning.upcycling.opening import open_source
+from dlcm_lightning.upcycling.open_source import open_source
 from dlcm_lightning.upcycling.source import LAYER
 from dlcm_lightning.upcycling.upcycle import dense_model
 from tests.upcycling.conftest import FFN, HEADS, KV_HEADS, LAYERS, Folder

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dlcm_lightning.errors import CheckpointError, ConfigError
 from dlcm_lightning.ops.segments import Segments
-from dlcm_lightning.upcycling.opening import open_source
+from dlcm_lightning.upcycling.open_source import open_source
 from dlcm_lightning.upcycling.upcycle import dense_model
 from tests.synthetic import VOCABULARY
 from tests.upcycling.conftest import Folder, change

@@ -25,7 +25,7 @@ from dlcm_lightning.model.dlcm import assemble
 from dlcm_lightning.training.run import pretrain
 from dlcm_lightning.upcycling import filling
 from dlcm_lightning.upcycling.filling import OUT, UP
-from dlcm_lightning.upcycling.opening import open_source
+from dlcm_lightning.upcycling.open_source import open_source
 from dlcm_lightning.upcycling.placement import spread
 from dlcm_lightning.upcycling.spelling import completed, spelling_of
 from dlcm_lightning.upcycling.upcycle import Upcycled, dense_model, upcycle

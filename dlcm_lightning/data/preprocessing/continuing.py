@@ -20,8 +20,8 @@ from typing import Any
 from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.data.preprocessing.inputs import Listing
 from dlcm_lightning.data.preprocessing.locks import locked
-from dlcm_lightning.data.preprocessing.opening import raw_bytes
 from dlcm_lightning.data.preprocessing.plan import Input, Plan
+from dlcm_lightning.data.preprocessing.raw_bytes import raw_bytes
 from dlcm_lightning.data.preprocessing.records import TASKS, done_tasks, forget_task, read_record
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.progress import progress_bar

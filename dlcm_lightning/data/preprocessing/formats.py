@@ -22,8 +22,8 @@ from dlcm_lightning.data.preprocessing.documents import LONG_BYTES, LongText, Te
 from dlcm_lightning.data.preprocessing.inputs import PIPE
 from dlcm_lightning.data.preprocessing.json_line import text_of
 from dlcm_lightning.data.preprocessing.kinds import LOOKED_AT, kind_of, uncompressed_name, why_no_text
-from dlcm_lightning.data.preprocessing.opening import Advance, measured, raw_bytes
 from dlcm_lightning.data.preprocessing.plan import Input
+from dlcm_lightning.data.preprocessing.raw_bytes import Advance, measured, raw_bytes
 from dlcm_lightning.data.preprocessing.tars import samples
 from dlcm_lightning.errors import DataError
 

@@ -16,13 +16,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dlcm_lightning.data.encoder import Encoder
 from dlcm_lightning.data.preprocessing.documents import SPLITS, Document, LongText, Text, document_of, split_of
 from dlcm_lightning.data.preprocessing.formats import Reading, read_texts
 from dlcm_lightning.data.preprocessing.locks import locked
 from dlcm_lightning.data.preprocessing.plan import Input, Plan
 from dlcm_lightning.data.preprocessing.records import TASKS, Record, record_path, write_record
 from dlcm_lightning.data.preprocessing.writer import ShardWriter
+from dlcm_lightning.data.text_encoder import Encoder
 from dlcm_lightning.errors import DataError
 
 NOTHING = np.empty(0, dtype=np.uint32)

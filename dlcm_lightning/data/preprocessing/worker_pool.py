@@ -25,9 +25,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
-from dlcm_lightning.data.encoder import Encoder
 from dlcm_lightning.data.preprocessing.plan import Input, Plan
 from dlcm_lightning.data.preprocessing.tasks import Task
+from dlcm_lightning.data.text_encoder import Encoder
 from dlcm_lightning.data.webdataset_library import hide_torch
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.progress import progress_bar

@@ -13,9 +13,10 @@ from dlcm_lightning.ops.collectives import rank
 from dlcm_lightning.training.callbacks.metrics import Metrics, log
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.device import describe_hardware
-from dlcm_lightning.training.metrics import metrics_of
+from dlcm_lightning.training.metrics.numbers import metrics_of
+from dlcm_lightning.training.metrics.table import baselines_of
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.report import Report, baselines_of, summary
+from dlcm_lightning.training.report import Report, summary
 from dlcm_lightning.training.speed import Machine, speed_of
 from dlcm_lightning.training.validation import validate
 
@@ -44,7 +45,7 @@ class FinalReport(Callback):
             steps=steps, tokens=module.consumed_tokens, hardware=describe_hardware(config.train, module.device),
             precision=str(model.compute_dtype).removeprefix("torch."), attention=model.backend,
             parameters=sum(owner.shape.numel() for _, owner in role_parameters(model)), validation=validation,
-            floors=baselines_of(self.data.reader, self.report) if trainer.is_global_zero else [],
+            baselines=baselines_of(self.data.reader, self.report) if trainer.is_global_zero else [],
             speed=None if trained is None else speed_of(
                 config, trained, self.metrics.training_seconds, self.metrics.waiting_seconds, machine),
         )

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.training.callbacks.metrics import log
 from dlcm_lightning.training.loop import StepLoop
-from dlcm_lightning.training.metrics import metrics_of
+from dlcm_lightning.training.metrics.numbers import metrics_of
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.stopwatch import Stopwatch
 

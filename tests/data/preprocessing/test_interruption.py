@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlcm_lightning.data.encoder import Encoder
 from dlcm_lightning.data.preprocessing import build, worker_pool
 from dlcm_lightning.data.preprocessing.build import tokenize
 from dlcm_lightning.data.preprocessing.locks import locked
 from dlcm_lightning.data.preprocessing.merge import merge, unfinished
 from dlcm_lightning.data.preprocessing.plan import Input, Plan
 from dlcm_lightning.data.preprocessing.recipe import Recipe
+from dlcm_lightning.data.text_encoder import Encoder
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import DataError
 from tests.data.preprocessing.sources import RECIPE, SMALL, run, sums

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlcm_lightning.data.encoder import Encoder
 from dlcm_lightning.data.preprocessing.plan import Plan
 from dlcm_lightning.data.preprocessing.tasks import Task
 from dlcm_lightning.data.preprocessing.worker_pool import cores, default_workers, threads_of
+from dlcm_lightning.data.text_encoder import Encoder
 from dlcm_lightning.data.tokenizer import Tokenizer
 
 

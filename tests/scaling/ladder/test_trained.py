@@ -23,7 +23,7 @@ from dlcm_lightning.flops import training_flops_per_token
 from dlcm_lightning.run_directory import finished, newest_step
 from dlcm_lightning.scaling.ladder.execute import make_branch
 from dlcm_lightning.scaling.ladder.measurements import rows_of
-from dlcm_lightning.scaling.ladder.parquet import write_parquet
+from dlcm_lightning.scaling.ladder.parquet_table import write_parquet
 from dlcm_lightning.scaling.ladder.plan import grid
 from dlcm_lightning.scaling.ladder.runs import PlannedRun, reached_step, state_of
 from dlcm_lightning.scaling.ladder.study import Study

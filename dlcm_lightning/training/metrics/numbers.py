@@ -1,6 +1,6 @@
-"""From a sums to the numbers people look at.
+"""From sums to the numbers people look at.
 
-They are computed where the sums is, so that logging them waits for no device: `metric_tensors` for Lightning's
+They are computed where the sums are, so that logging them waits for no device: `metric_tensors` for Lightning's
 `self.log`, `metrics_of` for files and tables, which reads them.
 """
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dlcm_lightning.config import BoundaryConfig
-from dlcm_lightning.training.objective import COLUMNS, MetricSums, rate_loss
+from dlcm_lightning.training.metrics.sums import COLUMNS, MetricSums
+from dlcm_lightning.training.rate_loss import rate_loss
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -54,8 +55,8 @@ def _of_the_batch(sums: MetricSums, boundary: BoundaryConfig) -> dict[str, Tenso
 
 
 def metric_tensors(sums: MetricSums, domains: list[str], boundary: BoundaryConfig | None) -> dict[str, Tensor]:
-    """() float64 each, on the sums's device: the numbers of `metrics_of` as NAME and NAME/DOMAIN. nan where a domain
-    has no tokens. No collective, no host sync."""
+    """() float64 each, on the device of the sums: the numbers of `metrics_of` as NAME and NAME/DOMAIN. nan where a
+    domain has no tokens. No collective, no host sync."""
     rows = torch.cat([sums.domains.sum(0, keepdim=True), sums.domains])  # (1 + domains, C)
     by_name = {name: values.unbind() for name, values in _describe(rows, boundary).items()}
     metrics = {name: values[0] for name, values in by_name.items()}
@@ -83,5 +84,5 @@ def metrics_of(sums: MetricSums, domains: list[str], boundary: BoundaryConfig | 
             metrics[name] = value.item()
         elif domain in present:
             metrics["domains"].setdefault(domain, {})[name] = value.item()
-    metrics["domains"] = metrics.pop("domains")  # behind the others
+    metrics["domains"] = metrics.pop("domains")  # last
     return metrics

@@ -7,7 +7,7 @@ from pathlib import Path
 from dlcm_lightning.checkpoint.exported import ABOUT
 from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.run_directory import CHECKPOINTS
-from dlcm_lightning.upcycling import gguf, huggingface, ours
+from dlcm_lightning.upcycling import gguf, huggingface, own_models
 from dlcm_lightning.upcycling.source import DenseSource
 
 
@@ -22,7 +22,7 @@ def open_source(path: str | Path) -> DenseSource:
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such file or folder")
     if (path / ABOUT).is_file():
-        return ours.read_export(path)
+        return own_models.read_export(path)
     if (path / CHECKPOINTS).is_dir():
-        return ours.read_run(path)
+        return own_models.read_run(path)
     return huggingface.read_folder(path)

@@ -1,22 +1,10 @@
-"""The loss of a whole optimizer step, and the statistics it is made of (section 3, Eq. 8-10, 15).
-
-    G = mean over all tokens of the global batch of p,    F = the same of b
-    L_rate = R/(R-1) [(R-1) F G + (1-F)(1-G)] - 1,        L = L_CE + lambda L_rate
-
-The global batch is every rank's micro-batches of one optimizer step. b carries no gradient, hence
-dL_rate/dG = R/(R-1) (R F - 1): only the number F must be known before the backward, and the gradient on each p is a
-constant. So the rate loss is back-propagated as `coefficient * sum of p`, while its value is computed for the log.
+"""Sums over the tokens of an optimizer step, from which its losses are scaled and its metrics computed.
 
 Everything that ranks have to know of each other travels in one small vector, summed over ranks once a step, in its
 last micro-batch between forward and backward: the step's `MetricSums`, and how many targets, tokens and documents the
 *next* step has, which every loss of that step is divided by. A rank back-propagates W x (its local sum) / (global
 count), W ranks, because every engine averages gradients over ranks; and K times that, K micro-batches, because
 Lightning divides by K.
-
-With one micro-batch a step, F is the step's own. With several it is not known at the first backward: then F of the
-*previous* step is used (nothing at step 0), which gives the same gradient for every split of the batch.
-
-F = G = 1/R is a saddle of this expression, which can go below zero; nothing is clamped.
 """
 
 from __future__ import annotations
@@ -31,6 +19,7 @@ from dlcm_lightning.config import BoundaryConfig
 from dlcm_lightning.model.boundary import draw
 from dlcm_lightning.model.dlcm import Output
 from dlcm_lightning.ops.collectives import all_reduce_sum, rank, world_size
+from dlcm_lightning.training.rate_loss import rate_loss, sum_by_document
 
 COLUMNS = ("tokens", "sampled", "calibrated", "half", "p", "p_squared", "near_half", "nll", "targets", "bytes")
 """What is summed per domain. calibrated and half count the p that are not below the calibrated threshold and 1/2,
@@ -42,8 +31,6 @@ they are work too. samples, noise: digests of which rows these are and of what t
 for every split and order. unreadable: rows. Of whole steps only: their number, and the sum over them of the most
 concepts that a rank had over the mean, this model's own straggler. documents, document_rate_loss: pieces, and the sum
 of the rate losses of each, where the loss is taken by document."""
-COUNTS = ("targets", "tokens", "documents")
-"""Of a whole step over all ranks, padding rows left out."""
 NEAR_HALF = 0.05
 _MIX = 6364136223846793005
 
@@ -93,8 +80,7 @@ class MetricSums:
 
 def counts_of(step: StepCounts, device: torch.device) -> Tensor:
     """(len(COUNTS),) float64 of one rank, written on the device without waiting for it."""
-    numbers = (step.targets, step.tokens, step.documents)
-    return torch.stack([torch.full((), number, dtype=torch.float64, device=device) for number in numbers])
+    return torch.stack([torch.full((), number, dtype=torch.float64, device=device) for number in step.counts])
 
 
 def all_reduce_sums(sums: MetricSums, following: StepCounts) -> tuple[MetricSums, Tensor]:
@@ -109,23 +95,6 @@ def all_reduce_sums(sums: MetricSums, following: StepCounts) -> tuple[MetricSums
     whole.scalar("steps").fill_(1)
     whole.scalar("imbalance").copy_(concepts.max() / concepts.mean().clamp(min=1))
     return whole, counts
-
-
-def rate_loss(rate: Tensor, mean_probability: Tensor, ratio: float) -> Tensor:
-    """Eq. 10. rate F and mean probability G of equal shape; ratio R > 1."""
-    agree = (ratio - 1) * rate * mean_probability + (1 - rate) * (1 - mean_probability)
-    return ratio / (ratio - 1) * agree - 1
-
-
-def rate_slope(rate: Tensor, ratio: float) -> Tensor:
-    """dL_rate / dG = R/(R-1) (R F - 1)."""
-    return ratio / (ratio - 1) * (ratio * rate - 1)
-
-
-def _by_document(values: Tensor, batch: Batch) -> Tensor:
-    """(T,) -> (N,) sums over documents."""
-    offsets = batch.documents.cu_seqlens.long()
-    return torch.segment_reduce(values, "sum", offsets=offsets, axis=0)
 
 
 def digest(numbers: Tensor, counted: Tensor) -> Tensor:
@@ -157,7 +126,7 @@ def measure_batch(
                     "p_squared": p.square(), "near_half": (p - 0.5).abs() < NEAR_HALF}
         if config.learned and config.rate_scope == "document":
             lengths = batch.documents.lengths()
-            rates, means = (_by_document(one.to(p.dtype), batch) / lengths for one in (sampled, p))  # (N,)
+            rates, means = (sum_by_document(one.to(p.dtype), batch) / lengths for one in (sampled, p))  # (N,)
             losses = rate_loss(rates, means, config.target_ratio)
             scalars["document_rate_loss"] = (losses.double() * real).sum()
         if (states := output.segmentation.features) is not None:
@@ -169,20 +138,3 @@ def measure_batch(
     sums = belongs.double() @ rows
     zero = torch.zeros((), dtype=torch.float64, device=device)
     return MetricSums(sums, torch.stack([scalars.get(name, zero).double() for name in SCALARS]), features)
-
-
-def rate_loss_surrogate(output: Output, batch: Batch, counts: Tensor, config: BoundaryConfig, rate: Tensor) -> Tensor:
-    """() The rate loss as it is back-propagated: sum over this rank's tokens of (dL_rate / dp_t) p_t.
-
-    counts: of the step, over all ranks. rate: () F, negative where there is none yet.
-    """
-    assert output.segmentation is not None
-    p = output.segmentation.probabilities * batch.counted()
-    if config.rate_scope == "document":
-        lengths = batch.documents.lengths()
-        decisions = output.segmentation.boundaries.to(p.dtype)
-        slopes = rate_slope(_by_document(decisions, batch) / lengths, config.target_ratio)  # (N,)
-        weight = slopes / lengths / counts[COUNTS.index("documents")].clamp(min=1).to(p.dtype)
-        return (p * weight[batch.documents.ids(p.shape[0])]).sum()
-    slope = torch.where(rate >= 0, rate_slope(rate, config.target_ratio), 0.0)
-    return p.sum() * (slope / counts[COUNTS.index("tokens")].clamp(min=1)).to(p.dtype)

@@ -1,4 +1,4 @@
-"""The objective: gradients of the whole step's loss, whatever the split; statistics that count what they should."""
+"""Gradients of the whole step's loss, whatever the split; statistics that count what they should."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dlcm_lightning.batch import Batch, StepCounts
+from dlcm_lightning.batch import COUNTS, Batch, StepCounts
 from dlcm_lightning.config import BoundaryConfig, Config, Threshold
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.model.boundary import LearnedBoundary
 from dlcm_lightning.model.dlcm import DLCM
 from dlcm_lightning.training.datamodule import TrainLoader
-from dlcm_lightning.training.metrics import metrics_of
+from dlcm_lightning.training.metrics.numbers import metrics_of
+from dlcm_lightning.training.metrics.sums import counts_of
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.objective import COUNTS, counts_of, rate_loss, rate_loss_surrogate, rate_slope
+from dlcm_lightning.training.rate_loss import rate_loss, rate_loss_surrogate, rate_slope
 from dlcm_lightning.training.stopwatch import Stopwatch
 from dlcm_lightning.training.validation import validate
 from tests import reference as oracle
@@ -314,7 +315,7 @@ def test_ranks_speak_once_an_optimizer_step(run_config: Config, monkeypatch: pyt
         spoken.append(len(tensor))
         return tensor.clone()
 
-    monkeypatch.setattr("dlcm_lightning.training.objective.all_reduce_sum", counted)
+    monkeypatch.setattr("dlcm_lightning.training.metrics.sums.all_reduce_sum", counted)
     monkeypatch.setattr("dlcm_lightning.training.module.all_reduce_sum", counted)
     loader = TrainLoader(Reader(config.data, config.seed, config.model.vocab_size), config, 0, False, Stopwatch())
     batches = iter(loader)
