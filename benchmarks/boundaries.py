@@ -90,7 +90,7 @@ def page(results: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "the log-odds of p by a controlled bias, `both` does both. Columns three and four are tokens per concept in",
         "training, over the last third of the steps, of drawn boundaries and of those by the calibrated threshold,",
         "with their distance from the target; sd of F is over the same steps. All other columns are of the validation",
-        "behind the last step; domains show R drawn / calibrated; bits per byte are of texts cut by the calibrated",
+        "after the last step; domains show R drawn / calibrated; bits per byte are of texts cut by the calibrated",
         "threshold, at one half, and drawn as in training.", "",
         "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
         *[row(result, domains) for result in results], "",

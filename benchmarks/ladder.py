@@ -45,7 +45,7 @@ def train() -> dict[str, Any]:
 
 
 def last_rows() -> list[dict[str, Any]]:
-    """Of each run: its last loss while the rate was held, and that behind the decay."""
+    """Of each run: its last loss while the rate was held, and that after the decay."""
     found = []
     for run, rows in pd.read_csv(TABLE).groupby("run", sort=False):
         stable, decayed = (rows[rows["phase"] == phase].sort_values("tokens") for phase in ("stable", "decayed"))
@@ -78,7 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     trained = json.loads(SUMMARY.read_text())["about"]["trained"] if arguments.fit_only else train()
     with tempfile.TemporaryDirectory() as folder:
-        fitted = fit_table(TABLE, Path(folder), report=print)
+        fitted = fit_table(TABLE, Path(folder), log=print)
         for file in fitted.files:
             if file.suffix == ".png":
                 shutil.copyfile(file, IMAGES / f"ladder-{file.name}")

@@ -2,7 +2,7 @@
 
 The model runs on the `meta` device, which has shapes and no numbers, and every operation that reaches a kernel is
 counted: one launch, what it reads and what it writes. Of a compiled kernel are counted its arguments and results, which
-is what it is compiled for. Counted is one micro-batch behind another one (so that gradients are added to gradients),
+is what it is compiled for. Counted is one micro-batch after another one (so that gradients are added to gradients),
 with M concepts on target; the optimizer's step is counted once and shared by the micro-batches of a step.
 
 From bytes and FLOPs follows the time that they take at the rates of a GPU, printed with it, and the MFU that this

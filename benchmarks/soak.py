@@ -168,7 +168,7 @@ def soak(root: Path, tokens: int, seed: int) -> tuple[Account, int, int, float]:
                        sources=[SourceConfig(name, name, weight) for name, weight in WEIGHTS.items()])
     dice = random.Random(seed)
     account = Account()
-    reader = Reader(local, seed, VOCABULARY, verify_all=False, report=lambda _: None)
+    reader = Reader(local, seed, VOCABULARY, verify_all=False, log=lambda _: None)
     steps = -(-tokens // (ROW * ROWS))
     bad = bad_rows(reader, broken)
     drawn = reader.mixture.draw(np.arange(steps * ROWS))
@@ -181,7 +181,7 @@ def soak(root: Path, tokens: int, seed: int) -> tuple[Account, int, int, float]:
             attempt = min(steps - step, dice.randint(1, 120))
             world, workers = dice.choice((1, 2, 3, 4, 8)), dice.choice((0, 0, 1, 2))
             place = str(root) if dice.random() < 0.5 else f"unreliable:/{root}"
-            reader = Reader(replace(local, root=place), seed, VOCABULARY, verify_all=False, report=lambda _: None)
+            reader = Reader(replace(local, root=place), seed, VOCABULARY, verify_all=False, log=lambda _: None)
             for rank in range(world):
                 per_step = micro_batches_per_step(ROWS, local.micro_batch_size, world)
                 coming = TrainingBatches(reader, rank, world, step, step + attempt, workers)

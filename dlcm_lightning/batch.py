@@ -56,7 +56,7 @@ class Batch:
     """One micro-batch of one rank."""
 
     stream: Tensor
-    """(B, sequence_length + 1) uint16 or uint32: the rows as they are stored, each with the token behind it."""
+    """(B, sequence_length + 1) uint16 or uint32: the rows as they are stored, each with the token after it."""
     ends: Tensor
     """(S,) int64: tokens whose successor belongs to another document."""
     documents: Segments
@@ -70,7 +70,7 @@ class Batch:
     step: StepCounts
     """Of the optimizer step it belongs to."""
     following: StepCounts = StepCounts()
-    """Of the step behind that one, so that ranks can tell each other while they speak anyway; empty behind the last."""
+    """Of the step after that one, so that ranks can tell each other while they speak anyway; empty after the last."""
 
     @property
     def sequence_length(self) -> int:

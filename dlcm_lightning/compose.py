@@ -59,7 +59,7 @@ class Written:
         """An item of a mapping or a list."""
         try:
             text = self.texts[key] if isinstance(self.texts, dict | list) else None
-        except (KeyError, IndexError):  # behind an anchor, say
+        except (KeyError, IndexError):  # after an anchor, say
             text = None
         return Written(self.values[key], text)
 

@@ -1,7 +1,7 @@
 """`dlcm estimate --dry-run`: everything a run does, once, on whatever machine is at hand.
 
 The model of the configuration is made without memory, to count what it really has. Then the same configuration at debug
-width runs two real steps with validation, saves after each, is put back behind the first, loads that, and must make the
+width runs two real steps with validation, saves after each, is put back after the first, loads that, and must make the
 second step again bit for bit; its end is exported and loaded. Strategy, boundary form, schedule, mixture and all else
 are the run's own. So are the rows, where its shards are at hand; else some text of Python's own library stands in for
 every source.

@@ -108,7 +108,7 @@ def matrix_parameters(config: ModelConfig) -> MatrixParameters:
 
 
 def norm_parameters(config: ModelConfig) -> int:
-    """Gains of all RMSNorms: two a layer, one behind backbone and decoder, four around the cross-attention."""
+    """Gains of all RMSNorms: two a layer, one after backbone and decoder, four around the cross-attention."""
     d, e = config.d_token, config.d_concept
     decoder = (2 * config.decoder_layers + 1) * d
     if config.kind == "dense":

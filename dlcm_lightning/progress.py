@@ -1,12 +1,17 @@
-"""Progress bars: a bar on a terminal; in a log, a plain line every quarter of a minute."""
+"""What a command says while it works: lines, and progress bars (on a terminal a bar, in a log a plain line every
+quarter of a minute).
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+Log = Callable[[str], None]
+"""Where lines for people go, such as print."""
 
 SECONDS_ON_TERMINAL, SECONDS_BETWEEN_LINES = 0.5, 15.0
 DELAY_SECONDS = 5.0

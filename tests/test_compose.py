@@ -57,7 +57,7 @@ def test_header_of_a_run_gives_its_command_and_its_hardware(file: Path) -> None:
     header = [line for line in file.read_text().splitlines() if line.startswith("#")]
     command = next(line for line in header if line.startswith(("# make pretrain", "# sbatch ")))
     if template := re.search(r"slurm/\w+\.sh", command):
-        series = re.sub(r"_\d+m$", "_", file.stem)  # the ladder's template puts a size behind
+        series = re.sub(r"_\d+m$", "_", file.stem)  # the ladder's template puts a size after
         assert f"configs/run/{series}" in (ROOT / template[0]).read_text()
     if given := re.search(r"CONFIG=(\S+)", command):
         assert given[1] == f"configs/run/{file.name}"

@@ -12,8 +12,8 @@ from dlcm_lightning import dry_run
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.errors import CheckpointError
+from dlcm_lightning.progress import Log
 from dlcm_lightning.training.report import Report
-from dlcm_lightning.training.run import Say
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -40,11 +40,11 @@ def test_what_is_kept_of_a_configuration_is_all_but_its_size(run_config: Config,
 def test_a_step_that_comes_out_otherwise_is_noticed(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     real, attempts = dry_run.pretrain, iter((1, 2))
 
-    def forgetful(config: Config, report: Say) -> Report:
+    def forgetful(config: Config, log: Log) -> Report:
         if next(attempts) == 2:  # as if the first step had not been saved
             shutil.rmtree(Path(config.train.output_dir) / config.name)
             config = replace(config, seed=4)
-        return real(config, report)
+        return real(config, log)
 
     monkeypatch.setattr(dry_run, "pretrain", forgetful)
     with pytest.raises(CheckpointError, match="tensors differ"):

@@ -67,7 +67,7 @@ class Manifest:
     """manifest.json."""
 
     step: int
-    """Optimizer steps behind it."""
+    """Optimizer steps after it."""
     tokens: int
     """Consumed up to it, over all ranks."""
     strategy: str
@@ -195,7 +195,7 @@ def sweep(run: Path, keep_last: int, keep_every_tokens: int = 0) -> None:
 
 
 def milestones(kept: Iterable[Path], every_tokens: int) -> set[Path]:
-    """The first checkpoint at or behind every multiple of so many tokens, and whatever cannot be asked for them."""
+    """The first checkpoint at or after every multiple of so many tokens, and whatever cannot be asked for them."""
     found: dict[int, Path] = {}
     unknown = set()
     for folder in kept if every_tokens else ():

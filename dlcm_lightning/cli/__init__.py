@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not ("overrides" in arguments and all("=" in one and not one.startswith("-") for one in rest)):
         parser().parse_args(argv)  # says which arguments nobody knows
     elif rest:
-        arguments.overrides += rest  # field=value behind an option
+        arguments.overrides += rest  # field=value after an option
     if "run_file" in arguments:
         if is_override(arguments.config) or (arguments.run_file and arguments.config != QUICKSTART):
             arguments.overrides.insert(0, arguments.config)  # it only stands in the place of a run file

@@ -1,4 +1,4 @@
-"""What can be written behind `dlcm`: sub-commands, options, what they mean."""
+"""What can be written after `dlcm`: sub-commands, options, what they mean."""
 
 from __future__ import annotations
 

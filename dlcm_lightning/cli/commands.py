@@ -16,7 +16,7 @@ from typing import Any
 
 from dlcm_lightning.cluster.attempts import recorded
 from dlcm_lightning.cluster.signals import print_stacks_when_asked
-from dlcm_lightning.cluster.world import place
+from dlcm_lightning.cluster.world import configure_world
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.errors import DataError
 
@@ -45,7 +45,7 @@ def load_config(run_file: str, overrides: list[str]) -> Config:
 def pretrain(arguments: argparse.Namespace) -> None:
     print_stacks_when_asked()
     with recorded():
-        config, _ = place(load_config(arguments.config, arguments.overrides))  # refused before torch is loaded
+        config, _ = configure_world(load_config(arguments.config, arguments.overrides))  # before torch is loaded
         load("training.user_classes", "check_installed")(config)
         load("training.run", "pretrain")(config)
 
@@ -62,14 +62,16 @@ def submit(arguments: argparse.Namespace) -> None:
 
 def doctor(arguments: argparse.Namespace) -> None:
     if arguments.in_job:
-        say_all(load("training.preflight", "answer_in_job")(arguments.config).lines())
-    elif not load("training.preflight", "examine")(place(load_config(arguments.config, arguments.overrides))[0], say):
-        raise SystemExit(1)
+        log_all(load("training.preflight", "answer_in_job")(arguments.config).lines())
+    else:
+        config, _ = configure_world(load_config(arguments.config, arguments.overrides))
+        if not load("training.preflight", "examine")(config, log):
+            raise SystemExit(1)
 
 
 def configs(arguments: argparse.Namespace) -> None:
     if arguments.name is None:
-        say_all(load("shipped", "run_files")())
+        log_all(load("shipped", "run_files")())
         return
     to = Path(arguments.out or f"{arguments.name}.yaml")
     load("shipped", "copy_run_file")(arguments.name, to)
@@ -78,7 +80,7 @@ def configs(arguments: argparse.Namespace) -> None:
 
 def slurm_init(arguments: argparse.Namespace) -> None:
     written = load("shipped", "write_slurm_templates")(Path(arguments.out))
-    say_all(str(one) for one in written)
+    log_all(str(one) for one in written)
     print("Say in site.sh what your cluster wants; then from that folder: bash slurm/dlcm_1t.sh RUN_FILE")
 
 
@@ -90,9 +92,9 @@ def estimate(arguments: argparse.Namespace) -> None:
     lines = load("scaling.estimate", "estimate")(
         config, hardware, arguments.document_tokens or config.data.sequence_length, arguments.config,
                                                  arguments.overrides)
-    say_all(lines)
+    log_all(lines)
     if arguments.dry_run:
-        say_all(load("dry_run", "dry_run")(config))
+        log_all(load("dry_run", "dry_run")(config))
 
 
 def verify_resume(arguments: argparse.Namespace) -> None:
@@ -118,7 +120,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
                               "such as train.precision=bf16")
         if arguments.run_folder is None:
             raise ConfigError("dlcm evaluate RUN: name the directory of a run, such as runs/quickstart")
-        load("training.evaluate", "evaluate")(Path(arguments.run_folder), arguments.step, arguments.overrides, say,
+        load("training.evaluate", "evaluate")(Path(arguments.run_folder), arguments.step, arguments.overrides, log,
                                               arguments.boundaries)
         return
     if arguments.overrides:
@@ -136,7 +138,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     load("evaluation.tasks.evaluate", "evaluate")(
         arguments.model or arguments.run_folder, question, step=arguments.step,
         data_dir=Path(arguments.data_dir) if arguments.data_dir else None,
-        out=Path(arguments.out) if arguments.out else None, samples=arguments.samples, report=say)
+        out=Path(arguments.out) if arguments.out else None, samples=arguments.samples, log=log)
 
 
 def ladder_fit(arguments: argparse.Namespace) -> None:
@@ -145,17 +147,17 @@ def ladder_fit(arguments: argparse.Namespace) -> None:
     load("scaling.law.fit_table", "fit_table")(
         Path(arguments.table), Path(arguments.out), seed=arguments.seed, starts=arguments.starts,
         bootstraps=arguments.bootstraps, late=arguments.late, skip=arguments.skip, offsets=arguments.offsets,
-        off_target=arguments.off_target, extrapolation=arguments.extrapolation, report=say)
+        off_target=arguments.off_target, extrapolation=arguments.extrapolation, log=log)
 
 
 def fetch_tasks(arguments: argparse.Namespace) -> None:
-    load("evaluation.tasks.fetch", "fetch_tasks")(Path(arguments.out), say)
+    load("evaluation.tasks.fetch", "fetch_tasks")(Path(arguments.out), log)
 
 
 def analyze(arguments: argparse.Namespace) -> None:
     load("evaluation.analysis.report", "analyze")(
         arguments.place, step=arguments.step, against=arguments.against, out=arguments.out, rows=arguments.rows,
-        documents=arguments.documents, overrides=arguments.overrides, report=say)
+        documents=arguments.documents, overrides=arguments.overrides, log=log)
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -177,16 +179,16 @@ def upcycle(arguments: argparse.Namespace) -> None:
     config = None if arguments.show else load_config(arguments.for_run, arguments.overrides)
     source = load("upcycling.open_source", "open_source")(arguments.source)
     if config is None:
-        say_all(load("upcycling.matching", "matching_section")(source))
+        log_all(load("upcycling.matching", "matching_section")(source))
         return
     folder = arguments.tokenizer
     spelling = load("upcycling.spelling", "spelling_of")(Path(folder)) if folder else None
     done = load("upcycling.upcycle", "upcycle")(source, config, arguments.out, spelling=spelling,
                                                 skip_layers=arguments.skip_layers, seed=arguments.seed)
-    say_all(done.report)
-    say(f"loss on the probe texts: {done.source_loss:.6f} nats a token of {source.origin}, {done.loss:.6f} of "
+    log_all(done.report)
+    log(f"loss on the probe texts: {done.source_loss:.6f} nats a token of {source.origin}, {done.loss:.6f} of "
          f"{arguments.out}")
-    say(shlex.join(["dlcm", "pretrain", arguments.for_run, *arguments.overrides, f"train.init_from={arguments.out}"]))
+    log(shlex.join(["dlcm", "pretrain", arguments.for_run, *arguments.overrides, f"train.init_from={arguments.out}"]))
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -235,8 +237,8 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def _say_built(built: Any, seconds: float | None = None) -> None:
     first, *others = load("data.preprocessing.account", "told")(built.account, seconds)
-    say(f"data: {built.folder} holds {first}")
-    say_all(f"data:   {line}" for line in others)
+    log(f"data: {built.folder} holds {first}")
+    log_all(f"data:   {line}" for line in others)
 
 
 def verify(arguments: argparse.Namespace) -> None:
@@ -244,27 +246,27 @@ def verify(arguments: argparse.Namespace) -> None:
     if "://" in place or Path(place).is_dir():
         if arguments.overrides:
             raise ConfigError(f"{arguments.overrides[0]}: overrides go with a run file, and {place} is a folder")
-        found = load("data.inspection.inventory", "verify_folder")(place, workers, say)
+        found = load("data.inspection.inventory", "verify_folder")(place, workers, log)
     else:
-        found = load("data.inspection.inventory", "verify_run")(load_config(place, arguments.overrides), workers, say)
+        found = load("data.inspection.inventory", "verify_run")(load_config(place, arguments.overrides), workers, log)
     what = f"{found.shards:,d} shards of {found.sources:,d} sources, {found.bytes:,d} bytes"
     if found.damaged:
         damages = f"{found.damaged:,d} damage{'s' * (found.damaged != 1)}"
         raise DataError(f"{damages} in {what}; each is named above with its remedy")
-    say(f"all whole: {what}")
+    log(f"all whole: {what}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    reader = load("data.inspection.overview", "open_run")(config, say)
-    say_all(load("data.inspection.overview", "overview")(config, reader))
-    say_all(load("data.inspection.overview", "documents")(reader, arguments.documents, arguments.characters))
+    reader = load("data.inspection.overview", "open_run")(config, log)
+    log_all(load("data.inspection.overview", "overview")(config, reader))
+    log_all(load("data.inspection.overview", "documents")(reader, arguments.documents, arguments.characters))
     reader.check_lasts(config.total_steps * config.data.global_batch_size)
 
 
 def audit(arguments: argparse.Namespace) -> None:
     open_audit = load("data.inspection.audit", "open_audit")
-    opened = open_audit(arguments.run_folder, arguments.overrides, arguments.at_step, say)
+    opened = open_audit(arguments.run_folder, arguments.overrides, arguments.at_step, log)
     identity, places = None, []
     if arguments.document:
         content = sys.stdin.buffer.read() if arguments.document == "-" else _content(arguments.document)
@@ -275,9 +277,9 @@ def audit(arguments: argparse.Namespace) -> None:
     elif arguments.number:
         places = [load("data.inspection.account", "find_number")(opened, arguments.number)]
     else:
-        say_all(load("data.inspection.account", "account")(opened))
+        log_all(load("data.inspection.account", "account")(opened))
         return
-    say_all(load("data.inspection.account", "story")(opened, identity, places))
+    log_all(load("data.inspection.account", "story")(opened, identity, places))
 
 
 def _content(file: str) -> bytes:
@@ -287,12 +289,12 @@ def _content(file: str) -> bytes:
         raise ConfigError(f"--document {file}: cannot be read ({error})") from error
 
 
-def say_all(lines: Iterable[str]) -> None:
+def log_all(lines: Iterable[str]) -> None:
     for line in lines:
-        say(line)
+        log(line)
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """A line to standard output, whatever its encoding lacks spelled out."""
     encoding = sys.stdout.encoding or "utf-8"
     try:

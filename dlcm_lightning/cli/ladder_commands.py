@@ -1,11 +1,11 @@
-"""`dlcm ladder run` and `dlcm ladder transfer`: what can be written behind them, and what they do."""
+"""`dlcm ladder run` and `dlcm ladder transfer`: what can be written after them, and what they do."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from dlcm_lightning.cli.commands import load, need, say, say_all
+from dlcm_lightning.cli.commands import load, log, log_all, need
 from dlcm_lightning.cli.types import part, path
 from dlcm_lightning.config import ConfigError
 
@@ -52,15 +52,15 @@ def ladder_run(arguments: argparse.Namespace) -> None:
     runs = load("scaling.ladder.plan", "grid")(study)
     part = load("scaling.ladder.study_run", "this_part")(arguments.task)
     mine = load("scaling.ladder.study_run", "chosen")(runs, arguments.only, part)
-    say_all(f"note: {line}" for line in load("scaling.ladder.study_run", "notes_of")(runs))
+    log_all(f"note: {line}" for line in load("scaling.ladder.study_run", "notes_of")(runs))
     if arguments.list:
-        say_all(load("scaling.ladder.study_run", "overview")(study, mine))
+        log_all(load("scaling.ladder.study_run", "overview")(study, mine))
     elif arguments.write:
-        load("scaling.ladder.study_run", "write_for_slurm")(study, mine, say)
+        load("scaling.ladder.study_run", "write_for_slurm")(study, mine, log)
     elif arguments.table_only:
-        file, rows = load("scaling.ladder.study_run", "Table")(study, runs, write_table, say).collect()
-        say(f"{file} has {rows} rows" if rows else "no run is finished: there is no table")
-    elif not load("scaling.ladder.study_run", "run_study")(study, runs, mine, write_table, say):
+        file, rows = load("scaling.ladder.study_run", "Table")(study, runs, write_table, log).collect()
+        log(f"{file} has {rows} rows" if rows else "no run is finished: there is no table")
+    elif not load("scaling.ladder.study_run", "run_study")(study, runs, mine, write_table, log):
         raise SystemExit(1)
 
 
@@ -72,6 +72,6 @@ def ladder_transfer(arguments: argparse.Namespace) -> None:
     need("matplotlib", "dlcm ladder transfer", "scaling")
     part = load("scaling.ladder.study_run", "this_part")(arguments.task)
     if arguments.list:
-        say_all(load("scaling.ladder.transfer", "overview")(study, part))
-    elif not load("scaling.ladder.transfer", "run_transfer")(study, part, say, train=not arguments.report_only):
+        log_all(load("scaling.ladder.transfer", "overview")(study, part))
+    elif not load("scaling.ladder.transfer", "run_transfer")(study, part, log, train=not arguments.report_only):
         raise SystemExit(1)

@@ -1,4 +1,4 @@
-"""`dlcm plan`: what can be written behind it, and what it does."""
+"""`dlcm plan`: what can be written after it, and what it does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from dlcm_lightning.cli.commands import load, load_config, say, say_all
+from dlcm_lightning.cli.commands import load, load_config, log, log_all
 from dlcm_lightning.cli.types import path, real, whole
 from dlcm_lightning.config import ConfigError
 from dlcm_lightning.config.checks import LARGEST_COUNT
@@ -60,9 +60,9 @@ def plan(arguments: argparse.Namespace) -> None:
     if out is not None:
         like_file = load("shipped", "find")(like_name, "configs/run")
         load("scaling.plan.run_file", "write_run_file")(found, like_file, _command(arguments), out)
-    say_all(load("scaling.plan.report", "report")(found))
+    log_all(load("scaling.plan.report", "report")(found))
     shape = f"--nodes {found.hardware.nodes} --gpus-per-node {found.hardware.gpus_per_node}"
-    say("\n--out FILE.yaml writes it as a run file" if out is None else
+    log("\n--out FILE.yaml writes it as a run file" if out is None else
          f"\n{out} is a run file; dlcm estimate {out} {shape} --dry-run, then dlcm pretrain {out}")
 
 

@@ -1,4 +1,4 @@
-"""`dlcm mup check`, `dlcm anneal` and `dlcm merge`: what can be written behind them, and what they do."""
+"""`dlcm mup check`, `dlcm anneal` and `dlcm merge`: what can be written after them, and what they do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dlcm_lightning.cli.commands import load, load_config, need, say
+from dlcm_lightning.cli.commands import load, load_config, log, need
 from dlcm_lightning.cli.types import add_run_file, path, whole
 from dlcm_lightning.cluster.signals import print_stacks_when_asked
 from dlcm_lightning.config import ConfigError
@@ -61,7 +61,7 @@ def check_mup(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     given = {name: value for name in ("steps", "least_width") if (value := getattr(arguments, name)) is not None}
     out = Path(arguments.out or Path("mup-check") / config.name)
-    if not load("training.mup_check.check", "check_mup")(config, out, say, axes=arguments.axes, **given):
+    if not load("training.mup_check.check", "check_mup")(config, out, log, axes=arguments.axes, **given):
         raise SystemExit(1)
 
 
@@ -72,10 +72,10 @@ def anneal(arguments: argparse.Namespace) -> None:
         run, arguments.at, arguments.over, arguments.name, arguments.overrides)
     if arguments.only_make or load("cluster.world", "world_of")(config.train).rank == 0:
         into = load("training.anneal", "branch")(run, config, step)
-        say(f"{into} branches off {run} at {step * config.data.tokens_per_step:,} tokens, and decays to "
+        log(f"{into} branches off {run} at {step * config.data.tokens_per_step:,} tokens, and decays to "
              f"{config.optim.total_tokens:,}")
         if arguments.only_make:
-            say(f"dlcm pretrain {into}/config.yaml")
+            log(f"dlcm pretrain {into}/config.yaml")
     if not arguments.only_make:
         load("training.run", "pretrain")(config)
 
@@ -87,5 +87,5 @@ def merge(arguments: argparse.Namespace) -> None:
         Path(arguments.run_folder), Path(arguments.out), last=arguments.last, steps=arguments.steps,
         dtype=arguments.dtype)
     steps = ", ".join(map(str, merged.merged))
-    say(f"{arguments.out} holds the mean of the checkpoints of steps {steps}; loss on the probe text "
+    log(f"{arguments.out} holds the mean of the checkpoints of steps {steps}; loss on the probe text "
          f"{merged.fingerprint.loss:.4f}")

@@ -1,4 +1,4 @@
-"""Types of what is written behind `dlcm`: each takes a word, and says what to write instead where it cannot be."""
+"""Types of what is written after `dlcm`: each takes a word, and says what to write instead where it cannot be."""
 
 from __future__ import annotations
 

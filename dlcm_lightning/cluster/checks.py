@@ -60,7 +60,7 @@ class CheckResult:
     """Of an all-reduce within the node."""
 
     def lines(self) -> list[str]:
-        """One a finding and one behind them: srun breaks lines of more than a kilobyte and mixes them."""
+        """One a finding and one after them: srun breaks lines of more than a kilobyte and mixes them."""
         where = {"rank": self.rank, "node": self.node}
         found = [where | {"finding": {name: value[:LONGEST_WORDS] if isinstance(value, str) else value
                                       for name, value in asdict(finding).items()}} for finding in self.findings]
@@ -85,7 +85,7 @@ def answers_in(text: bytes) -> list[CheckResult]:
 
 
 @dataclass
-class Verdict:
+class CheckSummary:
     """What the answers of all ranks come to."""
 
     rows: list[tuple[str, Finding]] = field(default_factory=list)
@@ -105,9 +105,9 @@ class Verdict:
 
 
 def judge(answers: Iterable[CheckResult], nodes: Sequence[str], tasks: int, slowest_share: float,
-          ended: Mapping[str, str] = MappingProxyType({})) -> Verdict:
+          ended: Mapping[str, str] = MappingProxyType({})) -> CheckSummary:
     """answers: those that came. tasks: of every node. ended: nodes whose tasks ended by themselves without one."""
-    verdict = Verdict()
+    summary = CheckSummary()
     of_node: dict[str, list[CheckResult]] = {node: [] for node in nodes}
     for answer in answers:
         of_node.setdefault(answer.node, []).append(answer)
@@ -117,27 +117,27 @@ def judge(answers: Iterable[CheckResult], nodes: Sequence[str], tasks: int, slow
             for finding in answer.findings:
                 if finding not in seen:
                     seen.add(finding)
-                    verdict.rows.append((node, finding))
+                    summary.rows.append((node, finding))
         if node in ended and len(found) < tasks:
-            verdict.rows.append((node, Finding("start", False, ended[node], LOOK)))
+            summary.rows.append((node, Finding("start", False, ended[node], LOOK)))
         elif len(found) < tasks:
             said = f"{tasks - len(found)} of {tasks} ranks did not answer"
-            verdict.rows.append((node, Finding("answer", False, said, LOOK)))
-    verdict.rows += _speeds(of_node, slowest_share)
-    failed = [(node, finding) for node, finding in verdict.rows if not finding.good]
+            summary.rows.append((node, Finding("answer", False, said, LOOK)))
+    summary.rows += _speeds(of_node, slowest_share)
+    failed = [(node, finding) for node, finding in summary.rows if not finding.good]
     if of_run := [finding for _, finding in failed if finding.of_run]:
-        verdict.mistakes = of_run
-        return verdict
+        summary.mistakes = of_run
+        return summary
     causes = [one for one in failed if one[1].what not in FOLLOWS]
     silent = [one for one in failed if one[1].what == "answer"]
     blamed: dict[str, Finding] = {}
     for node, finding in causes or silent or failed:
         blamed.setdefault(node, finding)
     if _are_bad(blamed, nodes):
-        verdict.bad_nodes = {node: f"{finding.what}: {finding.said}" for node, finding in blamed.items()}
+        summary.bad_nodes = {node: f"{finding.what}: {finding.said}" for node, finding in blamed.items()}
     else:
-        verdict.mistakes = list(blamed.values())
-    return verdict
+        summary.mistakes = list(blamed.values())
+    return summary
 
 
 def _are_bad(blamed: Mapping[str, Finding], nodes: Sequence[str]) -> bool:

@@ -38,7 +38,7 @@ from dlcm_lightning.cluster.attempts import (
     load_attempts,
     save_attempts,
 )
-from dlcm_lightning.cluster.checks import CheckResult, Finding, Verdict, answers_in, judge
+from dlcm_lightning.cluster.checks import CheckResult, CheckSummary, Finding, answers_in, judge
 from dlcm_lightning.cluster.excluded_nodes import EXCLUDED, record_exclusions, to_leave_out
 from dlcm_lightning.cluster.heartbeat import HEARTBEATS, HangDetector, RankStatus
 from dlcm_lightning.cluster.requeue import Decision, decide_requeue
@@ -103,7 +103,7 @@ class Supervisor:
         self.steps = Srun(self.run, self.folder, self.attempt_folder, len(self.attempts), self.nodes, self.tasks)
         self.attempt = Attempt(job=self.id, began=_now(), nodes=self.nodes, from_step=newest_step(self.run))
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         print(f"[{_now()} attempt {len(self.attempts) - 1}] {line}", flush=True)
 
     def supervise(self) -> int:
@@ -125,7 +125,7 @@ class Supervisor:
         (self.run / LOGS).mkdir(exist_ok=True)
         self._save()
         describe_attempt(self.attempt_folder, self.nodes)
-        self.say(f"job {self.id} on {', '.join(self.nodes)}, {self.tasks} ranks each: {self.run} from step "
+        self.log(f"job {self.id} on {', '.join(self.nodes)}, {self.tasks} ranks each: {self.run} from step "
                  f"{self.attempt.from_step} of {self.config.total_steps}; tail -f {self.run / LOGS}/rank-00000.log")
         if (self.run / STOP).exists():
             return self._close("stopped", f"{self.run / STOP} is there")
@@ -134,17 +134,17 @@ class Supervisor:
             self.attempt = replace(self.attempts[-1], from_step=self.attempt.from_step)
             return self._end(decide_requeue(self.attempt, False, True, before,
                                             self.config.job.max_restarts_without_progress))
-        verdict, evidence = self._check_twice()
-        if verdict.bad_nodes or verdict.mistakes:
+        summary, evidence = self._check_twice()
+        if summary.bad_nodes or summary.mistakes:
             info = self._info()
             if info is not None and info.taken:  # ranks that were ended while they were asked have not answered
                 return self._close("taken", f"SLURM took the job before the first step ({info.state})")
-        if verdict.bad_nodes:
-            named = "; ".join(f"{node}: {why}" for node, why in verdict.bad_nodes.items())
+        if summary.bad_nodes:
+            named = "; ".join(f"{node}: {why}" for node, why in summary.bad_nodes.items())
             self._record(lambda: record_exclusions(self.folder, evidence, time.time()))
             return self._close("unfit", f"bad nodes: {named}")
-        if verdict.mistakes:
-            first = verdict.mistakes[0]
+        if summary.mistakes:
+            first = summary.mistakes[0]
             # What once went well may go well again.
             how: How = "refused" if first.certain and self.attempt.from_step == 0 else "crashed"
             return self._close(how, f"{first.what}: {first.said}. {first.remedy}")
@@ -152,25 +152,25 @@ class Supervisor:
 
     # One attempt
 
-    def _check_twice(self) -> tuple[Verdict, dict[str, list[str]]]:
+    def _check_twice(self) -> tuple[CheckSummary, dict[str, list[str]]]:
         """What the ranks say of their nodes before the first step. Nobody is left out for one look: a launch may fail
         once, and a node may be slow for a moment. Also the evidence against nodes that were bad in both."""
-        verdict = self._check()
-        if not verdict.bad_nodes or self._told_to_leave():
-            return verdict, {}
-        self.say(f"{', '.join(verdict.bad_nodes)}: looked at once more before anybody is left out")
+        summary = self._check()
+        if not summary.bad_nodes or self._told_to_leave():
+            return summary, {}
+        self.log(f"{', '.join(summary.bad_nodes)}: looked at once more before anybody is left out")
         again = self._check()
         if again.mistakes or not again.bad_nodes:
             return again, {}
-        both = {node: [verdict.bad_nodes[node], why] for node, why in again.bad_nodes.items()
-                if node in verdict.bad_nodes}
+        both = {node: [summary.bad_nodes[node], why] for node, why in again.bad_nodes.items()
+                if node in summary.bad_nodes}
         if not both:  # another one this time: whatever it is, it stays with no node
-            self.say(f"{', '.join(again.bad_nodes)} this time, and no longer {', '.join(verdict.bad_nodes)}")
-            return Verdict(again.rows, {}, [Finding("nodes", False, "another node was bad in each of two looks",
+            self.log(f"{', '.join(again.bad_nodes)} this time, and no longer {', '.join(summary.bad_nodes)}")
+            return CheckSummary(again.rows, {}, [Finding("nodes", False, "another node was bad in each of two looks",
                                                     "look at srun.txt of this attempt")]), {}
         return replace(again, bad_nodes={node: lines[-1] for node, lines in both.items()}), both
 
-    def _check(self) -> Verdict:
+    def _check(self) -> CheckSummary:
         """Asks every rank about its node."""
         (self.attempt_folder / TOKEN).write_text(secrets.token_hex(8))
         process = self.steps.start("doctor", ["--in-job"], 1, stdout=subprocess.PIPE)
@@ -191,18 +191,18 @@ class Supervisor:
         ended = {node: said for nodes, said in self.steps.complaints() for node in slurm.hosts(nodes)}
         self.steps.kill(process)
         answers = answers_in(text + (process.stdout.read() or b""))
-        verdict = judge(answers, self.nodes, self.tasks, self.config.job.slowest_share, ended)
-        for line in verdict.table():
-            self.say(line)
+        summary = judge(answers, self.nodes, self.tasks, self.config.job.slowest_share, ended)
+        for line in summary.table():
+            self.log(line)
         if not self._told_to_leave():
-            return verdict
-        return Verdict()
+            return summary
+        return CheckSummary()
 
     def _train(self) -> tuple[How, str]:
         """How the run left, and why."""
         if self._told_to_leave():
             return "taken", "told to leave before the first step"
-        listener = HangDetector(self.attempt_folder / HEARTBEATS, len(self.nodes) * self.tasks, self.config.job,
+        detector = HangDetector(self.attempt_folder / HEARTBEATS, len(self.nodes) * self.tasks, self.config.job,
                             time.monotonic())
         process = self.steps.start("pretrain", [], 0)
         pause = min(1.0, self.config.job.heartbeat_seconds)
@@ -215,9 +215,9 @@ class Supervisor:
             now = time.monotonic()
             if now - heard_at >= self.config.job.heartbeat_seconds:
                 heard_at = now
-                listener.listen(now)
-                if (blamed := listener.hung(now)) is not None:
-                    others = listener.as_far_as(blamed)
+                detector.listen(now)
+                if (blamed := detector.hung(now)) is not None:
+                    others = detector.as_far_as(blamed)
                     beside = f", as {others} others, none of them behind" if others else ""
                     return "hung", self._end_hanging(blamed, blamed.silence(now), beside, process)
         if (outcome := Outcome.load(self.attempt_folder)) is not None:
@@ -243,11 +243,11 @@ class Supervisor:
 
     def _pass_on(self, number: int) -> None:
         """The ranks read a file; SLURM may have told them too, or not yet."""
-        self.say(f"{signal.Signals(number).name}: the ranks save and leave")
+        self.log(f"{signal.Signals(number).name}: the ranks save and leave")
         try:
             (self.attempt_folder / NOTICE).touch()
         except OSError as error:
-            self.say(f"no notice can be left ({error}); the ranks are told by a signal")
+            self.log(f"no notice can be left ({error}); the ranks are told by a signal")
             self.steps.signal("USR1")
         if number == signal.SIGTERM:
             self._note_end("taken", "SLURM ended the job")
@@ -258,7 +258,7 @@ class Supervisor:
         """Stacks to the logs, then the end; names the one to blame."""
         reason = (f"rank {blamed.rank} on {blamed.node} has been in {blamed.phase} of step {blamed.step + 1} for "
                   f"{silence:.0f} s{beside}")
-        self.say(f"{reason}; the stacks of all ranks go to {self.run / LOGS}")
+        self.log(f"{reason}; the stacks of all ranks go to {self.run / LOGS}")
         self._note_end("hung", reason)
         for number in ("USR2", "CONT"):
             self.steps.signal(number)
@@ -273,7 +273,7 @@ class Supervisor:
         try:
             return slurm.JobInfo.of(self.id)
         except slurm.SlurmError as error:
-            self.say(str(error))
+            self.log(str(error))
             return None
 
     def _record(self, write: Callable[[], None]) -> None:
@@ -281,7 +281,7 @@ class Supervisor:
         try:
             write()
         except OSError as error:
-            self.say(f"{self.folder}: a record could not be written: {error}")
+            self.log(f"{self.folder}: a record could not be written: {error}")
 
     def _save(self) -> None:
         self._record(lambda: save_attempts(self.folder, self.attempts))
@@ -307,8 +307,8 @@ class Supervisor:
         self.attempt.ended = _now()
         self.attempt.decision = decision.why
         self.attempts[-1] = self.attempt
-        self.say(f"{self.attempt.how}: {self.attempt.reason}")
-        self.say(f"{decision.action}: {decision.why}; steps {self.attempt.from_step} to {self.attempt.to_step}, see "
+        self.log(f"{self.attempt.how}: {self.attempt.reason}")
+        self.log(f"{decision.action}: {decision.why}; steps {self.attempt.from_step} to {self.attempt.to_step}, see "
                  f"{self.folder / ATTEMPTS}")
         self._save()  # before anything is asked of SLURM, which may end this process at once
         return self._again() if decision.action == "again" else decision.code
@@ -317,10 +317,10 @@ class Supervisor:
         """Asks SLURM for another attempt."""
         info = self._info()
         if info is not None and not info.may_go_on:
-            self.say("SLURM has ended this job meanwhile, and decides")
+            self.log("SLURM has ended this job meanwhile, and decides")
             return 0
         if info is not None and not info.batch:
-            self.say("this allocation is not a batch job: the same command continues")
+            self.log("this allocation is not a batch job: the same command continues")
             return STOPPED
         before = slurm.left_out(info) if info is not None else []
         wanted = to_leave_out(self.folder, before, hours=self.config.job.exclude_hours)
@@ -329,15 +329,15 @@ class Supervisor:
         except slurm.SlurmError as error:
             now = self._info()
             if now is None or now.may_go_on:
-                self.say(f"not requeued ({error}); another job follows this one")
+                self.log(f"not requeued ({error}); another job follows this one")
                 return self._chain(wanted)
-            self.say(f"SLURM has ended this job, and decides ({error})")  # it was heard, or somebody was faster
+            self.log(f"SLURM has ended this job, and decides ({error})")  # it was heard, or somebody was faster
         if info is not None and set(wanted) != set(before):
             try:
                 slurm.exclude(self.id, wanted)
-                self.say(f"from now on without {', '.join(wanted) or 'no node'}; why: {self.folder / EXCLUDED}")
+                self.log(f"from now on without {', '.join(wanted) or 'no node'}; why: {self.folder / EXCLUDED}")
             except slurm.SlurmError as error:
-                self.say(f"the nodes to leave out could not be named: {', '.join(wanted) or 'none'} ({error})")
+                self.log(f"the nodes to leave out could not be named: {', '.join(wanted) or 'none'} ({error})")
         return 0
 
     def _chain(self, excluded: Sequence[str]) -> int:
@@ -350,11 +350,11 @@ class Supervisor:
                 options.append(f"--signal=B:USR1@{notice:.0f}")  # as it was, for SLURM does not show it
             following = slurm.chain(self.id, script, self.arguments, {NAME: self.folder.name}, options, excluded,
                                     os.getcwd())
-            self.say(f"job {following} follows")
+            self.log(f"job {following} follows")
             return 0
         except (OSError, slurm.SlurmError) as error:
             self.attempt.decision = f"no other attempt could be had: {error}; the same command continues"
-            self.say(self.attempt.decision)
+            self.log(self.attempt.decision)
             self._save()
             return STOPPED
 

@@ -108,7 +108,7 @@ def resolve_world(environment: Mapping[str, str] = os.environ) -> World:
     return replace(inner, address=_address(environment, inner), port=_port(environment, inner))
 
 
-def place(config: Config, environment: Mapping[str, str] = os.environ) -> tuple[Config, World]:
+def configure_world(config: Config, environment: Mapping[str, str] = os.environ) -> tuple[Config, World]:
     """The configuration with the numbers of nodes and devices that there are, and where this process stands among them.
     ConfigError: they are not those that were asked for."""
     world = world_of(config.train, environment)

@@ -34,7 +34,7 @@ class _Item:
     rows: Rows | None
     steps: int
     error: DataError | None = None
-    """Of the step behind these."""
+    """Of the step after these."""
 
 
 class _Items(torch.utils.data.Dataset[_Item]):

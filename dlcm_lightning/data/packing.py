@@ -27,10 +27,10 @@ class Rows:
     """The rows of one rank in consecutive optimizer steps: B rows of L tokens, S starts of documents in them."""
 
     stream: np.ndarray
-    """(B, L + 1) uint16 or uint32 as stored, the token behind the row included."""
+    """(B, L + 1) uint16 or uint32 as stored, the token after the row included."""
     starts: np.ndarray
     """(S,) int64: where documents begin, counted over the B x L tokens laid end to end. Row b contributes those in
-    (b L, (b + 1) L], so that of a document which begins right behind it is among them, and its own first token is
+    (b L, (b + 1) L], so that of a document which begins right after it is among them, and its own first token is
     not."""
     begins: np.ndarray
     """(B + 1,) int64: the starts of row b are starts[begins[b]:begins[b + 1]]."""

@@ -36,6 +36,7 @@ from dlcm_lightning.data.store import Chunks, store_at
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.data.verify import verify_shard
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.progress import Log
 
 VERIFY_BELOW_BYTES = 1024**3
 """Local corpora smaller than this are read in full and compared with their sha256 when opened (about 1 s per GiB)."""
@@ -78,7 +79,7 @@ class Reader:
     """All sources of a run, opened and checked. Can be pickled to loader processes."""
 
     def __init__(self, config: DataConfig, seed: int, vocab_size: int, *, verify_all: bool | None = None,
-                 report: Callable[[str], None] = print) -> None:
+                 log: Log = print) -> None:
         """vocab_size: of the model. verify_all: compare every shard's sha256 now; None: where the corpus is small.
 
         DataError: corpus or source missing, made with another tokenizer, damaged, too small, empty domain, ids
@@ -98,12 +99,12 @@ class Reader:
                             f"model.vocab_size = {vocab_size}; raise it to at least {tokenizer.vocab_size}")
         self.bos_id = tokenizer.bos_id
         self.token_bytes = tokenizer.token_bytes()
-        self.sources = self._present(report)
+        self.sources = self._present(log)
         self._train, self._validation = (
             [Source(self.store.below(source.name).below(split), tokenizer) for source in self.sources]
             for split in ("train", VALIDATION))
         self._check_manifests()
-        self._check_shards(verify_all, report)
+        self._check_shards(verify_all, log)
         self._check_sizes()
         self._domains = np.array([config.domains.index(source.domain) for source in self.sources])
         length = config.sequence_length
@@ -263,7 +264,7 @@ class Reader:
     def _validation_rows(self, stream: Source) -> int:
         return min(stream.rows(self.config.sequence_length), self.config.validation_rows)
 
-    def _present(self, report: Callable[[str], None]) -> list[SourceConfig]:
+    def _present(self, log: Log) -> list[SourceConfig]:
         """The configured sources with a weight; those that a sample corpus lacks are left out and reported."""
         later = {name for change in self.config.weight_changes for name, weight in change.weights.items() if weight}
         wanted = [source for source in self.config.sources if source.weight > 0 or source.name in later]
@@ -275,7 +276,7 @@ class Reader:
             raise DataError(f"{self.store.where()}: holds none of {', '.join(missing)}; remove the folder and run "
                             "again with a network, or correct data.sources")
         if missing:
-            report(f"data: the sample corpus lacks {', '.join(missing)}; their weight goes to the other sources "
+            log(f"data: the sample corpus lacks {', '.join(missing)}; their weight goes to the other sources "
                    f"in proportion. Remove {self.store.where()} and run again to fetch them.")
         return present
 
@@ -295,7 +296,7 @@ class Reader:
                             "a text that two of them hold may be trained on in one and validated on in the other; "
                             "build them again with one --validation-share")
 
-    def _check_shards(self, verify_all: bool | None, report: Callable[[str], None]) -> None:
+    def _check_shards(self, verify_all: bool | None, log: Log) -> None:
         """DataError, or a report where rows may be masked: a shard is not as its manifest states."""
         everything = [*self._train, *self._validation]
         size = sum(stream.manifest.shards.total("size") for stream in everything)
@@ -313,7 +314,7 @@ class Reader:
                 except DataError as error:
                     if self.config.unreadable == "stop":
                         raise
-                    report(f"data: {error}; rows that need it will be masked")
+                    log(f"data: {error}; rows that need it will be masked")
 
     def _check_sizes(self) -> None:
         length = self.config.sequence_length

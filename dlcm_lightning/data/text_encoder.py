@@ -103,7 +103,7 @@ class Encoder:
         return ids, np.cumsum(self.sizes[ids])
 
     def _cuts(self, content: bytes | bytearray, begin: int, ends: np.ndarray) -> Iterator[int]:
-        """Tokens of a window behind which the next one may begin: a character ends there too."""
+        """Tokens of a window after which the next one may begin: a character ends there too."""
         first = int(np.searchsorted(ends, WINDOW_BYTES - OVERLAP_BYTES))
         places = [cut for cut in range(first, max(0, first - 4096), -1)
                   if cut < len(ends) and content[begin + int(ends[cut])] & 0xC0 != 0x80]
@@ -111,7 +111,7 @@ class Encoder:
 
 
 def _agree(before: np.ndarray, after: np.ndarray, after_ends: np.ndarray) -> bool:
-    """Whether two windows cut the text in the same way behind the place where the second one begins."""
+    """Whether two windows cut the text in the same way after the place where the second one begins."""
     count = min(len(before), len(after))
     differing = np.flatnonzero(before[:count] != after[:count])
     same = int(differing[0]) if len(differing) else count

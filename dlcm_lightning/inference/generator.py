@@ -235,7 +235,7 @@ class Generator:
         return come
 
     def _prefill(self, come: list[_Sequence], first: int, state: DecodingState, sampling: Sampling) -> Tensor:
-        """(len(come), D): hidden states behind the prompts, in slots from `first` on; equal prompts run once."""
+        """(len(come), D): hidden states after the prompts, in slots from `first` on; equal prompts run once."""
         shared = sampling.boundaries == "thresholded"
         leaders: dict[tuple[int, ...], int] = {}
         of = [leaders.setdefault((*one.prompt_ids, -1 if shared else -2 - row), row) for row, one in enumerate(come)]

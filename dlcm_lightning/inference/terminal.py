@@ -163,7 +163,7 @@ def _ratio(done: Iterable[Completion]) -> str:
 
 
 def _streamed(generator: Generator, events: Iterable[Begun | Piece | Completion], screen: Screen) -> Completion:
-    """One text as it comes, behind its prompt."""
+    """One text as it comes, after its prompt."""
     for event in events:
         if isinstance(event, Completion):
             screen.close()

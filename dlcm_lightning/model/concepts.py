@@ -37,7 +37,7 @@ GATE_MARGIN = 1e-4
 class ClosedConcepts:
     """The concepts that close at new tokens: M' of them, in rows that close one. Counted on the host.
 
-    Every row's tokens are cut into *runs*, one behind each boundary and one of what stays open, which may be empty. The
+    Every row's tokens are cut into *runs*, one after each boundary and one of what stays open, which may be empty. The
     first run of a row belongs to the concept that was open before.
     """
 
@@ -129,7 +129,7 @@ def smooth(z: Tensor, gates: Tensor, documents: Segments) -> Tensor:
 
 
 def extend_smoothing(z: Tensor, gates: Tensor, new: Extension, state: Tensor) -> Tensor:
-    """`smooth` of new concepts z (M', E) behind the smoothed ones that state (S, E) holds, which is given the last."""
+    """`smooth` of new concepts z (M', E) after the smoothed ones that state (S, E) holds, which is given the last."""
     wide = torch.promote_types(z.dtype, gates.dtype)
     gate = torch.where(new.positions == 0, 1.0, gates.clamp(GATE_MARGIN, 1 - GATE_MARGIN)).to(wide)
     mixed = gate[:, None] * z.to(wide)

@@ -110,7 +110,7 @@ class Unembedding(UsesKernels, MupLinear):
 
 
 class LanguageModel(nn.Module, ABC):
-    """What DLCM and the dense baseline share: embedding in front, unembedding behind, hidden states between."""
+    """What DLCM and the dense baseline share: embedding in front, unembedding after, hidden states between."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, backend: str, recompute: str = "none"
                  ) -> None:
@@ -179,7 +179,7 @@ class LanguageModel(nn.Module, ABC):
                noise: Tensor | None = None) -> Extended:
         """`forward` of the next tokens of some sequences, with what the state remembers of those before; no gradients.
 
-        tokens (N,) int64: `counts[r]` of them, at least one, go on the sequence in slot `slots[r]`, row behind row.
+        tokens (N,) int64: `counts[r]` of them, at least one, go on the sequence in slot `slots[r]`, row after row.
         noise (N,) in [0, 1) samples the boundaries, None thresholds them. However a sequence is cut into calls, and
         whatever is in the other slots, each token's hidden state is that of one `forward` but for rounding.
         """

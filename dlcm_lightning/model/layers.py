@@ -188,7 +188,7 @@ class Stack(nn.Module):
         return self._closed(x, delta)
 
     def extend(self, x: Tensor, new: Extension, cache: list[KeyValues], backend: str) -> Tensor:
-        """The same of new positions (N, W) behind those in the caches, one a layer, which are given them."""
+        """The same of new positions (N, W) after those in the caches, one a layer, which are given them."""
         angles = rotation(new.positions, self.head_dim, self.rope_base, x.dtype)
         bias = None if new.fresh else causal_bias(new, torch.promote_types(x.dtype, torch.float32))
         delta: Tensor | None = None

@@ -27,7 +27,7 @@ class _MeanPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, owner: Tensor, closing: Tensor, lengths: Tensor) -> Tensor:
         ctx.save_for_backward(owner, lengths)
-        # Runs are consecutive but for tails, which count as zeros in front of the concept behind them.
+        # Runs are consecutive but for tails, which count as zeros in front of the concept after them.
         pooled = torch.where((owner >= 0)[:, None], x, 0.0)
         return (segment_sum(pooled, F.pad(closing + 1, (1, 0))) / lengths[:, None]).to(x.dtype)
 

@@ -10,7 +10,7 @@ phi(1) = 1 < phi(2) < ... inside one document, concept k
 - is *visible* from its closing token on, so that the newest concept at token t is j(t) = sum_{i<=t} b_i.
 
 Two different partitions of the same tokens, one shifted against the other; swapping them leaks the next token.
-Tokens behind the last boundary of a document are pooled by nobody: by a running count their index would point at
+Tokens after the last boundary of a document are pooled by nobody: by a running count their index would point at
 the first concept of the *next* document, hence `owner` below leaves them out explicitly.
 
 Axes: T tokens, N segments, M concepts.
@@ -124,7 +124,7 @@ def concepts_from_boundaries(decisions: Decisions | Tensor, documents: Segments)
     tokens, concepts = count.shape[0], int(decisions.concepts)
     closing = torch.searchsorted(count, torch.arange(1, concepts + 1, device=count.device))  # (M,)
     before = F.pad(count, (1, 0))[documents.cu_seqlens.long()]  # (N + 1,) concepts that lie before each document
-    # The first token of a document is a concept of its own; each further one begins behind the one before it.
+    # The first token of a document is a concept of its own; each further one begins after the one before it.
     lengths = closing.diff(prepend=closing.new_full((1,), -1)).index_fill_(0, before[:-1], 1)
     last_closing = closing[before[1:] - 1]  # (N,) the last boundary of every document
     pooled = torch.arange(tokens, device=count.device) <= last_closing[documents.ids(tokens)]  # (T,)

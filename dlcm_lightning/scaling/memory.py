@@ -4,7 +4,7 @@ The backward needs what the forward saves. A block of width W, with H heads and 
 feed-forward of I, computing in bf16, saves for each of its positions, in bytes:
 
     two norms         2 (4 W + 4)     their input in fp32 (2 W where they are compiled), and the root mean square
-    what they give    2 (2 W)         read by the products behind them
+    what they give    2 (2 W)         read by the products after them
     attention         2 (2 H + 2 K) d   turned queries and keys, values, the result
     feed-forward      2 (3 I)         gate and up, their product
 

@@ -33,7 +33,7 @@ DECIDED = ("optim.total_tokens", "optim.decay_fraction")
 
 
 def branch_config(run: Path, at: int, over: int, name: str, overrides: Sequence[str]) -> tuple[Config, int]:
-    """Of the branch, and the optimizer step that it begins behind. It is trained beside the run, on whatever processes
+    """Of the branch, and the optimizer step that it begins after. It is trained beside the run, on whatever processes
     there will be, unless overrides say otherwise.
 
     at, over: tokens; rounded up to whole steps. name: of the branch; empty: the run's with -anneal- and the tokens.

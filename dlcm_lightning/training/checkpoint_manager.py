@@ -39,6 +39,7 @@ from dlcm_lightning.compose import save_config
 from dlcm_lightning.errors import CheckpointError, DamagedCheckpoint
 from dlcm_lightning.model.mup import role_parameters
 from dlcm_lightning.ops.collectives import ControlGroup, broadcast
+from dlcm_lightning.progress import Log
 from dlcm_lightning.run_directory import CHECKPOINTS, folders, unfinished
 from dlcm_lightning.training.callback_state import callbacks_state, load_callbacks_state
 from dlcm_lightning.training.device import BY_NAME
@@ -131,7 +132,7 @@ class CheckpointManager:
             names += [CALLBACKS, CONFIG]
         written.update({name: describe_file(folder / name) for name in names})
 
-    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
+    def newest(self, log: Log) -> Checkpoint | None:
         """The newest undamaged checkpoint, None where there is none at all. Collective.
 
         Each damaged one that it passes over is named and set aside under another name. CheckpointError where all are
@@ -145,7 +146,7 @@ class CheckpointManager:
                 self.group.on_rank_zero(lambda: set_aside(damaged))
                 return checkpoint
             damaged.append(folder)
-            report(f"checkpoint {folder.name} is not used: {said}")
+            log(f"checkpoint {folder.name} is not used: {said}")
         if found:
             raise CheckpointError(f"all {len(found)} checkpoints in {self.run / CHECKPOINTS} are damaged; move the "
                                   "folder away to train from the beginning")

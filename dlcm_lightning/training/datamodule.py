@@ -10,7 +10,7 @@ The loaders are no `DataLoader`s, since Lightning would put its distributed samp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from dlcm_lightning.data.preprocessing.prepare import prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.ops.collectives import rank, world_size
+from dlcm_lightning.progress import Log
 from dlcm_lightning.training.contract import with_ranks
 from dlcm_lightning.training.stopwatch import Stopwatch
 
@@ -62,7 +63,7 @@ class TrainLoader:
         self.step = state["step"]
 
     def _read(self, coming: Iterator[Batch]) -> tuple[list[Batch], DataError | None]:
-        """The micro-batches of one optimizer step, or none and why. Each names the counts of the step behind it, hence
+        """The micro-batches of one optimizer step, or none and why. Each names the counts of the step after it, hence
         a step is read before the one in front of it is trained; what cannot be read is raised in its turn."""
         with self.stopwatch.waiting():
             try:
@@ -79,13 +80,13 @@ class PretrainData(LightningDataModule):
     """
 
     def __init__(self, config: Config | Mapping[str, Any], stopwatch: Stopwatch | None = None,
-                 report: Callable[[str], None] = print) -> None:
+                 log: Log = print) -> None:
         """config: a Config, or its plain form, as checkpoints hold it. stopwatch: told of waits for data.
         report: told in words of what takes long or is left out."""
         super().__init__()
         self.config = config if isinstance(config, Config) else config_from(config)
         self.save_hyperparameters({"config": asdict(self.config)}, logger=False)
-        self.stopwatch, self.report = stopwatch or Stopwatch(), report
+        self.stopwatch, self.print = stopwatch or Stopwatch(), log
         self.first_step = 0
         """Where training begins, set before the loader is asked for."""
         self._reader: Reader | None = None
@@ -104,7 +105,7 @@ class PretrainData(LightningDataModule):
     def prepare_data(self) -> None:
         """DataError, RunError: the sample corpus cannot be built."""
         if self.config.data.corpus == "sample" and self._reader is None:
-            prepare_sample_corpus(self.config.data, self.config.model.vocab_size, self.report)
+            prepare_sample_corpus(self.config.data, self.config.model.vocab_size, self.print)
 
     def setup(self, stage: str) -> None:
         """DataError: the shards are missing, damaged, of another tokenizer, or too few for the run. ConfigError: the
@@ -113,7 +114,7 @@ class PretrainData(LightningDataModule):
             self.config = with_ranks(self.trainer, self.config)
         if self._reader is None:
             config = self.config
-            reader = Reader(config.data, config.seed, config.model.vocab_size, report=self.report)
+            reader = Reader(config.data, config.seed, config.model.vocab_size, log=self.print)
             reader.check_lasts(config.total_steps * config.data.global_batch_size)
             self._reader = reader
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import CheckpointError, DataError
 from dlcm_lightning.model.boundary import Boundaries
 from dlcm_lightning.ops.attention import choose_backend
+from dlcm_lightning.progress import Log
 from dlcm_lightning.run_directory import TOKENIZER_FILE
 from dlcm_lightning.training.checkpoint_manager import check_fingerprint, load_weights
 from dlcm_lightning.training.device import choose_device, resolve_precision
@@ -44,7 +45,7 @@ MAY_BE_ASKED = ("data.", "train.precision", "model.attention")
 """Fields, or beginnings of them, that leave the model what it is."""
 
 
-def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Callable[[str], None],
+def evaluate(run: Path, step: int | None, overrides: Sequence[str], log: Log,
              boundaries: Boundaries = "thresholded") -> dict[str, Any]:
     """Metrics of all domains, and of each under "domains". boundaries: how the documents are cut, by the noise of the
     rows where they are sampled. ConfigError: an override of what the model is; other boundaries of a dense model.
@@ -58,8 +59,8 @@ def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Call
     where = choose_device()
     dtype, why = resolve_precision(config.train.precision, where)
     backend = choose_backend(config.model.attention, where, dtype)
-    report(f"{checkpoint.folder} in {dtype}".replace("torch.", "") + f" ({why}), attention {backend}")
-    reader = Reader(config.data, config.seed, config.model.vocab_size, report=report)
+    log(f"{checkpoint.folder} in {dtype}".replace("torch.", "") + f" ({why}), attention {backend}")
+    reader = Reader(config.data, config.seed, config.model.vocab_size, log=log)
     _check_tokenizer(run, reader)
     module = PretrainModule(config, dtype, backend, torch.from_numpy(reader.token_bytes))
     module.configure_model()
@@ -72,8 +73,8 @@ def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Call
     if boundary is not None and boundaries in ("calibrated", "half"):
         boundary = replace(boundary, threshold=boundaries)
     metrics = metrics_of(sums, config.data.domains, boundary)
-    counted = baselines_of(reader, report)
-    report(validation_table(metrics, counted))
+    counted = baselines_of(reader, log)
+    log(validation_table(metrics, counted))
     if boundaries != "thresholded":
         asked["boundaries"] = boundaries
     question = {"overrides": asked, "precision": str(dtype).removeprefix("torch."), "attention": backend,
@@ -81,7 +82,7 @@ def evaluate(run: Path, step: int | None, overrides: Sequence[str], report: Call
     content = {"step": checkpoint.step, "tokens": checkpoint.manifest.tokens, "question": question,
                "validation": metrics, "baselines": [asdict(one) for one in counted]}
     kept = _keep(run, checkpoint, question, content)
-    report(f"step {checkpoint.step}, {checkpoint.manifest.tokens:,} tokens; {kept}")
+    log(f"step {checkpoint.step}, {checkpoint.manifest.tokens:,} tokens; {kept}")
     return metrics
 
 

@@ -6,7 +6,7 @@ metrics of one kind, those of a domain under "domains". TensorBoard's axis is co
 every batch size; its tags are sorted into few groups, the loss first, since it shows groups by their names.
 
 Both end where the checkpoint ends that a run continues from: `begin` cuts a file back and has TensorBoard purge what
-lies behind, so that no point is written twice.
+lies after, so that no point is written twice.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class JsonLinesLogger(Logger):
         return ""
 
     def begin(self, step: int, total_steps: int) -> None:
-        """The run goes on behind optimizer step `step`: the lines behind it are dropped, the final validation's, which
+        """The run goes on after optimizer step `step`: the lines after it are dropped, the final validation's, which
         the end of the run writes, and a half-written last one."""
         if not self.file.exists():
             return
@@ -100,7 +100,7 @@ class JsonLinesLogger(Logger):
 
 
 def tag(full_name: str) -> str:
-    """Of a metric, in TensorBoard: GROUP/NAME, where the groups of a kind sort behind its own."""
+    """Of a metric, in TensorBoard: GROUP/NAME, where the groups of a kind sort after its own."""
     kind, _, rest = full_name.partition("/")
     if kind not in KINDS:
         return full_name
@@ -130,7 +130,7 @@ class RunTensorBoardLogger(TensorBoardLogger):
         return super().experiment if self._begun else None
 
     def begin(self, step: int) -> None:
-        """The run goes on behind optimizer step `step`; comes before anything is logged, on rank 0."""
+        """The run goes on after optimizer step `step`; comes before anything is logged, on rank 0."""
         if (older := self.run / "tensorboard").is_dir():  # where earlier versions kept them
             for file in older.iterdir():
                 file.rename(self.run / file.name)

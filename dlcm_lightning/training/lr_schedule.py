@@ -44,7 +44,7 @@ def same_rates_until(tokens: int, a: OptimConfig, b: OptimConfig) -> bool:
 
 
 def is_stable(tokens: int, config: OptimConfig) -> bool:
-    """Whether a warm-up-stable schedule has not begun to decay by then. One that never decays is stable behind its end
+    """Whether a warm-up-stable schedule has not begun to decay by then. One that never decays is stable after its end
     too, where its last step may lie."""
     return tokens <= config.stable_tokens or config.stable_tokens == config.total_tokens
 

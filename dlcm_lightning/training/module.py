@@ -117,7 +117,7 @@ class PretrainModule(LightningModule):
         self.step_sums: MetricSums | None = None
         """Sum over its micro-batches so far, of this rank; over all ranks from the last one's forward on."""
         self.next_counts: Tensor | None = None
-        """Of the step behind it, known from then on too."""
+        """Of the step after it, known from then on too."""
         self.last_step: MetricSums | None = None
         """The sums of the last whole optimizer step, over all ranks."""
         self.concept_lengths: Tensor | None = None
@@ -300,7 +300,7 @@ class PretrainModule(LightningModule):
         self.model.drop_low_copies()
 
     def on_train_epoch_end(self) -> None:
-        """An epoch is what is left of the run; there is no other behind it."""
+        """An epoch is what is left of the run; there is no other after it."""
         if self.trainer.global_step >= self.config.total_steps:
             self.trainer.should_stop = True
 

@@ -8,7 +8,7 @@ from typing import Any
 def at_optimizer_step(fit_loop: dict[str, Any], step: int, micro_batches: int) -> None:
     """Sets the state of a fit loop to the end of the last micro-batch of optimizer step `step`, whose hooks are run.
 
-    What lies behind it, micro-batches of a step under way, is trained again when the state is loaded: their gradients
+    What lies after it, micro-batches of a step under way, is trained again when the state is loaded: their gradients
     are in no checkpoint.
     """
     done = step * micro_batches

@@ -17,7 +17,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -30,12 +30,13 @@ from packaging.requirements import Requirement
 from dlcm_lightning.cluster.attempts import this_attempt
 from dlcm_lightning.cluster.checks import CheckResult, Finding, judge, room
 from dlcm_lightning.cluster.supervisor import TOKEN
-from dlcm_lightning.cluster.world import World, gpus_of_node, node_name, place
+from dlcm_lightning.cluster.world import World, configure_world, gpus_of_node, node_name
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.ops.device import DEVICE
+from dlcm_lightning.progress import Log
 from dlcm_lightning.training.device import (
     choose_device,
     describe_hardware,
@@ -53,7 +54,7 @@ DISTRIBUTION = "dlcm-lightning"
 MOST_SHOWN = 6
 
 
-def examine(config: Config, report: Callable[[str], None]) -> bool:
+def examine(config: Config, log: Log) -> bool:
     """By hand: this machine and this run; the table is reported. Whether everything is good."""
     findings, rate, node = [*of_run(config), of_device(config, World())], 0.0, node_name()
     if findings[-1].good:
@@ -61,7 +62,7 @@ def examine(config: Config, report: Callable[[str], None]) -> bool:
         rate = matrix_product_rate(resolve_precision(config.train.precision, where)[0], where, PRODUCT_SECONDS)
     verdict = judge([CheckResult(0, node, findings, rate)], [node], 1, config.job.slowest_share)
     for line in verdict.table():
-        report(line)
+        log(line)
     return not verdict.mistakes
 
 
@@ -75,7 +76,7 @@ def answer_in_job(config_file: str) -> CheckResult:
     if not findings[0].good:
         return answer
     try:
-        config, world = place(load_config(config_file))
+        config, world = configure_world(load_config(config_file))
     except ConfigError as error:
         findings.append(Finding("tasks", False, str(error)))
         return answer
@@ -143,7 +144,7 @@ def of_data(config: Config) -> Finding:
     """Manifests, tokenizer and length of the mixture; every byte is compared by `dlcm data verify`."""
     said: list[str] = []
     try:
-        reader = Reader(config.data, config.seed, config.model.vocab_size, verify_all=False, report=said.append)
+        reader = Reader(config.data, config.seed, config.model.vocab_size, verify_all=False, log=said.append)
         reader.check_lasts(config.total_steps * config.data.global_batch_size)
     except DataError as error:
         if config.data.corpus == "sample":

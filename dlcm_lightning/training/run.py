@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,11 +30,12 @@ from dlcm_lightning.cluster.attempts import NOTICE, this_attempt
 from dlcm_lightning.cluster.heartbeat import HEARTBEATS, HeartbeatWriter
 from dlcm_lightning.cluster.launch import OtherRanks
 from dlcm_lightning.cluster.signals import StopRequest
-from dlcm_lightning.cluster.world import World, place
+from dlcm_lightning.cluster.world import World, configure_world
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.errors import DamagedCheckpoint, RunError
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.ops.collectives import ControlGroup
+from dlcm_lightning.progress import Log
 from dlcm_lightning.run_directory import STOP, folders
 from dlcm_lightning.training.callbacks.boundaries import ShowBoundaries
 from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
@@ -67,7 +68,6 @@ from dlcm_lightning.training.strategies.choice import RunEnvironment, choose_str
 from dlcm_lightning.training.strategies.full_state import FullStateStrategy
 from dlcm_lightning.training.user_classes import build_all
 
-Say = Callable[[str], None]
 LOGGER: type[Any] = Logger  # an abstract class, which may be asked for none the less
 
 
@@ -117,7 +117,7 @@ class Extra:
     loggers: Sequence[Logger] = ()
 
 
-def pretrain(config: Config, report: Say = print, *, callbacks: Sequence[Callback] = (),
+def pretrain(config: Config, log: Log = print, *, callbacks: Sequence[Callback] = (),
              loggers: Sequence[Logger] = ()) -> Report:
     """Trains to `optim.total_tokens`, from the newest checkpoint where there is one, and validates.
 
@@ -128,30 +128,30 @@ def pretrain(config: Config, report: Say = print, *, callbacks: Sequence[Callbac
     Raises a UserError, whose message says what to do: ConfigError, DataError, CheckpointError, RunError, or Stopped
     when it was asked to leave and has saved itself.
     """
-    config, world = place(config)
+    config, world = configure_world(config)
     quiet_libraries()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
     # Would cost a write of every buffer; none is read unset. The attribute is dynamic, which types cannot see.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     run = Path(config.train.output_dir) / config.name
-    say = report if world.rank == 0 else _nothing
+    log = log if world.rank == 0 else _nothing
     attempt = this_attempt()
     files = [*([attempt / NOTICE] if attempt else []), run / STOP]
     with (OtherRanks(world), StopRequest(*files, speaks=world.rank == 0) as stop, RunLock(run) as lock,
-          _pulse(config, attempt, world.rank) as pulse):
+          _heartbeat(config, attempt, world.rank) as heartbeat):
         world, group = meet(world, config, needs_group(config.train))
         try:
             train = replace(config.train, devices=world.local_size or 1, nodes=world.nodes)
             extra = Extra([*build_all("train.callbacks", config.train.callbacks, Callback), *callbacks],
                           [*build_all("train.loggers", config.train.loggers, LOGGER), *loggers])
-            return _run(replace(config, train=train), run, world, group, lock, stop, pulse, say, extra)
+            return _run(replace(config, train=train), run, world, group, lock, stop, heartbeat, log, extra)
         finally:
             leave_group()
 
 
 def _run(config: Config, run: Path, world: World, group: ControlGroup, lock: RunLock, stop: StopRequest,
-         pulse: HeartbeatWriter,
-         say: Say, extra: Extra) -> Report:
+         heartbeat: HeartbeatWriter,
+         log: Log, extra: Extra) -> Report:
     """The run, when all its processes have met."""
     group.on_rank_zero(lock.acquire)
     where = group.on_all(lambda: choose_device(world))
@@ -168,12 +168,12 @@ def _run(config: Config, run: Path, world: World, group: ControlGroup, lock: Run
         check_same_run(newest, config, precision, backend)
     if (newest is not None and done is not None and newest.step == done.steps
             and newest.config.total_steps == config.total_steps):  # else it was made longer since
-        say(f"{run} is finished: {done.steps} of {config.total_steps} steps. For another run choose name=...")
-        say(summary(config, done))
+        log(f"{run} is finished: {done.steps} of {config.total_steps} steps. For another run choose name=...")
+        log(summary(config, done))
         return done
-    say(f"{describe_hardware(config.train, where)}; {precision}: {why}")
+    log(f"{describe_hardware(config.train, where)}; {precision}: {why}")
     try:
-        return _train(config, run, world, group, where, dtype, backend, newest is None, stop, pulse, say, extra)
+        return _train(config, run, world, group, where, dtype, backend, newest is None, stop, heartbeat, log, extra)
     except OSError as error:
         raise RunError(f"{run} could not be written: {error}. Free space or correct the permissions, then start the "
                        "run again: it continues from the newest checkpoint.") from error
@@ -194,11 +194,11 @@ def _check_devices(group: ControlGroup, where: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _pulse(config: Config, attempt: Path | None, rank: int) -> Iterator[HeartbeatWriter]:
-    """RankStatus by the job, where there is one."""
-    pulse = HeartbeatWriter(attempt / HEARTBEATS if attempt else None, rank, config.job.heartbeat_seconds)
-    yield pulse
-    pulse.end()
+def _heartbeat(config: Config, attempt: Path | None, rank: int) -> Iterator[HeartbeatWriter]:
+    """Read by the job, where there is one."""
+    heartbeat = HeartbeatWriter(attempt / HEARTBEATS if attempt else None, rank, config.job.heartbeat_seconds)
+    yield heartbeat
+    heartbeat.end()
 
 
 def _nothing(message: str) -> None:
@@ -228,31 +228,31 @@ def checkpoints_of(callbacks: Sequence[Callback]) -> Checkpoints:
 
 
 def _train(config: Config, run: Path, world: World, group: ControlGroup, where: torch.device, dtype: torch.dtype,
-           backend: str, begins: bool, stop: StopRequest, pulse: HeartbeatWriter, say: Say, extra: Extra) -> Report:
+           backend: str, begins: bool, stop: StopRequest, heartbeat: HeartbeatWriter, log: Log, extra: Extra) -> Report:
     precision = str(dtype).removeprefix("torch.")
-    stopwatch = Stopwatch(pulse)
-    data = PretrainData(config, stopwatch, say)
+    stopwatch = Stopwatch(heartbeat)
+    data = PretrainData(config, stopwatch, log)
     group.on_all(data.open)
-    say(f"attention {backend}, {config.train.strategy}")
+    log(f"attention {backend}, {config.train.strategy}")
     if config.model.kind == "dlcm" and config.model.boundary.learned:
-        say(f"rate loss with F of the {'previous' if config.uses_previous_rate else 'current'} step")
+        log(f"rate loss with F of the {'previous' if config.uses_previous_rate else 'current'} step")
 
     module = PretrainModule(config, dtype, backend)
     module.steps_go_to_loggers, module.begins = False, begins
     if begins and config.train.init_from:
-        say(f"begins with the weights of {config.train.init_from}")
+        log(f"begins with the weights of {config.train.init_from}")
     checkpoints = checkpoints_of(extra.callbacks)
     checkpoints.attach(stopwatch, stop)
     others = [one for one in extra.callbacks if one is not checkpoints]
     module.monitored = bool(others)
     metrics = Metrics(stopwatch)
-    conclude = FinalReport(run, data, metrics, partial(matrix_product_rate, dtype, where),
-                           config.train.ranks if where.type == "cuda" else 1, peak_flops(dtype, where), say)
-    opening = ResumeRun(run, Identity(data.reader.fingerprint, precision, backend), data, checkpoints, group, say)
+    final_report = FinalReport(run, data, metrics, partial(matrix_product_rate, dtype, where),
+                           config.train.ranks if where.type == "cuda" else 1, peak_flops(dtype, where), log)
+    resume = ResumeRun(run, Identity(data.reader.fingerprint, precision, backend), data, checkpoints, group, log)
     trainer = build_trainer(config, where, choose_strategy(config.train, where), world, [
-        Heartbeat(pulse), opening, metrics, Progress(metrics), Validate(stopwatch),
-        ShowBoundaries(data.reader, stopwatch), WatchUnreadable(run, say), *others, checkpoints, conclude,
+        Heartbeat(heartbeat), resume, metrics, Progress(metrics), Validate(stopwatch),
+        ShowBoundaries(data.reader, stopwatch), WatchUnreadable(run, log), *others, checkpoints, final_report,
     ], [JsonLinesLogger(run, config.data.tokens_per_step), RunTensorBoardLogger(run, config), *extra.loggers])
     trainer.fit(module, datamodule=data)
-    assert conclude.outcome is not None
-    return conclude.outcome
+    assert final_report.outcome is not None
+    return final_report.outcome

@@ -77,7 +77,7 @@ def _locked(file: IO[str]) -> bool:
 
 def _decided(config: Config, consumed: int, before: Config) -> Config:
     """As far as it says what was computed so far. Without the changes of weights that still lie ahead: they begin to
-    hold at a block behind their token count. With the schedule of the run before, where the rates so far are its own:
+    hold at a block after their token count. With the schedule of the run before, where the rates so far are its own:
     a run may be made longer or shorter, and its decay moved, until the decay begins."""
     reaches = consumed <= config.total_steps * config.data.tokens_per_step
     if reaches and same_rates_until(consumed, before.optim, config.optim):

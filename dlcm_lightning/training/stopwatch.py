@@ -17,8 +17,8 @@ class Stopwatch:
     What is not training (validation, checkpoints) runs inside `paused`; what is waiting for data inside `waiting`.
     """
 
-    def __init__(self, pulse: HeartbeatWriter | None = None) -> None:
-        self.pulse = pulse or HeartbeatWriter()
+    def __init__(self, heartbeat: HeartbeatWriter | None = None) -> None:
+        self.heartbeat = heartbeat or HeartbeatWriter()
         self._mark = time.perf_counter()
         self._waited = 0.0
         self.pauses: dict[Phase, float] = {}
@@ -50,7 +50,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def _in(self, phase: Phase) -> Iterator[None]:
-        before = self.pulse.phase
-        self.pulse.enter(phase)
+        before = self.heartbeat.phase
+        self.heartbeat.enter(phase)
         yield
-        self.pulse.enter(before)
+        self.heartbeat.enter(before)

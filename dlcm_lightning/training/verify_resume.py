@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.preprocessing.prepare import prepare_sample_corpus
 from dlcm_lightning.errors import STOPPED, RunError
-from dlcm_lightning.progress import progress_bar
+from dlcm_lightning.progress import Log, progress_bar
 from dlcm_lightning.run_directory import CHECKPOINTS, METRICS_FILE, UNFINISHED, folders
 from dlcm_lightning.scaling.memory import checkpoint_bytes
 from dlcm_lightning.training.callbacks.metrics import TIMED
@@ -113,7 +112,7 @@ def plan(kills: int, ranks: int, dice: random.Random) -> list[Disturbance]:
     return (kinds + more)[:kills]
 
 
-def verify_resume(config: Config, folder: Path, kills: int, seed: int, report: Callable[[str], None] = print,
+def verify_resume(config: Config, folder: Path, kills: int, seed: int, log: Log = print,
                   checkpoint_every: int = CHECKPOINT_EVERY) -> Verdict:
     """config: of any run; its length, and how often it logs, are set here. folder: of both, made anew.
     checkpoint_every: steps between checkpoints; fewer for a model whose checkpoints are large.
@@ -133,10 +132,10 @@ def verify_resume(config: Config, folder: Path, kills: int, seed: int, report: C
     if not (found := room(base, folder, runs=2)).good:
         raise RunError(f"{folder}: {found.said}; {found.remedy}")
     if config.data.corpus == "sample":
-        prepare_sample_corpus(config.data, config.model.vocab_size, report)
+        prepare_sample_corpus(config.data, config.model.vocab_size, log)
     verdict = Verdict(config.train.strategy, config.train.ranks, steps, base.micro_batches)
     straight, disturbed = (Attempt(replace(base, name=name), folder) for name in ("straight", "disturbed"))
-    report(f"straight through: {steps} steps")
+    log(f"straight through: {steps} steps")
     straight.finish()
     hit: Counter[str] = Counter()
     for disturbance in progress_bar(disturbances, desc="disturbed", unit="attempt"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dlcm_lightning.cluster.attempts import Attempt, How, Outcome, fruitless_in_a_row, load_attempts, save_attempts
-from dlcm_lightning.cluster.checks import CheckResult, Finding, Verdict, answers_in, judge, room
+from dlcm_lightning.cluster.checks import CheckResult, CheckSummary, Finding, answers_in, judge, room
 from dlcm_lightning.cluster.excluded_nodes import load_exclusions, record_exclusions, to_leave_out
 from dlcm_lightning.cluster.requeue import decide_requeue
 from dlcm_lightning.cluster.srun import complaints_in
@@ -75,9 +75,9 @@ def answers(**changed: list[CheckResult]) -> list[CheckResult]:
 
 
 def test_good_answers_leave_nothing_to_say() -> None:
-    verdict = judge(answers(), NODES, 2, 0.5)
-    assert not verdict.bad_nodes and not verdict.mistakes
-    assert all(finding.good for _, finding in verdict.rows)
+    summary = judge(answers(), NODES, 2, 0.5)
+    assert not summary.bad_nodes and not summary.mistakes
+    assert all(finding.good for _, finding in summary.rows)
 
 
 def test_a_node_that_fails_alone_is_bad_and_what_all_find_is_a_mistake() -> None:
@@ -95,8 +95,8 @@ def test_a_cause_is_blamed_even_where_what_follows_from_it_was_noticed_first() -
 
 def test_what_one_rank_found_of_the_run_is_a_mistake_and_no_node_is_blamed() -> None:
     full = Finding("room", False, "none", "make some", of_run=True)
-    verdict = judge([CheckResult(0, "n1", [BAD, full])], NODES, 1, 0.5)
-    assert not verdict.bad_nodes and verdict.mistakes == [full]
+    summary = judge([CheckResult(0, "n1", [BAD, full])], NODES, 1, 0.5)
+    assert not summary.bad_nodes and summary.mistakes == [full]
 
 
 def test_a_node_that_does_not_answer_is_blamed_and_not_those_that_waited_for_it() -> None:
@@ -106,8 +106,8 @@ def test_a_node_that_does_not_answer_is_blamed_and_not_those_that_waited_for_it(
 
 
 def test_a_node_whose_tasks_ended_at_once_is_blamed_before_those_that_were_ended_while_they_waited() -> None:
-    verdict = judge([], ["n1", "n2"], 2, 0.5, {"n2": "tasks 2-3: Exited with exit code 1"})
-    assert verdict.bad_nodes == {"n2": "start: tasks 2-3: Exited with exit code 1"} and not verdict.mistakes
+    summary = judge([], ["n1", "n2"], 2, 0.5, {"n2": "tasks 2-3: Exited with exit code 1"})
+    assert summary.bad_nodes == {"n2": "start: tasks 2-3: Exited with exit code 1"} and not summary.mistakes
 
 
 def test_a_slow_node_is_bad_and_slow_nodes_among_equals_are_not() -> None:
@@ -125,16 +125,16 @@ def test_a_slow_node_is_bad_and_slow_nodes_among_equals_are_not() -> None:
 def test_a_single_node_is_left_out_for_what_is_its_own_and_not_for_a_mistake() -> None:
     assert list(judge([CheckResult(0, "n1", [BAD])], ["n1"], 1, 0.5).bad_nodes) == ["n1"]
     asked = Finding("tasks", False, "two", "one")
-    verdict = judge([CheckResult(0, "n1", [asked])], ["n1"], 1, 0.5)
-    assert not verdict.bad_nodes and verdict.mistakes == [asked] and asked.certain and not BAD.certain
+    summary = judge([CheckResult(0, "n1", [asked])], ["n1"], 1, 0.5)
+    assert not summary.bad_nodes and summary.mistakes == [asked] and asked.certain and not BAD.certain
 
 
 def test_what_all_but_the_first_node_find_is_the_first_ones_fault() -> None:
     for what in ("shared directory", "first node"):
         blind = Finding(what, False, "not seen")
         found = [CheckResult(0, "n1", [Finding(what, True, "seen")]), CheckResult(1, "n2", [blind])]
-        verdict = judge(found, ["n1", "n2"], 1, 0.5)
-        assert not verdict.bad_nodes and verdict.mistakes == [blind]
+        summary = judge(found, ["n1", "n2"], 1, 0.5)
+        assert not summary.bad_nodes and summary.mistakes == [blind]
     some = judge(answers(n3=[CheckResult(4, "n3", [blind]), CheckResult(5, "n3")]), NODES, 2, 0.5)
     assert list(some.bad_nodes) == ["n3"]
 
@@ -186,7 +186,7 @@ def test_a_node_is_blamed_for_what_is_its_own_and_not_for_what_srun_killed(said:
     assert dict(complaints_in(said)) == blamed
 
 
-def looked(monkeypatch: pytest.MonkeyPatch, *verdicts: Verdict) -> tuple[Verdict, dict[str, list[str]]]:
+def looked(monkeypatch: pytest.MonkeyPatch, *verdicts: CheckSummary) -> tuple[CheckSummary, dict[str, list[str]]]:
     """What two looks come to; no third one is there."""
     job, looks = object.__new__(Supervisor), iter(verdicts)
     job.attempts, job.signals = [], []
@@ -195,16 +195,17 @@ def looked(monkeypatch: pytest.MonkeyPatch, *verdicts: Verdict) -> tuple[Verdict
 
 
 def test_nobody_is_left_out_for_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    good, once, again = Verdict(), Verdict(bad_nodes={"n2": "launch failed"}), Verdict(bad_nodes={"n2": "too slow"})
+    good, once = CheckSummary(), CheckSummary(bad_nodes={"n2": "launch failed"})
+    again = CheckSummary(bad_nodes={"n2": "too slow"})
     assert looked(monkeypatch, good) == (good, {})
     assert looked(monkeypatch, once, good) == (good, {})
-    verdict, evidence = looked(monkeypatch, once, again)
-    assert verdict.bad_nodes == {"n2": "too slow"} and evidence == {"n2": ["launch failed", "too slow"]}
-    verdict, evidence = looked(monkeypatch, Verdict(bad_nodes={"n1": "x", "n2": "y"}), again)
-    assert list(verdict.bad_nodes) == ["n2"] and list(evidence) == ["n2"]
-    verdict, evidence = looked(monkeypatch, Verdict(bad_nodes={"n1": "killed"}), again)
-    assert not verdict.bad_nodes and not evidence and verdict.mistakes[0].what == "nodes"
-    refused = Verdict(mistakes=[BAD])
+    summary, evidence = looked(monkeypatch, once, again)
+    assert summary.bad_nodes == {"n2": "too slow"} and evidence == {"n2": ["launch failed", "too slow"]}
+    summary, evidence = looked(monkeypatch, CheckSummary(bad_nodes={"n1": "x", "n2": "y"}), again)
+    assert list(summary.bad_nodes) == ["n2"] and list(evidence) == ["n2"]
+    summary, evidence = looked(monkeypatch, CheckSummary(bad_nodes={"n1": "killed"}), again)
+    assert not summary.bad_nodes and not evidence and summary.mistakes[0].what == "nodes"
+    refused = CheckSummary(mistakes=[BAD])
     assert looked(monkeypatch, once, refused) == (refused, {})
 
 

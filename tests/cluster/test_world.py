@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlcm_lightning.cluster.world import World, first_of, gpus_of_node, place, resolve_world
+from dlcm_lightning.cluster.world import World, configure_world, first_of, gpus_of_node, resolve_world
 from dlcm_lightning.config import Config, ConfigError, DataConfig, SourceConfig, TrainConfig
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_PROCID": "0",
@@ -97,7 +97,7 @@ ENVIRONMENTS = st.fixed_dictionaries({}, optional={
 def test_any_environment_gives_one_consistent_place_or_is_refused(environment: dict[str, str], devices: int, nodes: int
                                                                   ) -> None:
     try:
-        found, world = place(config(devices, nodes), environment)
+        found, world = configure_world(config(devices, nodes), environment)
     except ConfigError as error:
         assert str(error)
         return
@@ -125,7 +125,7 @@ def counts(found: tuple[Config, World]) -> tuple[int, int, int]:
     ({**JOB, "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": ""}, (1, 1, 1)),
 ])
 def test_numbers_come_from_the_launcher(environment: dict[str, str], expected: tuple[int, int, int]) -> None:
-    assert counts(place(config(), environment)) == expected
+    assert counts(configure_world(config(), environment)) == expected
 
 
 @pytest.mark.parametrize(("environment", "gpus"), [
@@ -138,9 +138,9 @@ def test_the_gpus_that_were_asked_for_count_before_those_that_are_there(environm
 
 
 def test_numbers_that_are_named_and_right_are_taken() -> None:
-    assert counts(place(config(8, 2), STEP)) == (2, 8, 16)
-    assert counts(place(config(2), JOB)) == (1, 2, 2)  # inside an allocation, on purpose
-    assert counts(place(config(4), {**STEP, "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NUM_TASKS": "8",
+    assert counts(configure_world(config(8, 2), STEP)) == (2, 8, 16)
+    assert counts(configure_world(config(2), JOB)) == (1, 2, 2)  # inside an allocation, on purpose
+    assert counts(configure_world(config(4), {**STEP, "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NUM_TASKS": "8",
                                     "SLURM_PROCID": "0"})) == (2, 4, 8)
 
 
@@ -160,17 +160,17 @@ def test_numbers_that_are_named_and_right_are_taken() -> None:
 ])
 def test_what_does_not_agree_is_refused_with_the_remedy(asked: Config, environment: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        place(asked, environment)
+        configure_world(asked, environment)
 
 
 def test_a_process_that_nobody_started_starts_the_others_of_its_node() -> None:
-    _, world = place(config(4), {})
+    _, world = configure_world(config(4), {})
     assert (world.launcher, world.rank, world.size, world.local_size) == ("dlcm", 0, 4, 4)
     for local_rank in range(1, 4):
         other = resolve_world(world.variables(local_rank))
         assert (other.rank, other.size, other.local_rank, other.local_size) == (local_rank, 4, local_rank, 4)
         assert (other.address, other.port) == (world.address, world.port)
-    _, second = place(config(2, 3), {"NODE_RANK": "1", "MASTER_ADDR": "a1"})
+    _, second = configure_world(config(2, 3), {"NODE_RANK": "1", "MASTER_ADDR": "a1"})
     assert (second.rank, second.size, second.address) == (2, 6, "a1")
     assert resolve_world(second.variables(1)).rank == 3
 

@@ -257,7 +257,7 @@ def test_a_sample_corpus_shares_out_the_weight_of_a_missing_source(config: DataC
     sources = [SourceConfig("a", "en", 0.4), SourceConfig("gone", "xx", 0.2), SourceConfig("b", "zh", 0.4)]
     sample = replace(config, corpus="sample", tokenizer="bpe", root=str(root), sources=sources)
     said: list[str] = []
-    reader = Reader(sample, 7, VOCABULARY, report=said.append)
+    reader = Reader(sample, 7, VOCABULARY, log=said.append)
     assert reader.mixture.shares(0) == (10, 10)
     assert sorted({int(domain) for batch in reader.step_batches(0) for domain in batch.domains}) == [0, 2]
     assert len(said) == 1 and "lacks gone" in said[0]

@@ -163,7 +163,7 @@ def test_stops_and_resizes_never_change_the_sequence(data: st.DataObject, config
     masked: dict[int, str] = {}
     step = 0
     for world, steps in data.draw(st.composite(attempts)()):
-        reader = Reader(run, seed, VOCABULARY, verify_all=False, report=lambda _: None)
+        reader = Reader(run, seed, VOCABULARY, verify_all=False, log=lambda _: None)
         if reader.mixture.samples is not None:
             steps = min(steps, reader.mixture.samples // run.global_batch_size - step)
         check_attempt(reader, world, 0, step, step + steps, seen, masked)
@@ -181,7 +181,7 @@ def test_loader_processes_under_faults_and_resizes_give_the_same_sequence(
     seen: dict[int, list[int]] = {}
     masked: dict[int, str] = {}
     for world, workers, first, last in ((1, 2, 0, 5), (3, 1, 5, 9), (2, 3, 9, 30)):
-        reader = Reader(run, 11, VOCABULARY, verify_all=False, report=lambda _: None)
+        reader = Reader(run, 11, VOCABULARY, verify_all=False, log=lambda _: None)
         check_attempt(reader, world, workers, first, last, seen, masked)
     check_all(reader, 30 * run.global_batch_size, seen, masked, truth)
     assert masked
@@ -190,7 +190,7 @@ def test_loader_processes_under_faults_and_resizes_give_the_same_sequence(
 def test_masked_are_exactly_the_rows_that_touch_what_is_broken(config: DataConfig, damaged_root: Path,
                                                                truth: dict[str, Truth]) -> None:
     run = replace(config, root=str(damaged_root), unreadable="mask", max_unreadable=1.0)
-    reader = Reader(run, 3, VOCABULARY, verify_all=False, report=lambda _: None)
+    reader = Reader(run, 3, VOCABULARY, verify_all=False, log=lambda _: None)
     steps = math.ceil(2 * sum(part.order.rows for part in reader.mixture.parts) / run.global_batch_size)
     seen: dict[int, list[int]] = {}
     masked: dict[int, str] = {}
@@ -206,8 +206,8 @@ def test_masked_are_exactly_the_rows_that_touch_what_is_broken(config: DataConfi
 def test_every_step_before_one_that_cannot_be_read_still_comes(config: DataConfig, damaged_root: Path,
                                                                workers: int) -> None:
     run = replace(config, root=str(damaged_root), unreadable="mask", global_batch_size=2)
-    masking = Reader(run, 3, VOCABULARY, verify_all=False, report=lambda _: None)
-    reader = Reader(run, 3, VOCABULARY, verify_all=False, report=lambda _: None)
+    masking = Reader(run, 3, VOCABULARY, verify_all=False, log=lambda _: None)
+    reader = Reader(run, 3, VOCABULARY, verify_all=False, log=lambda _: None)
     reader.config = replace(run, unreadable="stop")  # only now: opening would name the damage at once
     for first in (0, 5):
         missed = masking.read_steps(first, first + 500).unreadable[0][1]

@@ -54,7 +54,7 @@ class Part:
 
 
 def live(config: Config, part: Part, stop: bool) -> None:
-    """One attempt of a run; stopped by SIGTERM to one rank behind its first step, or to the end."""
+    """One attempt of a run; stopped by SIGTERM to one rank after its first step, or to the end."""
     config = replace(config, train=replace(config.train, strategy=part.strategy, devices=part.ranks))
     run = Path(config.train.output_dir) / config.name
     file = run.with_suffix(".yaml")
@@ -170,7 +170,7 @@ def test_kills_and_signals_change_nothing(config: DataConfig, tmp_path: Path, st
     """Each kind of disturbance of `dlcm verify-resume`, two micro-batches a step. Three processes: the sum of two
     numbers is the same in any order, that of three is not."""
     base = long_config(config, tmp_path, "base", strategy=strategy, devices=3)
-    verdict = verify_resume(base, tmp_path / "proof", kills=6, seed=1, report=lambda _: None)
+    verdict = verify_resume(base, tmp_path / "proof", kills=6, seed=1, log=lambda _: None)
     assert verdict.good, verdict.table()
     assert verdict.attempts == 7 and verdict.micro_batches == 2
     assert sum(verdict.disturbances.values()) >= 4, verdict.table()
@@ -191,7 +191,7 @@ def two(config: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_leaves_the_number_of_processes_open_is_proved_on_one(config: DataConfig, tmp_path: Path) -> None:
     base = long_config(config, tmp_path, "base")
     assert base.train.devices == base.train.nodes == 0
-    verdict = verify_resume(base, tmp_path / "proof", kills=1, seed=1, report=lambda _: None)
+    verdict = verify_resume(base, tmp_path / "proof", kills=1, seed=1, log=lambda _: None)
     assert verdict.good and verdict.ranks == 1 and verdict.attempts == 2, verdict.table()
 
 

@@ -19,7 +19,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.cluster.launch import leave
-from dlcm_lightning.cluster.world import World, place
+from dlcm_lightning.cluster.world import World, configure_world
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
 from dlcm_lightning.data.loader import TrainingBatches
@@ -70,7 +70,7 @@ class Watch(Callback):
 
 
 def open_reader(config: Config) -> Reader:
-    return Reader(config.data, config.seed, config.model.vocab_size, report=lambda _: None)
+    return Reader(config.data, config.seed, config.model.vocab_size, log=lambda _: None)
 
 
 def token_bytes(reader: Reader) -> Tensor:
@@ -83,7 +83,7 @@ def gradients(config: Config, world: World) -> Found:
     reader, engine, watch = open_reader(config), choose_strategy(config.train, HOST), Watch()
     module = PretrainModule(config, dtype, "sdpa", token_bytes(reader))
     trainer = run.build_trainer(config, HOST, engine, world, [watch])
-    trainer.fit(module, datamodule=PretrainData(config, report=lambda _: None))
+    trainer.fit(module, datamodule=PretrainData(config, log=lambda _: None))
     return watch.found
 
 
@@ -131,7 +131,7 @@ def initial(config: Config, world: World) -> Found:
             found.update({name: buffer.clone() for name, buffer in module.model.named_buffers()})
 
     trainer = run.build_trainer(config, HOST, engine, world, [Look()])
-    trainer.fit(module, datamodule=PretrainData(config, report=lambda _: None))
+    trainer.fit(module, datamodule=PretrainData(config, log=lambda _: None))
     return found
 
 
@@ -141,7 +141,8 @@ ACTIONS = {"gradients": gradients, "by_autograd": by_autograd, "initial": initia
 def main() -> None:
     run.quiet_libraries()
     torch.set_num_threads(1)
-    tasks = [(task, *place(load_config(task["config"]))) for task in json.loads(Path(sys.argv[1]).read_text())]
+    tasks = [(task, *configure_world(load_config(task["config"])))
+             for task in json.loads(Path(sys.argv[1]).read_text())]
     meet(tasks[0][2], tasks[0][1], distributed=True)
     for task, config, world in tasks:
         with planted(task["mutant"]):

@@ -20,7 +20,7 @@ PROMPTS = ["the river", "", "of a", "hills and the sea and the stone " * 5, "第
 
 
 def without_cache(generator: Generator, prompt: str, tokens: int) -> tuple[list[int], list[bool]]:
-    """The likeliest token behind a whole forward, again and again; and the boundaries of the last forward."""
+    """The likeliest token after a whole forward, again and again; and the boundaries of the last forward."""
     ids = generator.encode(prompt)
     first = len(ids)
     model, segmentation = generator.model, None

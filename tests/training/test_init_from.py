@@ -63,7 +63,7 @@ class Look(Callback):
 
 def first_loss(config: Config, exported: Path) -> float:
     """Of the exported model on the first step's rows, its boundaries sampled as in training."""
-    reader = Reader(config.data, config.seed, config.model.vocab_size, report=quiet)
+    reader = Reader(config.data, config.seed, config.model.vocab_size, log=quiet)
     total, targets, model = 0.0, 0, load_model(exported)
     for batch in reader.step_batches(0):
         with torch.no_grad():
@@ -86,7 +86,7 @@ def test_the_run_begins_with_weights_and_buffers_of_the_export(run_config: Confi
 
 def test_a_trainer_of_ones_own_begins_there_too(run_config: Config, exported: Path) -> None:
     look, config = Look(), begun(run_config, exported)
-    own_trainer(config, look).fit(PretrainModule(config), datamodule=PretrainData(config, report=quiet))
+    own_trainer(config, look).fit(PretrainModule(config), datamodule=PretrainData(config, log=quiet))
     assert all(torch.equal(look.state[name], value) for name, value in load_state(exported).items())
 
 
@@ -105,15 +105,15 @@ def test_lightnings_own_checkpoint_continues_without_it_and_nothing_else_does(ru
             if trainer.global_step == 1:
                 trainer.save_checkpoint(file)
 
-    own_trainer(config, Save()).fit(whole, datamodule=PretrainData(config, report=quiet))
+    own_trainer(config, Save()).fit(whole, datamodule=PretrainData(config, log=quiet))
     shutil.rmtree(exported)
-    own_trainer(config).fit(again, datamodule=PretrainData(config, report=quiet), ckpt_path=file)
+    own_trainer(config).fit(again, datamodule=PretrainData(config, log=quiet), ckpt_path=file)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
-    data = PretrainData(config, report=quiet)
+    data = PretrainData(config, log=quiet)
     own_trainer(config).validate(PretrainModule(config), datamodule=data, ckpt_path=file, verbose=False)
     for act in (Trainer.fit, Trainer.validate):
         with pytest.raises(CheckpointError, match=r"is no folder, hence has no portable\.json"):
-            act(own_trainer(config), PretrainModule(config), datamodule=PretrainData(config, report=quiet))
+            act(own_trainer(config), PretrainModule(config), datamodule=PretrainData(config, log=quiet))
 
 
 def test_a_run_that_continues_does_not_need_it(run_config: Config, exported: Path) -> None:

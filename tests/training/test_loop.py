@@ -42,7 +42,7 @@ class Look(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self.handler, self.loop = signal.getsignal(signal.SIGTERM), trainer.fit_loop.epoch_loop
-        assert trainer.training and not trainer.validating  # also behind a validation
+        assert trainer.training and not trainer.validating  # also after a validation
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert "val/bits_per_byte/en" in trainer.callback_metrics and not module.training

@@ -225,7 +225,7 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
 def test_resuming_continues_the_same_curves_without_a_point_twice(
     run_config: Config, monkeypatch: pytest.MonkeyPatch, step: int, rows: int
 ) -> None:
-    """Stopped before the first checkpoint, between two, and behind the last with only the report missing."""
+    """Stopped before the first checkpoint, between two, and after the last with only the report missing."""
     config = replace(run_config, data=replace(run_config.data, micro_batch_size=rows))
     straight = replace(config, name="straight")
     pretrain(straight, quiet)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from dlcm_lightning.config import Config, ConfigError, SourceConfig, WeightChange
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.progress import Log
 from dlcm_lightning.run_directory import folders
 from dlcm_lightning.training.callbacks.metrics import TIMED
 from dlcm_lightning.training.run import pretrain
@@ -37,9 +37,9 @@ def recorded(config: Config) -> list[int]:
     return [json.loads(line)["sample"] for file in files for line in file.read_text().splitlines()]
 
 
-def stopped_after(config: Config, step: int, report: Callable[[str], None] = quiet) -> None:
-    """Trains, and leaves the directory as a kill behind the checkpoint of `step` leaves it."""
-    pretrain(config, report)
+def stopped_after(config: Config, step: int, log: Log = quiet) -> None:
+    """Trains, and leaves the directory as a kill after the checkpoint of `step` leaves it."""
+    pretrain(config, log)
     run = Path(config.train.output_dir) / config.name
     for folder in folders(run):
         if int(folder.name.removeprefix("step-")) > step:
@@ -58,7 +58,7 @@ def masking(run_config: Config, tmp_path: Path) -> Config:
 
 
 def missing_samples(config: Config) -> list[int]:
-    reader = Reader(config.data, config.seed, VOCABULARY, report=quiet)
+    reader = Reader(config.data, config.seed, VOCABULARY, log=quiet)
     return [missed.sample for _, missed in reader.read_steps(0, config.total_steps).unreadable]
 
 
@@ -91,7 +91,7 @@ def test_a_run_with_masked_rows_continues_as_if_never_stopped(masking: Config) -
 def test_other_rows_stay_where_they_are(masking: Config, run_config: Config) -> None:
     """Up to the first step with a masked row, training is that of the sound corpus."""
     first = missing_samples(masking)[0] // masking.data.global_batch_size
-    sound, damaged = (Reader(config.data, config.seed, VOCABULARY, report=quiet) for config in (run_config, masking))
+    sound, damaged = (Reader(config.data, config.seed, VOCABULARY, log=quiet) for config in (run_config, masking))
     for step in range(masking.total_steps):
         one, other = sound.read_steps(step, step + 1), damaged.read_steps(step, step + 1)
         kept = other.samples >= 0

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -33,6 +33,7 @@ from dlcm_lightning.data.inspection.weights import promised
 from dlcm_lightning.data.mixture import Mixture, Stretch
 from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.progress import Log
 
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
 
@@ -142,7 +143,7 @@ class Audit:
 
 
 def open_audit(run: str | Path, overrides: Sequence[str] = (), at_step: int | None = None,
-               report: Callable[[str], None] = print) -> Audit:
+               log: Log = print) -> Audit:
     """Opens the data of a run. overrides: of its configuration, data.root=... where they have moved.
 
     DataError: no run, no checkpoint, a step beyond its end, other text or another order than it was trained on.
@@ -157,14 +158,14 @@ def open_audit(run: str | Path, overrides: Sequence[str] = (), at_step: int | No
     position = step if at_step is None else at_step
     if not 0 <= position <= config.total_steps:
         raise DataError(f"--at-step {position}: the run has {config.total_steps} steps")
-    reader = Reader(config.data, config.seed, config.model.vocab_size, verify_all=False, report=report)
+    reader = Reader(config.data, config.seed, config.model.vocab_size, verify_all=False, log=log)
     if reader.fingerprint != found["identity"]["data_fingerprint"]:
         raise DataError(f"data.root = {config.data.root!r}: its shards or their order are not those that {folder} was "
                         "trained on; give the data of the run as data.root=..., or restore them")
     reader.check_lasts(config.total_steps * config.data.global_batch_size)
     before = reader
     if (written.data.sources, written.data.weight_changes) != (config.data.sources, config.data.weight_changes):
-        before = Reader(written.data, written.seed, written.model.vocab_size, verify_all=False, report=report)
+        before = Reader(written.data, written.seed, written.model.vocab_size, verify_all=False, log=log)
     if written.data.global_batch_size != config.data.global_batch_size or (
             _stretches(before.mixture, reached) != _stretches(reader.mixture, reached)):
         raise DataError(f"{run / CONFIG}: gives other rows before step {step} than {folder / CONFIG}, by which they "

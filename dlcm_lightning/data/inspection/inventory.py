@@ -9,7 +9,7 @@ tokenizer that changed texts is found by what it did. Files that no manifest lis
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ from dlcm_lightning.data.store import Store, store_at
 from dlcm_lightning.data.tokenizer import TOKENIZER, Tokenizer
 from dlcm_lightning.data.verify import verify_shard
 from dlcm_lightning.errors import DataError
-from dlcm_lightning.progress import progress_bar
+from dlcm_lightning.progress import Log, progress_bar
 
 LISTED = 5
 """Files named of those that no manifest lists."""
@@ -48,7 +48,7 @@ class Found:
     """Shards and manifests."""
 
 
-def verify_run(config: Config, workers: int, report: Callable[[str], None]) -> Found:
+def verify_run(config: Config, workers: int, log: Log) -> Found:
     """The sources that a run reads; a sample corpus may lack some."""
     data = config.data
     later = {name for change in data.weight_changes for name, weight in change.weights.items() if weight}
@@ -57,31 +57,31 @@ def verify_run(config: Config, workers: int, report: Callable[[str], None]) -> F
     if data.corpus == "sample":
         for name in names:
             if store.exists() and not store.exists(name):
-                report(f"note: the sample corpus lacks {name}; its weight goes to the other sources")
+                log(f"note: the sample corpus lacks {name}; its weight goes to the other sources")
         names = [name for name in names if store.exists(name)] or names
-    return _verify(store, names, workers, report)
+    return _verify(store, names, workers, log)
 
 
-def verify_folder(place: str, workers: int, report: Callable[[str], None]) -> Found:
+def verify_folder(place: str, workers: int, log: Log) -> Found:
     """All sources below a folder or an address, or the one that it is. DataError: there is none."""
     store = store_at(place.rstrip("/") or "/")
     if not store.exists(TOKENIZER) and any(store.exists(f"{split}/{MANIFEST}") for split in SPLITS):
         whole = os.path.abspath(place) if not store.remote else store.where()
         parent, _, name = whole.rstrip("/").rpartition("/")
-        return _verify(store_at(parent), [name], workers, report)
+        return _verify(store_at(parent), [name], workers, log)
     names = []
     for name in sorted(_names(store)):
         if name.endswith(".unfinished"):
-            report(f"note: {escape_control_characters(store.where(name))}: a build that is not finished; not looked at")
+            log(f"note: {escape_control_characters(store.where(name))}: a build that is not finished; not looked at")
         elif any(store.below(name).exists(split) for split in SPLITS):
             names.append(name)
     if not names:
         raise DataError(f"{store.where()}: holds no source; name a data.root, which `dlcm tokenize` writes, a source "
                         "in it, or a run file")
-    return _verify(store, names, workers, report)
+    return _verify(store, names, workers, log)
 
 
-def _verify(store: Store, names: list[str], workers: int, report: Callable[[str], None]) -> Found:
+def _verify(store: Store, names: list[str], workers: int, log: Log) -> Found:
     """report: told of every damage and every note, one line each. DataError: no tokenizer."""
     if workers < 1:
         raise DataError(f"--workers {workers}: must be at least 1")
@@ -97,13 +97,13 @@ def _verify(store: Store, names: list[str], workers: int, report: Callable[[str]
                 stream = Source(store.below(name).below(split), tokenizer)
                 streams.append(stream)
                 for note in _notes(stream, name, split):
-                    report(f"note: {escape_control_characters(note)}")
+                    log(f"note: {escape_control_characters(note)}")
             except DataError as error:
                 found.damaged += 1
-                report(f"damaged: {escape_control_characters(str(error))}")
+                log(f"damaged: {escape_control_characters(str(error))}")
         if store.exists(name):
             for note in _unlisted(store.below(name), {*SPLITS, PLAN, INPUTS, ACCOUNT}):
-                report(f"note: {escape_control_characters(note)}")
+                log(f"note: {escape_control_characters(note)}")
     shards = [(stream, number) for stream in streams for number in range(len(stream.manifest.shards))]
     found.shards, found.bytes = len(shards), sum(stream.manifest.shards.total("size") for stream in streams)
     with progress_bar(total=found.bytes, desc="verify", unit="B", unit_scale=True) as bar:
@@ -112,7 +112,7 @@ def _verify(store: Store, names: list[str], workers: int, report: Callable[[str]
             for damage in damages:
                 if bar.last_print_n:  # it is shown
                     bar.clear()
-                report(f"damaged: {escape_control_characters(damage)}")
+                log(f"damaged: {escape_control_characters(damage)}")
             bar.update(size)
     return found
 

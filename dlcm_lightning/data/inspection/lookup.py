@@ -34,7 +34,7 @@ class Place:
     skipped: bool
     """Left out of the stream, as a copy of an earlier document."""
     first: int
-    """Its first token in the stream; if it is skipped, that of the document behind it."""
+    """Its first token in the stream; if it is skipped, that of the document after it."""
     number: int
     """Its number among the documents of the stream; the same."""
 

@@ -5,7 +5,7 @@ Everything but the documents follows from manifests and configuration, exactly, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,6 +18,7 @@ from dlcm_lightning.data.reader import Reader, corpus_folder
 from dlcm_lightning.data.source import Source
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.progress import Log
 
 LINES, COLUMNS = 12, 116
 """Of a document, at most."""
@@ -38,13 +39,13 @@ class Planned:
     """0 for no limit."""
 
 
-def open_run(config: Config, report: Callable[[str], None] = print) -> Reader:
+def open_run(config: Config, log: Log = print) -> Reader:
     """A run's data, nothing verified. DataError: as Reader; the sample corpus has not been built."""
     folder = corpus_folder(config.data, config.model.vocab_size)
     if config.data.corpus == "sample" and not folder.is_dir():
         raise DataError(f"{folder}: the sample corpus is not there yet; `dlcm prepare` with the same arguments fetches "
                         "and builds it")
-    return Reader(config.data, config.seed, config.model.vocab_size, verify_all=False, report=report)
+    return Reader(config.data, config.seed, config.model.vocab_size, verify_all=False, log=log)
 
 
 def plan(config: Config, reader: Reader) -> list[Planned]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from dlcm_lightning.data.preprocessing.writer import BLOCK_TOKENS, SHARD_BYTES
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.paths import is_address
+from dlcm_lightning.progress import Log
 
 BLOCKS_PER_SHARD = 16
 """At the least, where shards are small."""
@@ -49,7 +50,7 @@ def tokenize(inputs: Sequence[str | Path], out: str | Path, recipe: Recipe, *,
              tokenizer_folder: str | Path | None = None, workers: int | None = None,
              array: tuple[int, int] | None = None, validation_share: float = VALIDATION_SHARE,
              shard_bytes: int = SHARD_BYTES, task_bytes: int = TASK_BYTES,
-             report: Callable[[str], None] = print) -> Built | None:
+             log: Log = print) -> Built | None:
     """`dlcm tokenize`: files, folders, addresses (inputs.py, formats.py) into out/NAME/{train,validation}.
 
     out becomes a `data.root`: it also receives the tokenizer, and refuses a second one. workers: processes
@@ -85,15 +86,15 @@ def tokenize(inputs: Sequence[str | Path], out: str | Path, recipe: Recipe, *,
             _check_share(out, plan)
             encoder = copy(tokenizer.encoder)
             del tokenizer  # its memory is the workers'
-            finished = _begin(plan, listing, folder, report)
+            finished = _begin(plan, listing, folder, log)
         if finished:
-            report(f"data: {folder} is finished, nothing to do")
+            log(f"data: {folder} is finished, nothing to do")
             return read_built(folder)
-        _say(listing, report)
+        _say(listing, log)
         if not is_merged(unfinished(folder)):
-            _work(Job(plan, unfinished(folder), encoder), files, workers or default_workers(), array, report)
+            _work(Job(plan, unfinished(folder), encoder), files, workers or default_workers(), array, log)
         if array is not None:
-            report(f"data: the tasks of {array[0]}/{array[1]} are done; once all are, dlcm data merge {out} --source "
+            log(f"data: the tasks of {array[0]}/{array[1]} are done; once all are, dlcm data merge {out} --source "
                    f"{plan.source}")
             return None
         return merge_build(folder)
@@ -155,14 +156,14 @@ def _check_share(out: Path, plan: Plan) -> None:
                             f"--validation-share {share}, or write elsewhere")
 
 
-def _begin(plan: Plan, listing: Listing, folder: Path, report: Callable[[str], None]) -> bool:
+def _begin(plan: Plan, listing: Listing, folder: Path, log: Log) -> bool:
     """Makes the working folder, or goes on with the one there. True: the source is finished.
 
     DataError: built or begun from something else. The caller holds the lock of the corpus.
     """
     working = unfinished(folder)
     if working.is_dir() and (working / PLAN).is_file():
-        continue_build(plan, listing, working, report)
+        continue_build(plan, listing, working, log)
         return False
     if folder.exists():
         check_finished(plan, listing, folder)
@@ -173,20 +174,20 @@ def _begin(plan: Plan, listing: Listing, folder: Path, report: Callable[[str], N
     return False
 
 
-def _say(listing: Listing, report: Callable[[str], None]) -> None:
+def _say(listing: Listing, log: Log) -> None:
     """What is not obvious of the inputs: files left out by their names, whole documents beside records."""
     for reason, found in sorted(listing.left_out.items()):
         if reason in (CARD, SUM, DANGLING, CIRCLES):
-            report(f"data: left out: {found.count:,d} {reason}, such as {found.names[0]}")
+            log(f"data: left out: {found.count:,d} {reason}, such as {found.names[0]}")
     kinds = Counter(file.kind for file in listing.files)
     if kinds["text"] and any(kinds[kind] for kind in RECORDS):
         first = next(file.name for file in listing.files if file.kind == "text")
-        report(f"data: of {kinds.total():,d} files {kinds['text']:,d} are one document each, such as {first}, and the "
+        log(f"data: of {kinds.total():,d} files {kinds['text']:,d} are one document each, such as {first}, and the "
                "others hold records; --glob leaves files out")
 
 
 def _work(job: Job, files: list[Input], workers: int, array: tuple[int, int] | None,
-          report: Callable[[str], None]) -> None:
+          log: Log) -> None:
     """Does the unfinished tasks, or those of them that are this job's."""
     plan, (number, jobs) = job.plan, array or (0, 1)
     mine = [(task, places) for task, places in enumerate(plan.tasks()) if task % jobs == number]
@@ -196,6 +197,6 @@ def _work(job: Job, files: list[Input], workers: int, array: tuple[int, int] | N
     if unfinished_tasks:
         progress = Progress(plan.source, sum(sizes.values()), sum(sizes[task] for task, _ in mine if task in done))
         try:
-            do_tasks(job, unfinished_tasks, workers, progress, report)
+            do_tasks(job, unfinished_tasks, workers, progress, log)
         finally:
             progress.close()

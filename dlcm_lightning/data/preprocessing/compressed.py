@@ -93,7 +93,7 @@ class _Decoded(io.RawIOBase):
                                        "the file is empty, as after a failed download")
                 raise self._error
             return False
-        if self._decoder is None and not content.strip(b"\0"):  # what fills up a tape behind the last member
+        if self._decoder is None and not content.strip(b"\0"):  # what fills up a tape after the last member
             self._waiting = b""
             return True
         decoder: _Decoder = self._decoder or self._make()

@@ -24,7 +24,7 @@ from dlcm_lightning.data.preprocessing.plan import Input, Plan
 from dlcm_lightning.data.preprocessing.raw_bytes import raw_bytes
 from dlcm_lightning.data.preprocessing.records import TASKS, done_tasks, forget_task, read_record
 from dlcm_lightning.errors import DataError
-from dlcm_lightning.progress import progress_bar
+from dlcm_lightning.progress import Log, progress_bar
 
 INPUTS = "inputs.json"
 PIECE_BYTES = 1024**2
@@ -71,7 +71,7 @@ def check_finished(plan: Plan, listing: Listing, folder: Path) -> None:
                         "to build the source again, or choose another --source")
 
 
-def continue_build(plan: Plan, listing: Listing, working: Path, report: Callable[[str], None]) -> None:
+def continue_build(plan: Plan, listing: Listing, working: Path, log: Log) -> None:
     """Goes on with these inputs: forgets the tasks that are other ones now, says so, and notes the new plan.
 
     DataError: begun with something else, an input that was read has changed, another process is at such a task.
@@ -99,7 +99,7 @@ def continue_build(plan: Plan, listing: Listing, working: Path, report: Callable
                         "remove that folder to begin anew")
     if len(plan.names) < len(begun.names):
         gone = next(iter(Counter(begun.names) - Counter(plan.names)))
-        report(f"data: {len(begun.names) - len(plan.names)} inputs are left out now, such as {gone}; "
+        log(f"data: {len(begun.names) - len(plan.names)} inputs are left out now, such as {gone}; "
                f"{len(done.intersection(others))} finished tasks are done anew, {len(done.difference(others))} kept")
     for number in others:
         with locked(working / TASKS / f"{number:06d}.lock", wait=False) as mine:

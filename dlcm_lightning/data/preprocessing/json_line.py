@@ -70,7 +70,7 @@ class _Walk:
         self._object()
         self._space()
         if self.at != len(self.line):
-            raise ValueError(f"has something behind the object, at byte {self.at}")
+            raise ValueError(f"has something after the object, at byte {self.at}")
         if self.found is MISSING:
             raise KeyError(self.field)
         if self.found is not None and not isinstance(self.found, bytes | bytearray):

@@ -5,7 +5,7 @@
     webdataset   *.tar *.tgz: a document a sample
     text         text and code, by the list below: the file is the document
 
-All but parquet may be compressed: .gz, .zst, .zstd behind the name. A plain *.json may be a document, a list of them or
+All but parquet may be compressed: .gz, .zst, .zstd after the name. A plain *.json may be a document, a list of them or
 lines of them, a *.csv may be anything: whoever has such files says what they are.
 """
 

@@ -36,7 +36,7 @@ from dlcm_lightning.data.preprocessing.plan import PLAN, Plan
 from dlcm_lightning.data.preprocessing.records import Record, done_tasks, read_record, record_path
 from dlcm_lightning.data.preprocessing.writer import finish_split, finished_shards
 from dlcm_lightning.errors import DataError
-from dlcm_lightning.progress import progress_bar
+from dlcm_lightning.progress import Log, progress_bar
 
 LISTED = 20
 """Unfinished tasks named in a message."""
@@ -81,12 +81,12 @@ def read_built(folder: Path) -> Built:
     return Built(folder, train, validation, read_account(folder))
 
 
-def merge(out: str | Path, source: str, report: Callable[[str], None] = print) -> Built:
+def merge(out: str | Path, source: str, log: Log = print) -> Built:
     """`dlcm data merge`. Returns at once if the source is finished. DataError: no such build, unfinished tasks."""
     folder = Path(out) / source
     if not unfinished(folder).is_dir():
         if (folder / PLAN).is_file():
-            report(f"data: {folder} is finished")
+            log(f"data: {folder} is finished")
             return read_built(folder)
         raise DataError(f"{unfinished(folder)}: no build of {source!r} below {out}; run `dlcm tokenize` first, and "
                         "name its --out and --source")

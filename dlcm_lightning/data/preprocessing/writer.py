@@ -156,7 +156,7 @@ class ShardWriter:
         documents, count = len(self._block), self._block_tokens
         tokens = (self._block[0] if documents == 1 else np.concatenate(self._block)).tobytes()
         self._block, self._block_tokens = [], 0
-        lengths_at = self._tar.tarstream.offset + BLOCKSIZE  # behind its header; members come in order of their names
+        lengths_at = self._tar.tarstream.offset + BLOCKSIZE  # after its header; members come in order of their names
         tokens_at = lengths_at + -(-len(lengths) // BLOCKSIZE) * BLOCKSIZE + BLOCKSIZE
         key = f"{len(self._index):08d}"
         self._tar.write({"__key__": key, "lengths.u32": lengths, f"tokens.{self._suffix}": tokens})

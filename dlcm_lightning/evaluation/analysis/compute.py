@@ -11,7 +11,7 @@ does not mind. The partner is made once, at the model's target R, and kept while
 
 *Prefill* is the mean over the tokens of a text, by `flops.forward_flops`: cross-attention replicated, as many keys as
 tokens; with the head on every token (`score`, as in training and evaluation), or without it (`prefill`: a server needs
-it once a text). *Decode* is one more token behind a text of L tokens, caches full: every attention meets L keys, in the
+it once a text). *Decode* is one more token after a text of L tokens, caches full: every attention meets L keys, in the
 backbone L / R concepts and once in R tokens; cross-attention meets L / R concepts, with their counts of replicas as
 weights. FLOPs are no time: decoding is bound by memory, and neither weights nor caches are counted here.
 

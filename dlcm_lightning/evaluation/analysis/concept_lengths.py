@@ -1,7 +1,7 @@
 """How long concepts are: tokens that each one pools, by domain.
 
 The first token of a piece is always a concept of its own, by definition and not by choice; it is left out of the
-lengths. Tokens behind the last boundary of a piece are pooled by nobody and have no length. Tokens per concept is what
+lengths. Tokens after the last boundary of a piece are pooled by nobody and have no length. Tokens per concept is what
 training logs as R: all tokens over all boundaries.
 """
 

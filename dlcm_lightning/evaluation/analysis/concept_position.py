@@ -1,7 +1,7 @@
 """Loss by position in the concept (the paper's Fig. 7).
 
 The position k of a *predicted* token is its place, from 0, among the tokens that its concept pools. As the boundary
-token closes its concept, that is also how many tokens the *predicting* token lies behind the newest boundary: at k = 0
+token closes its concept, that is also how many tokens the *predicting* token lies after the newest boundary: at k = 0
 the predicting token has just closed a concept, which the decoder sees for the first time; at k = 5 nothing newer than
 five tokens has reached the backbone.
 

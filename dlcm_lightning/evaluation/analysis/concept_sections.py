@@ -15,7 +15,7 @@ SERIES = 8
 TINTS = 4
 """Backgrounds of neighbouring concepts, in turn."""
 UNIT_WORDS = {"words": "words", "sentences": "sentences", "lines": "lines", "signs": "punctuation, operators"}
-CONVENTION_WORDS = {"last": "last token", "next": "first token behind"}
+CONVENTION_WORDS = {"last": "last token", "next": "first token after"}
 
 
 def colour(number: int) -> int:
@@ -38,7 +38,7 @@ def texts(report: Mapping[str, Any]) -> Section:
     lead = ("Validation texts, a few of each domain. Point at a token, or tap it, to see its own loss in nats."
             if dense else
             "Validation texts, a few of each domain. Tokens that one concept pools share a background; the last of "
-            "them is the boundary that closes it. Text without a background lies behind the last boundary and is "
+            "them is the boundary that closes it. Text without a background lies after the last boundary and is "
             "pooled by nobody. Point at a token, or tap it, to see its p, the length of its concept and its own loss "
             "in nats.")
     return Section("documents", "Texts, cut into concepts" if not dense else "Texts", lead, "".join(parts))
@@ -120,7 +120,7 @@ def _share(counts: list[int], number: int) -> float:
 def aligned(report: Mapping[str, Any]) -> Section:
     lead = ("Whether boundaries fall on the units of the text. The boundary token closes its concept, and the concept "
             "is seen from that token on; so a boundary can stand on the last token of a unit, or on the first token "
-            "behind it. Both are counted, and the one further above chance is shown. Chance is exact: the expected "
+            "after it. Both are counted, and the one further above chance is shown. Chance is exact: the expected "
             "value when each piece's boundaries fall on any of its tokens, all choices alike.")
     found, title = report["alignment"], "Boundaries and the units of text"
     if "absent" in found:
@@ -215,7 +215,7 @@ def history(report: Mapping[str, Any]) -> Section:
 
 def positions(report: Mapping[str, Any]) -> Section:
     lead = ("The position of a predicted token is its place, from 0, among the tokens that its concept pools. That is "
-            "also how far the predicting token lies behind the newest boundary: at 0 it has just closed a concept, "
+            "also how far the predicting token lies after the newest boundary: at 0 it has just closed a concept, "
             "which the decoder sees for the first time. Errors are standard errors over documents.")
     found, title = report["loss_by_position"], "Loss by position in the concept"
     if "absent" in found:

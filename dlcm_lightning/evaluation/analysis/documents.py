@@ -56,7 +56,7 @@ def _chosen(tokens: Tokens, tokenizer: Tokenizer, domain: int, count: int) -> li
 def cells_of(tokens: Tokens, answer: Answer, tokenizer: Tokenizer, begin: int, end: int, shown: int = SHOWN
              ) -> list[dict[str, Any]]:
     """Of the first tokens of the piece [begin, end), up to the last whole character of those shown. Each token has its
-    p, how many tokens its concept pools (None behind the last boundary, where nobody pools), and its own loss in nats
+    p, how many tokens its concept pools (None after the last boundary, where nobody pools), and its own loss in nats
     (None for the first, which nothing predicts)."""
     concepts, lengths = concepts_of(answer, begin, end)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

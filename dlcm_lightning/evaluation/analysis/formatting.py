@@ -14,7 +14,7 @@ JOINERS = "\u200c\u200d"
 
 
 def fixed(value: Any, digits: int = 2) -> str:
-    """A number with so many digits behind the point."""
+    """A number with so many digits after the point."""
     return NONE if value is None else f"{value:,.{digits}f}".replace("-", MINUS)
 
 

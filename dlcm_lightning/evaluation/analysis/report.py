@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from dlcm_lightning.evaluation.analysis.page import page
 from dlcm_lightning.evaluation.analysis.ratio_history import ratio_history
 from dlcm_lightning.evaluation.analysis.stability import agreement
 from dlcm_lightning.evaluation.analysis.subject import Subject, check_same_tokenizer, open_rows, open_subject
+from dlcm_lightning.progress import Log
 from dlcm_lightning.run_directory import folders
 
 FORMAT = 1
@@ -54,7 +55,7 @@ class _Looked:
 
 def analyze(place: str | Path, *, step: int | None = None, against: str | Path | None = None,
             out: str | Path | None = None, rows: int | None = None, documents: int = DOCUMENTS,
-            overrides: Sequence[str] = (), report: Callable[[str], None] = print) -> Path:
+            overrides: Sequence[str] = (), log: Log = print) -> Path:
     """Writes the page, its numbers and TensorBoard events; returns the page.
 
     place: a run's directory or an export. step: of a run's checkpoint, or the newest. against: another one with the
@@ -73,7 +74,7 @@ def analyze(place: str | Path, *, step: int | None = None, against: str | Path |
     compared = open_subject(against) if against is not None else None
     if compared is not None:
         check_same_tokenizer(subject.trained, compared.trained)
-    reader = open_rows(subject.trained, rows, overrides, report)
+    reader = open_rows(subject.trained, rows, overrides, log)
     tokens = read_tokens(reader)
     looked = _Looked(subject, tokens, observe(subject.model, reader, "analyze"),
                      observe(compared.model, reader, "the other model") if compared else None)
@@ -83,7 +84,7 @@ def analyze(place: str | Path, *, step: int | None = None, against: str | Path |
     found |= _parts(looked, reader, documents)
     text = json.dumps(_plain(found), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
     _write(file, text)
-    report(f"{file}: {subject.name}, step {subject.trained.step:,}, {tokens.rows:,} validation rows; numbers in "
+    log(f"{file}: {subject.name}, step {subject.trained.step:,}, {tokens.rows:,} validation rows; numbers in "
            f"{file.with_suffix('.json').name}, TensorBoard events in {file.with_suffix('').name}/")
     return file
 

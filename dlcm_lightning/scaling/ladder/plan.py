@@ -6,7 +6,7 @@ to one another, because the rows of the table, the checkpoints and the branches 
 - a run is a whole number of rows long, its tokens rounded up;
 - a branch begins at a row, where the loss before the decay is known, and a checkpoint is written exactly there and kept
   for good: `train.checkpoint_every_steps` divides the steps of all branches, `train.keep_every_tokens` is their
-  greatest common divisor. The first checkpoint at or behind every multiple of that is then the one of the multiple
+  greatest common divisor. The first checkpoint at or after every multiple of that is then the one of the multiple
   itself. A branch at the end of a run asks for nothing: that checkpoint is always written, and is the newest;
 - lines of metrics end where rows end: `train.log_every_steps` divides their steps. A line averages over all steps since
   the one before, so that R and FLOPs up to a row count every step.

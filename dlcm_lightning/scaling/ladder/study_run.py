@@ -25,7 +25,7 @@ from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.compose import load_saved_config, save_config
 from dlcm_lightning.config import ConfigError
 from dlcm_lightning.errors import UserError
-from dlcm_lightning.progress import progress_bar
+from dlcm_lightning.progress import Log, progress_bar
 from dlcm_lightning.run_directory import CONFIG_FILE, folders
 from dlcm_lightning.scaling.ladder.execute import Executor, Outcome, make_branch
 from dlcm_lightning.scaling.ladder.measurements import Row, rows_of
@@ -49,7 +49,6 @@ LEAST_ROWS = 3
 """Stable rows of a run, below which `dlcm ladder fit` refuses the table."""
 MOST_CHECKPOINTS = 4
 """Times those that the base asks for, above which it is said."""
-Say = Callable[[str], None]
 WriteTable = Callable[[Sequence[dict[str, Any]], Path], None]
 
 
@@ -171,8 +170,8 @@ def stable_rows(run: PlannedRun) -> int:
 class Table:
     """The table of a study, collected again after every run."""
 
-    def __init__(self, study: Study, runs: Sequence[PlannedRun], write_table: WriteTable, say: Say) -> None:
-        self.study, self.runs, self.write_table, self.say = study, runs, write_table, say
+    def __init__(self, study: Study, runs: Sequence[PlannedRun], write_table: WriteTable, log: Log) -> None:
+        self.study, self.runs, self.write_table, self.log = study, runs, write_table, log
         self._complete: dict[str, list[Row]] = {}
         """Of runs that are finished with all their branches."""
         self._refused: set[str] = set()
@@ -219,10 +218,10 @@ class Table:
 
     def _refuse(self, name: str, error: UserError) -> None:
         self._refused.add(name)
-        self.say(f"{name} is left out of the table: {error}")
+        self.log(f"{name} is left out of the table: {error}")
 
 
-def run_study(study: Study, runs: Sequence[PlannedRun], mine: Sequence[PlannedRun], write_table: WriteTable, say: Say
+def run_study(study: Study, runs: Sequence[PlannedRun], mine: Sequence[PlannedRun], write_table: WriteTable, log: Log
               ) -> bool:
     """Trains `mine` of the `runs` of a study, as far as they are not finished; whether none has failed.
 
@@ -231,20 +230,20 @@ def run_study(study: Study, runs: Sequence[PlannedRun], mine: Sequence[PlannedRu
     write_run_files(study, mine)
     good, failed = _unchanged(study, mine)
     for outcome in failed:
-        say(f"{outcome.job.name} is not trained: {outcome.said}")
+        log(f"{outcome.job.name} is not trained: {outcome.said}")
     outcomes: list[Outcome] = list(failed)
-    table = Table(study, runs, write_table, say)
+    table = Table(study, runs, write_table, log)
     with Executor(study_folder(study) / LOGS) as executor:
         for outcome in executor.go_through(good):
             outcomes.append(outcome)
             if outcome.how == "finished":
-                say(f"{outcome.job.name} is finished")
+                log(f"{outcome.job.name} is finished")
                 table.collect()
             elif outcome.how in ("failed", "taken"):
-                say(f"{outcome.job.name} " + ("has failed: " + outcome.said if outcome.how == "failed" else
+                log(f"{outcome.job.name} " + ("has failed: " + outcome.said if outcome.how == "failed" else
                                               "is being trained by another process"))
     file, rows = table.collect()
-    _conclude(outcomes, file, rows, say)
+    _conclude(outcomes, file, rows, log)
     return not any(outcome.how == "failed" for outcome in outcomes)
 
 
@@ -271,22 +270,22 @@ def _unchanged(study: Study, runs: Sequence[PlannedRun]) -> tuple[list[list[Job]
     return good, failed
 
 
-def _conclude(outcomes: Sequence[Outcome], file: Path, rows: int, say: Say) -> None:
+def _conclude(outcomes: Sequence[Outcome], file: Path, rows: int, log: Log) -> None:
     words = {"finished": "trained", "skipped": "finished before", "taken": "with another process", "failed": "failed"}
     counts = {how: sum(outcome.how == how for outcome in outcomes) for how in words}
-    say(", ".join(f"{count} {words[how]}" for how, count in counts.items() if count) or "nothing to do")
+    log(", ".join(f"{count} {words[how]}" for how, count in counts.items() if count) or "nothing to do")
     for outcome in outcomes:
         if outcome.how == "failed":
-            say(f"  failed: {outcome.job.name}")
+            log(f"  failed: {outcome.job.name}")
     if rows:
-        say(f"{file} has {rows} rows; dlcm ladder fit {file} --out {file.parent / 'fit'}")
+        log(f"{file} has {rows} rows; dlcm ladder fit {file} --out {file.parent / 'fit'}")
 
 
-def write_for_slurm(study: Study, runs: Sequence[PlannedRun], say: Say) -> None:
+def write_for_slurm(study: Study, runs: Sequence[PlannedRun], log: Log) -> None:
     """Run files of all runs and, where a run is finished, of its branches; says how SLURM trains them. ConfigError: a
     finished run, or a branch, is not what the study says now. RunError: a branch cannot be made."""
     if not runs:
-        say(NOTHING)
+        log(NOTHING)
         return
     good, failed = _unchanged(study, runs)
     if failed:
@@ -303,8 +302,8 @@ def write_for_slurm(study: Study, runs: Sequence[PlannedRun], say: Say) -> None:
         save_config(load_saved_config(job.run / CONFIG_FILE), branches[-1])
     for name, listed in ((RUNS, files), (BRANCHES, branches)):
         if listed:
-            say(f"{len(listed)} run files are in {study_folder(study) / name}")
-            say(f"sbatch --array=0-{len(listed) - 1} slurm/ladder.sh {write_list(study, name, listed)}")
+            log(f"{len(listed)} run files are in {study_folder(study) / name}")
+            log(f"sbatch --array=0-{len(listed) - 1} slurm/ladder.sh {write_list(study, name, listed)}")
 
 
 def write_list(study: Study, kind: str, files: Sequence[Path]) -> Path:

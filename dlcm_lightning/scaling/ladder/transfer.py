@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dlcm_lightning.config import ConfigError
+from dlcm_lightning.progress import Log
 from dlcm_lightning.scaling.ladder.descent import Descent, Place, descend
 from dlcm_lightning.scaling.ladder.execute import Executor
 from dlcm_lightning.scaling.ladder.minimum import Minimum, grid_steps, minimum_of
 from dlcm_lightning.scaling.ladder.plan import rates_of, study_folder
 from dlcm_lightning.scaling.ladder.runs import PlannedRun, check_same_run, read_report, state_of
 from dlcm_lightning.scaling.ladder.study import Study
-from dlcm_lightning.scaling.ladder.study_run import LOGS, Part, Say, chosen, jobs_of, write_run_files
+from dlcm_lightning.scaling.ladder.study_run import LOGS, Part, chosen, jobs_of, write_run_files
 from dlcm_lightning.scaling.ladder.study_run import overview as overview_of
 from dlcm_lightning.scaling.ladder.sweeps import Point, Runs, distinct, proxy_runs, section_of, sweep_points
 from dlcm_lightning.scaling.ladder.transfer_page import write_report
@@ -44,13 +45,13 @@ def overview(study: Study, part: Part | None) -> Iterator[str]:
         yield "the search on the proxy is not finished; the sweeps follow from it"
 
 
-def run_transfer(study: Study, part: Part | None, say: Say, *, train: bool = True) -> bool:
+def run_transfer(study: Study, part: Part | None, log: Log, *, train: bool = True) -> bool:
     """Trains what is not finished, if asked to, and reports; whether no run has failed.
 
     Stopped: this process was told to leave. ConfigError: a part is asked for while the search is not finished.
     """
     with Executor(study_folder(study) / LOGS) as executor:
-        session = _Session(study, executor, say, train=train and part is None)
+        session = _Session(study, executor, log, train=train and part is None)
         descent = session.search()
         if descent is not None and not descent.finished and part is not None:
             raise ConfigError(f"--task {part.index}/{part.of}: the search on the proxy takes one step after another, "
@@ -63,19 +64,19 @@ def run_transfer(study: Study, part: Part | None, say: Say, *, train: bool = Tru
         result = session.result(descent, points)
     file = write_report(study_folder(study), result)
     for verdict in result.verdicts:
-        say(verdict.text)
+        log(verdict.text)
     if result.missing:
-        say(f"{result.missing} points are not measured yet")
-    say(f"{file} says it in full")
+        log(f"{result.missing} points are not measured yet")
+    log(f"{file} says it in full")
     return not session.failed
 
 
 class _Session:
     """One call of the command."""
 
-    def __init__(self, study: Study, executor: Executor, say: Say, *, train: bool) -> None:
+    def __init__(self, study: Study, executor: Executor, log: Log, *, train: bool) -> None:
         """train: whether what is missing is trained."""
-        self.study, self.executor, self.say, self.train = study, executor, say, train
+        self.study, self.executor, self.log, self.train = study, executor, log, train
         self.runs = Runs()
         self.searched = 0
         """Distinct runs of the search."""
@@ -113,10 +114,10 @@ class _Session:
             write_run_files(self.study, runs)
             for outcome in self.executor.go_through(groups, what):
                 if outcome.how == "failed" and self.executor.diverged(outcome.job):
-                    self.say(f"{outcome.job.name} has diverged: its loss counts as infinite")
+                    self.log(f"{outcome.job.name} has diverged: its loss counts as infinite")
                 elif outcome.how in ("failed", "taken"):
                     self.failed += [outcome.job.name] if outcome.how == "failed" else []
-                    self.say(f"{outcome.job.name} " + (f"has failed: {outcome.said}" if outcome.how == "failed" else
+                    self.log(f"{outcome.job.name} " + (f"has failed: {outcome.said}" if outcome.how == "failed" else
                                                        "is being trained by another process"))
         for run in runs:
             self._losses[run.name] = self._loss_of(run)
@@ -169,7 +170,7 @@ class _Session:
 
 
 def verdict_of(curves: Sequence[Curve], step: float, seeds: int = 1) -> Verdict | None:
-    """Of a variant, its widths ascending. step: ratio of neighbouring factors. seeds: behind each loss. None where a
+    """Of a variant, its widths ascending. step: ratio of neighbouring factors. seeds: after each loss. None where a
     width has no loss."""
     minima = [curve.minimum for curve in curves]
     if not curves or any(one is None for one in minima):

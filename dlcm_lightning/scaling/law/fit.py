@@ -96,7 +96,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class _Objective:
-    """Residuals of the points that count, behind them those of the prior."""
+    """Residuals of the points that count, after them those of the prior."""
 
     points: Points
     chosen: np.ndarray

@@ -6,7 +6,7 @@ and two R, the dense law three sizes. What can be fitted and yet not known is sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from dlcm_lightning.atomic_io import sha256_of, write_atomically
 from dlcm_lightning.config.checks import require_range
 from dlcm_lightning.errors import ConfigError
+from dlcm_lightning.progress import Log
 from dlcm_lightning.scaling.law import plots
 from dlcm_lightning.scaling.law.compute import BestRatio, Savings, best_ratio, budgets, savings
 from dlcm_lightning.scaling.law.decay import fit_decay
@@ -96,7 +97,7 @@ def _seen(points: Points) -> dict[str, Range]:
 
 def fit_table(file: Path, out: Path, *, seed: int = 0, starts: int = 32, bootstraps: int = 200,
               late: float = 1.0, skip: float = 0.05, offsets: OffsetsBy = "shared", off_target: float = OFF_TARGET,
-              extrapolation: float = EXTRAPOLATION, report: Callable[[str], None]) -> Fitted:
+              extrapolation: float = EXTRAPOLATION, log: Log) -> Fitted:
     """Fits a table and writes law.json, fit.md and pictures into `out`; what is there of these names is replaced.
 
     seed to offsets: as in `Options`. off_target: share by which a realised R may miss its target. extrapolation: factor
@@ -132,11 +133,11 @@ def fit_table(file: Path, out: Path, *, seed: int = 0, starts: int = 32, bootstr
             decays[kind] = decay
     origin = {"table": file.name, "sha256": sha256_of(file), "off_target": off_target, **asdict(options)}
     fitted = LadderLaws(laws["dlcm"], laws["dense"], decays["dlcm"], decays["dense"], origin)
-    return _written(out, fitted, kinds, notes, options.skip, report)
+    return _written(out, fitted, kinds, notes, options.skip, log)
 
 
 def _written(out: Path, laws: LadderLaws, kinds: dict[str, list[Run]], notes: list[str], skip: float,
-             report: Callable[[str], None]) -> Fitted:
+             log: Log) -> Fitted:
     out.mkdir(parents=True, exist_ok=True)
     for name in plots.NAMES:  # of a fit before this one, which may have drawn more
         for suffix in plots.SUFFIXES:
@@ -154,10 +155,10 @@ def _written(out: Path, laws: LadderLaws, kinds: dict[str, list[Run]], notes: li
     write_atomically(files[1], ("\n".join(page(laws, best, saved, notes)) + "\n").encode())
     for name, law in (("DLCM", laws.concept), ("dense", laws.dense)):
         if law is not None:
-            report(_summary(name, law))
+            log(_summary(name, law))
     for note in notes:
-        report(f"  {note}")
-    report(f"{files[1]} says it in full; {files[0]} is the law")
+        log(f"  {note}")
+    log(f"{files[1]} says it in full; {files[0]} is the law")
     return Fitted(laws, tuple(notes), tuple(files))
 
 

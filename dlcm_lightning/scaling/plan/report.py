@@ -66,7 +66,7 @@ def _loss(plan: Plan) -> Iterator[str]:
     yield from _wrapped("loss", f"{interval(plan.prediction)} nats a token while the learning rate is held, "
                                 f"{outside(plan.prediction)}")
     if plan.decay_gain is not None:
-        yield f"             {plan.prediction.loss - plan.decay_gain:.4f} behind its decay, by Eq. 23"
+        yield f"             {plan.prediction.loss - plan.decay_gain:.4f} after its decay, by Eq. 23"
 
 
 def interval(prediction: Prediction) -> str:

@@ -2,7 +2,7 @@
 
 Boundaries are thresholded, as at inference. TensorBoard strips colours from texts, so there a bar stands between two
 concepts: `The\u2502 cat\u2502 sat on`. `boundaries.html` in the run's directory shows the same texts in colours. A
-boundary inside a character is shown behind the character: no character is cut.
+boundary inside a character is shown after the character: no character is cut.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dlcm_lightning.model.mup import role_parameters
 from dlcm_lightning.ops.collectives import rank
+from dlcm_lightning.progress import Log
 from dlcm_lightning.training.callbacks.metrics import Metrics, log
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.device import describe_hardware
@@ -25,10 +26,10 @@ class FinalReport(Callback):
     """Made before the first step, when the machine's speed is measured for the first time."""
 
     def __init__(self, run: Path, data: PretrainData, metrics: Metrics, rate: Callable[[], float], gpus: int,
-                 peak: float | None, report: Callable[[str], None]) -> None:
+                 peak: float | None, log: Log) -> None:
         """rate: measures FLOP/s of large products of this process. gpus: how many compute; 1 where processes share the
         cores of a host. peak: of each, see speed.py."""
-        self.run, self.data, self.metrics, self.rate, self.report = run, data, metrics, rate, report
+        self.run, self.data, self.metrics, self.rate, self.print = run, data, metrics, rate, log
         self.gpus, self.peak = gpus, peak
         self.rate_before = self._rate()
         metrics.machine = self._machine(self.rate_before)
@@ -45,7 +46,7 @@ class FinalReport(Callback):
             steps=steps, tokens=module.consumed_tokens, hardware=describe_hardware(config.train, module.device),
             precision=str(model.compute_dtype).removeprefix("torch."), attention=model.backend,
             parameters=sum(owner.shape.numel() for _, owner in role_parameters(model)), validation=validation,
-            baselines=baselines_of(self.data.reader, self.report) if trainer.is_global_zero else [],
+            baselines=baselines_of(self.data.reader, self.print) if trainer.is_global_zero else [],
             speed=None if trained is None else speed_of(
                 config, trained, self.metrics.training_seconds, self.metrics.waiting_seconds, machine),
         )
@@ -54,7 +55,7 @@ class FinalReport(Callback):
             for logger in trainer.loggers:
                 logger.save()
             self.outcome.save(self.run)
-            self.report(summary(config, self.outcome))
+            self.print(summary(config, self.outcome))
 
     def _machine(self, rate: float) -> Machine:
         return Machine(rate * self.gpus, self.peak and self.peak * self.gpus)

@@ -15,25 +15,25 @@ from dlcm_lightning.cluster.heartbeat import HeartbeatWriter
 class Heartbeat(Callback):
     """The first callback, so that a phase is noted before what others do in it."""
 
-    def __init__(self, pulse: HeartbeatWriter) -> None:
-        self.pulse = pulse
+    def __init__(self, heartbeat: HeartbeatWriter) -> None:
+        self.heartbeat = heartbeat
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.pulse.enter("start", trainer.global_step)
+        self.heartbeat.enter("start", trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        self.pulse.enter("forward", trainer.global_step)
+        self.heartbeat.enter("forward", trainer.global_step)
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
-        self.pulse.enter("backward")
+        self.heartbeat.enter("backward")
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
-        self.pulse.enter("update")
+        self.heartbeat.enter("update")
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self.pulse.enter("update", trainer.global_step)
+        self.heartbeat.enter("update", trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.pulse.enter("end", trainer.global_step)
+        self.heartbeat.enter("end", trainer.global_step)

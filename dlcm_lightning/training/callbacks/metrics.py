@@ -103,7 +103,7 @@ class Metrics(Callback):
         self.window = self._recent = self.lengths = self.clipped = None
 
     def _measure(self, trainer: Trainer, module: PretrainModule) -> dict[str, Any]:
-        """The numbers of one line. Reading them waits for the device, so that the lap behind it is honest."""
+        """The numbers of one line. Reading them waits for the device, so that the lap after it is honest."""
         assert self.window is not None and self._recent is not None and self.clipped is not None
         config = module.config
         metrics = metrics_of(self.window, config.data.domains, module.boundary)

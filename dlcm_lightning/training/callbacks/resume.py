@@ -6,7 +6,6 @@ finds wrong, all raise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,6 +15,7 @@ from dlcm_lightning.checkpoint.probe import Probe
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.ops.collectives import ControlGroup
+from dlcm_lightning.progress import Log
 from dlcm_lightning.run_directory import CONFIG_FILE, TOKENIZER_FILE
 from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
 from dlcm_lightning.training.checkpoint_manager import CheckpointManager
@@ -30,9 +30,9 @@ class ResumeRun(Callback):
     """Restores, and prepares the directory for the steps to come."""
 
     def __init__(self, run: Path, identity: Identity, data: PretrainData, checkpoints: Checkpoints,
-                 group: ControlGroup, report: Callable[[str], None]) -> None:
+                 group: ControlGroup, log: Log) -> None:
         self.run, self.identity, self.data, self.group = run, identity, data, group
-        self.checkpoints, self.report = checkpoints, report
+        self.checkpoints, self.print = checkpoints, log
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, PretrainModule)
@@ -40,7 +40,7 @@ class ResumeRun(Callback):
         checkpoint_manager = CheckpointManager(self.run, self.identity, Probe(Tokenizer.load(self.data.reader.store)),
                                                self.group)
         self.checkpoints.take(checkpoint_manager)
-        checkpoint = checkpoint_manager.newest(self.report)
+        checkpoint = checkpoint_manager.newest(self.print)
         step = 0
         if checkpoint is not None:
             newest = checkpoint
@@ -52,12 +52,12 @@ class ResumeRun(Callback):
             self.group.on_rank_zero(check)
             checkpoint_manager.restore(checkpoint, trainer, module)
             step = checkpoint.step
-            self.report(f"continuing {self.run} at step {step} of {config.total_steps}")
+            self.print(f"continuing {self.run} at step {step} of {config.total_steps}")
             before, now = checkpoint.config.optim, config.optim
             changed = [f"{name} = {getattr(now, name):,} (was {getattr(before, name):,})" for name in SCHEDULE
                        if getattr(before, name) != getattr(now, name)]
             if changed:
-                self.report(f"schedule from here on: {', '.join(changed)}")
+                self.print(f"schedule from here on: {', '.join(changed)}")
         self.data.first_step = step
         self.group.on_rank_zero(lambda: self._prepare(trainer, module, step))
 

@@ -2,14 +2,13 @@
 
 Every rank appends the rows it missed to `unreadable-<rank>.jsonl` in the run's directory: sample, source, reason. The
 count that decides is the one all ranks know, summed with the statistics of the step and saved with every checkpoint, so
-that all of them stop at the same step and nobody waits for the others. On resuming, lines behind the checkpoint are
+that all of them stop at the same step and nobody waits for the others. On resuming, lines after the checkpoint are
 dropped: their samples are read again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.progress import Log
 from dlcm_lightning.training.module import PretrainModule
 
 
@@ -27,8 +27,8 @@ class WatchUnreadable(Callback):
 
     state_key = "WatchUnreadable"
 
-    def __init__(self, run: Path, report: Callable[[str], None]) -> None:
-        self.run, self.report = run, report
+    def __init__(self, run: Path, log: Log) -> None:
+        self.run, self.print = run, log
         self.rows = 0
         """Rows of all ranks that were not read, since the beginning of the run."""
 
@@ -53,7 +53,7 @@ class WatchUnreadable(Callback):
             with (self.run / f"unreadable-{trainer.global_rank:05d}.jsonl").open("a") as file:
                 for row in batch.step.unreadable:
                     file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-                    self.report(f"unreadable: sample {row.sample} of {row.source!r}: {row.reason}")
+                    self.print(f"unreadable: sample {row.sample} of {row.source!r}: {row.reason}")
         assert module.last_step is not None
         self.rows += round(module.last_step.scalar("unreadable").item())
         consumed = trainer.global_step * data.global_batch_size

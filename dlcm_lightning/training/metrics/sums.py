@@ -84,7 +84,7 @@ def counts_of(step: StepCounts, device: torch.device) -> Tensor:
 
 
 def all_reduce_sums(sums: MetricSums, following: StepCounts) -> tuple[MetricSums, Tensor]:
-    """The sum over ranks of a step's sums, and (len(COUNTS),) the counts of the step behind it: one collective."""
+    """The sum over ranks of a step's sums, and (len(COUNTS),) the counts of the step after it: one collective."""
     concepts = torch.zeros(world_size(), dtype=torch.float64, device=sums.scalars.device)
     concepts[rank()] = sums.scalar("concepts")  # of a number, such a line would wait for the device
     parts = (sums.domains.flatten(), sums.scalars, sums.features, counts_of(following, concepts.device), concepts)

@@ -3,9 +3,9 @@ judged.
 
 Each size is a real run, by the strategy, precision and number of processes of the configuration, over its own shards,
 or text of Python's library where they are not at hand. Rates are the configuration's, held from the first step. One
-process trains its runs itself, one behind another; several are started for each.
+process trains its runs itself, one after another; several are started for each.
 
-    OUT/mup.json            every line of the table, with the values behind it
+    OUT/mup.json            every line of the table, with the values it comes from
     OUT/mup.png             size, own move and move over width and depth, by role
     OUT/coordinates.json    every module at every look, and what the optimizers hold
 """
@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import ClassConfig, Config, ConfigError
 from dlcm_lightning.data.preprocessing.stand_in import rows_at_hand
 from dlcm_lightning.errors import RunError
-from dlcm_lightning.progress import progress_bar
+from dlcm_lightning.progress import Log, progress_bar
 from dlcm_lightning.training.mup_check.report import write_report
 from dlcm_lightning.training.mup_check.sizes import AXES, Axis, Size, sizes_of
 from dlcm_lightning.training.mup_check.verdict import Seen, judge
@@ -39,10 +39,9 @@ ROWS, SEQUENCE_LENGTH = 4, 256
 PROBE = "dlcm_lightning.training.mup_check.probe.ProbeCallback"
 LONGEST_SECONDS = 600.0
 """Of one size on several processes."""
-Say = Callable[[str], None]
 
 
-def check_mup(config: Config, out: Path, say: Say, *, axes: Sequence[str] = (), steps: int = STEPS,
+def check_mup(config: Config, out: Path, log: Log, *, axes: Sequence[str] = (), steps: int = STEPS,
               least_width: int | None = None) -> bool:
     """Whether everything lies in its band. Writes the files, and says the table.
 
@@ -55,10 +54,10 @@ def check_mup(config: Config, out: Path, say: Say, *, axes: Sequence[str] = (), 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shared, said = shrunk(config, folder, steps)
-        say(said)
+        log(said)
         seen = [look_at(size, shared, folder) for size in progress_bar(sizes, desc="sizes", unit="run")]
     lines = [line for axis in wanted for line in judge(axis, [one for one in seen if one.size.axis == axis])]
-    write_report(config, seen, lines, out, say)
+    write_report(config, seen, lines, out, log)
     return all(line.good for line in lines)
 
 

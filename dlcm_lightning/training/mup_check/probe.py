@@ -1,7 +1,7 @@
 """How large activations are, and how far the first optimizer steps move them, while a run trains as it does.
 
 A `Probe` looks at a model through hooks: forward passes without gradients over the same tokens, cut into the same
-concepts, before the first step and behind each of them. It keeps the root mean square (RMS) of what every module gives,
+concepts, before the first step and after each of them. It keeps the root mean square (RMS) of what every module gives,
 of its difference from what it gave at first, and of the part of it that is the module's own doing: what its weights of
 now give for its input of then. Cut alike means every R-th token, whatever the boundary says: a
 boundary that moves would change which tokens a concept pools, and concepts of different looks could not be compared.
@@ -37,7 +37,7 @@ from dlcm_lightning.training.module import PretrainModule
 
 LOGIT_POSITIONS = 64
 STREAM = {Role.TOKEN: "stream_token", Role.CONCEPT: "stream_concept"}
-"""What the residual stream behind a block is called, by the role of the block's matrices."""
+"""What the residual stream after a block is called, by the role of the block's matrices."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Coordinate:
 
     module: str
     role: str
-    """Of its parameter; stream_token and stream_concept: the residual stream behind a block."""
+    """Of its parameter; stream_token and stream_concept: the residual stream after a block."""
     step: int
     """Optimizer steps before the look."""
     size: float
@@ -161,7 +161,7 @@ def _rms(x: Tensor) -> float:
 
 
 class ProbeCallback(Callback):
-    """Looks before the first optimizer step and behind each, at the rows of this rank's first micro-batch, and writes
+    """Looks before the first optimizer step and after each, at the rows of this rank's first micro-batch, and writes
     what the first rank saw, and what its optimizer holds, when the run ends."""
 
     def __init__(self, file: str) -> None:

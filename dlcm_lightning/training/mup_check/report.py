@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from dlcm_lightning.atomic_io import write_atomically
 from dlcm_lightning.config import Config
+from dlcm_lightning.progress import Log
 from dlcm_lightning.training.mup_check.verdict import MEASURED, Line, Seen
 
 JSON, ALL, PICTURE = "mup.json", "coordinates.json", "mup.png"
@@ -29,7 +30,7 @@ COLOURS = dict(zip((
 """By role, the same in every panel."""
 
 
-def write_report(config: Config, seen: Sequence[Seen], lines: Sequence[Line], out: Path, say: Callable[[str], None]
+def write_report(config: Config, seen: Sequence[Seen], lines: Sequence[Line], out: Path, log: Log
                  ) -> None:
     """Files into a folder, which is made; the table line by line to `say`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -38,9 +39,9 @@ def write_report(config: Config, seen: Sequence[Seen], lines: Sequence[Line], ou
     figure = picture(lines, seen)
     figure.savefig(out / PICTURE, dpi=110)
     for line in table(lines):
-        say(line)
-    say(summary(lines))
-    say(f"{out / PICTURE}, {out / JSON}; every coordinate: {out / ALL}")
+        log(line)
+    log(summary(lines))
+    log(f"{out / PICTURE}, {out / JSON}; every coordinate: {out / ALL}")
 
 
 def as_json(config: Config, lines: Sequence[Line]) -> dict[str, Any]:

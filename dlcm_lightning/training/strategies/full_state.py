@@ -70,7 +70,7 @@ class FullStateStrategy(ABC):
 
     @abstractmethod
     def load_full_state(self, parameter: nn.Parameter, weight: Tensor, moments: dict[Moment, Tensor]) -> None:
-        """Takes whole tensors, the same on every rank; behind `begin`."""
+        """Takes whole tensors, the same on every rank; after `begin`."""
 
     @abstractmethod
     def init_optim_state(self, steps: int) -> None:

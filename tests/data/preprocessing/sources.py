@@ -25,5 +25,5 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 def run(inputs: Path, out: Path, home: str | None, **options: object) -> Built | None:
-    return tokenize([inputs], out, RECIPE, tokenizer_folder=home, report=say_nothing,
+    return tokenize([inputs], out, RECIPE, tokenizer_folder=home, log=say_nothing,
                     **{"workers": 1, **SMALL, **options})  # type: ignore[arg-type]

@@ -183,7 +183,7 @@ def test_every_byte_of_a_random_tree_is_accounted_for(tmp_path: Path, seed: int,
 
 
 def build(folder: Path, out: Path, home: str) -> dict[str, object]:
-    built = tokenize([folder], out, Recipe("s", "d"), tokenizer_folder=home, workers=1, report=say_nothing,
+    built = tokenize([folder], out, Recipe("s", "d"), tokenizer_folder=home, workers=1, log=say_nothing,
                      task_bytes=2000, validation_share=0.3)
     assert built is not None
     assert built.account == json.loads((out / "s" / "account.json").read_text())
@@ -207,4 +207,4 @@ def test_what_is_passed_over_is_said(tmp_path: Path, home: str, capsys: pytest.C
         assert words in said, words
     (tmp_path / "in" / "a.jsonl").write_text('{"text": null}\n{"text": ""}')
     with pytest.raises(DataError, match=r"no document with text in it \(1 texts are null, 1 blank\)"):
-        tokenize([tmp_path / "in" / "a.jsonl"], tmp_path / "out", Recipe("t", "d"), report=say_nothing)
+        tokenize([tmp_path / "in" / "a.jsonl"], tmp_path / "out", Recipe("t", "d"), log=say_nothing)

@@ -64,7 +64,7 @@ def test_what_is_left_out_costs_its_tasks_and_no_other(inputs: Path, tmp_path: P
     assert len(done) >= 2
     (inputs / "code" / "031.py").unlink()
     said: list[str] = []
-    tokenize([inputs], tmp_path / "out", RECIPE, workers=1, report=said.append, **SMALL,  # type: ignore[arg-type]
+    tokenize([inputs], tmp_path / "out", RECIPE, workers=1, log=said.append, **SMALL,  # type: ignore[arg-type]
              array=(1000, 1001))
     assert any("1 inputs are left out now, such as code/031.py" in line and "0 finished tasks are done anew" in line
                for line in said)
@@ -95,7 +95,7 @@ def test_a_build_below_its_own_inputs_goes_on_and_is_finished(inputs: Path, tmp_
     run(inputs, out, home)
     assert sums(out / "s" / "train") == sums(tmp_path / "whole" / "s" / "train")
     said: list[str] = []
-    tokenize([inputs], out, RECIPE, report=said.append, **SMALL)  # type: ignore[arg-type]
+    tokenize([inputs], out, RECIPE, log=said.append, **SMALL)  # type: ignore[arg-type]
     assert "is finished, nothing to do" in said[0]
     assert not [name for name in list_inputs([inputs], out=out).left_out["of this corpus itself"].names
                 if name not in ("corpus/s/", "corpus/tokenizer.json", "corpus/tokenizer_config.json")]
@@ -106,10 +106,10 @@ def test_two_sources_of_a_corpus_are_parted_in_the_same_way(inputs: Path, tmp_pa
     for share in (0.0, 0.1):
         with pytest.raises(DataError, match=rf"validation_share = {share}: source 's' of .* has 0\.2, and a text "
                                             r"that both hold .* --validation-share 0\.2"):
-            tokenize([inputs], tmp_path / "out", Recipe("t", "d"), report=say_nothing, validation_share=share)
+            tokenize([inputs], tmp_path / "out", Recipe("t", "d"), log=say_nothing, validation_share=share)
     run(inputs, tmp_path / "out", home)
     with pytest.raises(DataError, match="source 's'"):
-        tokenize([inputs], tmp_path / "out", Recipe("t", "d"), report=say_nothing)
+        tokenize([inputs], tmp_path / "out", Recipe("t", "d"), log=say_nothing)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet"])

@@ -32,7 +32,7 @@ def test_the_same_command_again_does_nothing_and_other_inputs_are_refused(inputs
     run(inputs, tmp_path / "out", home)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != ".lock"}
     said: list[str] = []
-    tokenize([inputs], tmp_path / "out", RECIPE, report=said.append, **SMALL)  # type: ignore[arg-type]
+    tokenize([inputs], tmp_path / "out", RECIPE, log=said.append, **SMALL)  # type: ignore[arg-type]
     assert "is finished, nothing to do" in said[0]
     assert merge(tmp_path / "out", "s", said.append).train.tokens and "is finished" in said[1]
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -262,7 +262,7 @@ def test_a_worker_that_is_killed_is_an_error_with_a_remedy(inputs: Path, tmp_pat
     os.kill(worker, signal.SIGKILL)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 2 and "a worker ended with exit code -9" in error and "fewer --workers" in error
-    assert re.search(r"at or behind \S+/inputs/b\.jsonl, line 1 to \S+/inputs/b\.jsonl, line 500", error), error
+    assert re.search(r"at or after \S+/inputs/b\.jsonl, line 1 to \S+/inputs/b\.jsonl, line 500", error), error
 
 
 def test_a_worker_ends_with_its_parent_in_the_middle_of_a_task(inputs: Path, tmp_path: Path, home: str) -> None:

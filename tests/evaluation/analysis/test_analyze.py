@@ -39,7 +39,7 @@ def test_it_leaves_page_numbers_and_events_in_the_run(report: Analysed, run: Pat
 
 def test_the_same_model_on_the_same_rows_gives_the_same_files(report: Analysed, run: Path, dense_run: Path,
                                                               tmp_path: Path) -> None:
-    again = analysed(analyze(run, against=dense_run, out=tmp_path / "again.html", report=quiet))
+    again = analysed(analyze(run, against=dense_run, out=tmp_path / "again.html", log=quiet))
     assert again.page == report.page and again.found == report.found
 
 
@@ -69,12 +69,12 @@ def test_the_events_are_the_numbers_of_the_json(report: Analysed) -> None:
 
 def test_a_second_report_replaces_the_events_of_the_first(run: Path, tmp_path: Path) -> None:
     for _ in range(2):
-        analyze(run, out=tmp_path / "one.html", rows=1, report=quiet)
+        analyze(run, out=tmp_path / "one.html", rows=1, log=quiet)
     assert len(list((tmp_path / "one").glob("events.out.tfevents.*"))) == 1
 
 
 def test_a_dense_model_gets_the_parts_that_it_has(dense_run: Path, run: Path, tmp_path: Path) -> None:
-    found = analysed(analyze(dense_run, against=run, out=tmp_path / "dense.html", report=quiet))
+    found = analysed(analyze(dense_run, against=run, out=tmp_path / "dense.html", log=quiet))
     for name in ("content_types", "loss_by_position", "ratio_history", "concept_lengths", "alignment", "stability"):
         assert "a dense model does not cut texts into concepts" in found.found[name]["absent"]
     assert found.page.count("a dense model does not cut texts into concepts") == 6
@@ -86,7 +86,7 @@ def test_a_dense_model_gets_the_parts_that_it_has(dense_run: Path, run: Path, tm
 
 
 def test_an_export_says_the_same_and_what_it_lacks(exported: Path, report: Analysed) -> None:
-    found = analysed(analyze(exported, report=quiet))
+    found = analysed(analyze(exported, log=quiet))
     assert found.file == exported / "analysis-00000009.html"
     assert "carries no metrics" in found.found["ratio_history"]["absent"]
     assert "an export is one model" in found.found["stability"]["absent"]
@@ -99,7 +99,7 @@ def test_an_export_says_the_same_and_what_it_lacks(exported: Path, report: Analy
 @pytest.mark.parametrize("form", ["fixed", "rule"])
 def test_forms_without_parameters_have_no_threshold(train: Callable[..., Path], form: str, tmp_path: Path) -> None:
     place = train(form, boundary=BoundaryConfig(form=form, rule_threshold=0.9))
-    found = analysed(analyze(place, out=tmp_path / "page.html", rows=2, documents=1, report=quiet)).found
+    found = analysed(analyze(place, out=tmp_path / "page.html", rows=2, documents=1, log=quiet)).found
     assert found["run"]["threshold"] is None
     assert {one["rows"] for one in [found["rows"]]} == {4}
     if form == "fixed":
@@ -108,7 +108,7 @@ def test_forms_without_parameters_have_no_threshold(train: Callable[..., Path], 
 
 
 def test_an_older_step_is_looked_at_and_compared_with_the_newest(run: Path, tmp_path: Path) -> None:
-    found = analysed(analyze(run, step=6, out=tmp_path / "older.html", documents=0, report=quiet)).found
+    found = analysed(analyze(run, step=6, out=tmp_path / "older.html", documents=0, log=quiet)).found
     assert found["run"]["step"] == 6 and found["stability"]["newest"] == 9
     assert found["documents"]["domains"] == {"en": [], "zh": []}
     stated = evaluate(run, 6, [], quiet)
@@ -116,7 +116,7 @@ def test_an_older_step_is_looked_at_and_compared_with_the_newest(run: Path, tmp_
 
 
 def test_rows_are_those_of_evaluate_with_as_many(run: Path, tmp_path: Path) -> None:
-    found = analysed(analyze(run, rows=2, out=tmp_path / "few.html", report=quiet)).found
+    found = analysed(analyze(run, rows=2, out=tmp_path / "few.html", log=quiet)).found
     stated = evaluate(run, None, ["data.validation_rows=2"], quiet)
     assert found["rows"]["rows"] == 4
     assert found["bits_per_byte"]["all"]["bits_per_byte"] == pytest.approx(stated["bits_per_byte"], rel=1e-9)
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_among_the_kept_ones_is_named_and_left_out(run: Pat
     shutil.copytree(run, copied)
     for state in finished(copied, 6).glob("state-*"):
         state.write_bytes(b"x" + state.read_bytes()[1:])
-    found = analysed(analyze(copied, rows=1, report=quiet))
+    found = analysed(analyze(copied, rows=1, log=quiet))
     assert [one["step"] for one in found.found["stability"]["checkpoints"]] == [3]
     (skipped,) = found.found["stability"]["skipped"]
     assert skipped["step"] == 6 and "is damaged" in skipped["reason"] and "Step 6 is left out" in found.page
@@ -147,7 +147,7 @@ def test_another_tokenizer_is_refused_and_nothing_is_written(train: Callable[...
                                                              tmp_path: Path) -> None:
     other = train("other_ids", root=str(corpus_of_another_tokenizer(config, tmp_path / "data")))
     with pytest.raises(ConfigError, match=r"--against .*other_ids.* is not that of .*compare runs that share a token"):
-        analyze(run, against=other, out=tmp_path / "page.html", report=quiet)
+        analyze(run, against=other, out=tmp_path / "page.html", log=quiet)
     assert not list(tmp_path.glob("page*"))
 
 
@@ -166,8 +166,8 @@ def moved(run: Path, tmp_path: Path, **data: Any) -> Path:
 def test_data_that_are_gone_are_named_with_the_remedy(exported: Path, config: DataConfig, tmp_path: Path) -> None:
     place = moved(exported, tmp_path, root=str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match=r"validation rows cannot be read: .*nowhere.*give data.root=\.\.\."):
-        analyze(place, report=quiet)
-    analyze(place, overrides=[f"data.root={config.root}"], rows=1, report=quiet)  # the remedy helps
+        analyze(place, log=quiet)
+    analyze(place, overrides=[f"data.root={config.root}"], rows=1, log=quiet)  # the remedy helps
 
 
 def test_shards_that_are_deleted_are_named_with_the_remedy(exported: Path, config: DataConfig, tmp_path: Path) -> None:
@@ -176,18 +176,18 @@ def test_shards_that_are_deleted_are_named_with_the_remedy(exported: Path, confi
     for shard in (data / "a" / "validation").glob("*.tar"):
         shard.unlink()
     with pytest.raises(DataError, match=r"validation rows cannot be read: .*give data.root=\.\.\."):
-        analyze(moved(exported, tmp_path, root=str(data)), report=quiet)
+        analyze(moved(exported, tmp_path, root=str(data)), log=quiet)
 
 
 def test_rows_in_the_ids_of_another_tokenizer_are_refused(exported: Path, config: DataConfig, tmp_path: Path) -> None:
     data = corpus_of_another_tokenizer(config, tmp_path / "data")
     with pytest.raises(DataError, match="its ids mean other texts to this model"):
-        analyze(moved(exported, tmp_path, root=str(data)), report=quiet)
+        analyze(moved(exported, tmp_path, root=str(data)), log=quiet)
 
 
 def test_nothing_but_data_can_be_overridden(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.boundary.form: dlcm analyze looks at the model as it was trained"):
-        analyze(run, overrides=["model.boundary.form=paper"], report=quiet)
+        analyze(run, overrides=["model.boundary.form=paper"], log=quiet)
 
 
 @pytest.mark.parametrize(("asked", "said"), [
@@ -199,25 +199,25 @@ def test_what_cannot_be_asked_is_refused_at_once(run: Path, asked: dict[str, Any
                                                  monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=said):
-        analyze(run, report=quiet, **asked)
+        analyze(run, log=quiet, **asked)
 
 
 def test_a_step_that_is_not_kept_and_a_place_without_a_model_are_refused(run: Path, exported: Path, tmp_path: Path
                                                                          ) -> None:
     with pytest.raises(CheckpointError, match="has no checkpoint of step 4; there are 3, 6, 9"):
-        analyze(run, step=4, report=quiet)
+        analyze(run, step=4, log=quiet)
     with pytest.raises(CheckpointError, match="holds no checkpoint and is no exported model"):
-        analyze(tmp_path, report=quiet)
+        analyze(tmp_path, log=quiet)
     with pytest.raises(ConfigError, match="is an exported model, of step 9"):
-        analyze(exported, step=3, report=quiet)
+        analyze(exported, step=3, log=quiet)
 
 
 def test_a_run_that_may_only_be_read_is_refused_with_the_remedy(run: Path, tmp_path: Path,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != run)
     with pytest.raises(ConfigError, match=r"may only be read; give --out FILE\.html in a folder that can be written"):
-        analyze(run, report=quiet)
+        analyze(run, log=quiet)
     monkeypatch.undo()
     (tmp_path / "page").write_text("in the way of the events")
     with pytest.raises(ConfigError, match=r"cannot be written .*give --out FILE.html elsewhere"):
-        analyze(run, out=tmp_path / "page.html", rows=1, report=quiet)
+        analyze(run, out=tmp_path / "page.html", rows=1, log=quiet)

@@ -125,7 +125,7 @@ def samples_of(out: Path, name: str = "") -> dict[tuple[str, int], Any]:
 def asked(trained_run: Path, small_tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All tasks without subjects, answered once."""
     out = tmp_path_factory.mktemp("out")
-    lines = evaluate(str(trained_run), Question(SMALL), data_dir=small_tasks, out=out, samples=True, report=quiet)
+    lines = evaluate(str(trained_run), Question(SMALL), data_dir=small_tasks, out=out, samples=True, log=quiet)
     assert lines is not None and [line.name for line in lines] == [*SMALL, "average"]
     return out
 

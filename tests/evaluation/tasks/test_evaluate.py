@@ -66,7 +66,7 @@ def segments(length: int) -> Segments:
 
 @pytest.mark.parametrize("boundaries", ["thresholded", "half"])
 def test_log_likelihoods_are_the_bits_per_byte_of_the_validation_table(trained_run: Path, boundaries: Any) -> None:
-    """Of the same texts: every piece of every validation row, its tokens behind its first."""
+    """Of the same texts: every piece of every validation row, its tokens after its first."""
     table = validation_table(trained_run, None, ["train.precision=fp32"], quiet, boundaries)
     trained = open_trained(trained_run)
     config = trained.config
@@ -108,7 +108,7 @@ def test_rolling_log_likelihoods_count_every_token_once(trained_run: Path, tmp_p
 def test_longer_texts_lose_their_beginning_and_it_is_said(trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     evaluate(str(trained_run), Question(("race", "piqa"), context=20), data_dir=small_tasks, out=tmp_path,
-             report=lines.append)
+             log=lines.append)
     assert "contexts were longer than the model's" in only(tmp_path, "table-*.md").read_text()
 
 
@@ -163,7 +163,7 @@ def test_groups_of_subjects_run_from_their_releases(trained_run: Path, tmp_path:
     assert len(subjects) == {"ceval-valid": 52, "cmmlu": 67, "mmlu": 57}[name]
     write_subjects(tmp_path / "questions", name, subjects)
     lines = evaluate(str(trained_run), Question((name,)), data_dir=tmp_path / "questions", out=tmp_path, samples=True,
-                     report=quiet)
+                     log=quiet)
     assert lines is not None and lines[0].items == 2 * len(subjects) and lines[0].chance == 25
     found = samples_of(tmp_path, f"-{name}")
     right = [one["acc"] for one in found.values()]
@@ -171,7 +171,7 @@ def test_groups_of_subjects_run_from_their_releases(trained_run: Path, tmp_path:
     prompt = next(iter(found.values()))["arguments"][2]
     assert prompt[1] == " C" and ("Answer:" if name == "mmlu" else "答案：") in prompt[0] and "\nC. 丙\n" in prompt[0]
     with_one = evaluate(str(trained_run), Question((name,), fewshot=1, limit=1), data_dir=tmp_path / "questions",
-                        out=tmp_path, samples=True, report=quiet)
+                        out=tmp_path, samples=True, log=quiet)
     assert with_one is not None and with_one[0].items == len(subjects)
     first = next(iter(samples_of(tmp_path, f"-{name}-1shot-limit1").values()))
     assert first["arguments"][0][0].count("\nC. 丙\n") == 2
@@ -179,13 +179,13 @@ def test_groups_of_subjects_run_from_their_releases(trained_run: Path, tmp_path:
     for file in (tmp_path / "questions" / name).rglob(f"{subjects[3]}*"):
         file.unlink()
     with pytest.raises(DataError, match=rf"1 of {len(subjects)} subjects have no file, such as {subjects[3]}"):
-        evaluate(str(trained_run), Question((name,)), data_dir=tmp_path / "questions", out=tmp_path, report=quiet)
+        evaluate(str(trained_run), Question((name,)), data_dir=tmp_path / "questions", out=tmp_path, log=quiet)
 
 
 def test_a_hugging_face_model_scores_item_by_item_what_lm_eval_gives_it(
         hub_folder: Path, small_tasks: Path, tmp_path: Path) -> None:
     names = ("piqa", "arc_easy", "boolq", "race")
-    evaluate(f"hf:{hub_folder}", Question(names), data_dir=small_tasks, out=tmp_path, samples=True, report=quiet)
+    evaluate(f"hf:{hub_folder}", Question(names), data_dir=small_tasks, out=tmp_path, samples=True, log=quiet)
     ours = samples_of(tmp_path, what(Question(names)))
     theirs = simple_evaluate("hf", model_args={"pretrained": str(hub_folder), "dtype": "float32"}, device="cpu",
                              batch_size=8, tasks=local_tasks(task_manager(), names, small_tasks, 0)[0], num_fewshot=0)
@@ -204,7 +204,7 @@ def test_a_hugging_face_model_scores_item_by_item_what_lm_eval_gives_it(
 
 def test_an_export_is_asked_like_its_run(asked: Path, trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
     out = export(trained_run, tmp_path / "model")
-    evaluate(str(out), Question(SMALL), data_dir=small_tasks, out=tmp_path / "out", samples=True, report=quiet)
+    evaluate(str(out), Question(SMALL), data_dir=small_tasks, out=tmp_path / "out", samples=True, log=quiet)
     assert samples_of(tmp_path / "out", what(Question(SMALL))) == samples_of(asked, what(Question(SMALL)))
 
 
@@ -214,9 +214,9 @@ def test_an_export_for_transformers_scores_through_lm_evals_own_class_what_ours_
     folder = export_huggingface(trained_run, tmp_path / "hf")
     names = ("piqa", "arc_easy", "race")
     with pytest.raises(ConfigError, match="--trust-remote-code"):
-        evaluate(f"hf:{folder}", Question(names), data_dir=small_tasks, out=tmp_path / "out", report=quiet)
+        evaluate(f"hf:{folder}", Question(names), data_dir=small_tasks, out=tmp_path / "out", log=quiet)
     question = Question(names, trust_remote_code=True)
-    evaluate(f"hf:{folder}", question, data_dir=small_tasks, out=tmp_path / "out", samples=True, report=quiet)
+    evaluate(f"hf:{folder}", question, data_dir=small_tasks, out=tmp_path / "out", samples=True, log=quiet)
     ours = samples_of(asked, what(Question(SMALL)))
     for key, sample in samples_of(tmp_path / "out", what(question)).items():
         assert sample["arguments"] == ours[key]["arguments"]
@@ -227,7 +227,7 @@ def test_an_export_for_transformers_scores_through_lm_evals_own_class_what_ours_
 def test_half_precision_says_how_many_boundaries_it_moves(trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     evaluate(str(trained_run), Question(("piqa",), precision="bf16"), data_dir=small_tasks, out=tmp_path,
-             report=lines.append)
+             log=lines.append)
     assert any("boundary decisions on its validation rows are not those of fp32" in line for line in lines)
 
 
@@ -282,4 +282,4 @@ def test_a_damaged_model_is_refused(trained_run: Path, small_tasks: Path, tmp_pa
     content[-7] ^= 0x55
     file.write_bytes(content)
     with pytest.raises(CheckpointError):
-        evaluate(str(out), Question(("piqa",)), data_dir=small_tasks, out=tmp_path / "out", report=quiet)
+        evaluate(str(out), Question(("piqa",)), data_dir=small_tasks, out=tmp_path / "out", log=quiet)

@@ -65,18 +65,18 @@ def test_chance_is_that_of_choices(kind: str, asked: int, metrics: list[str], ch
 
 
 def test_tags_are_their_tasks(trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
-    lines = evaluate(str(trained_run), Question(("ai2_arc", "piqa")), data_dir=small_tasks, out=tmp_path, report=quiet)
+    lines = evaluate(str(trained_run), Question(("ai2_arc", "piqa")), data_dir=small_tasks, out=tmp_path, log=quiet)
     assert lines is not None
     assert [line.name for line in lines] == ["arc_challenge", "arc_easy", "piqa", "average"]
     with pytest.raises(ConfigError, match="arc_easy is named twice"):
-        evaluate(str(trained_run), Question(("ai2_arc", "arc_easy")), data_dir=small_tasks, out=tmp_path, report=quiet)
+        evaluate(str(trained_run), Question(("ai2_arc", "arc_easy")), data_dir=small_tasks, out=tmp_path, log=quiet)
 
 
 def test_no_answer_replaces_that_to_another_question(trained_run: Path, small_tasks: Path, tmp_path: Path) -> None:
     shutil.copytree(small_tasks, tmp_path / "elsewhere")
     for _ in range(2):
         for data in (small_tasks, tmp_path / "elsewhere"):
-            evaluate(str(trained_run), Question(("piqa",)), data_dir=data, out=tmp_path / "out", report=quiet)
+            evaluate(str(trained_run), Question(("piqa",)), data_dir=data, out=tmp_path / "out", log=quiet)
     found = sorted((tmp_path / "out").glob("results-piqa*.json"))
     assert {json.loads(file.read_text())["question"]["questions_from"] for file in found} == {
         str(small_tasks), str(tmp_path / "elsewhere")} and len(found) == 2

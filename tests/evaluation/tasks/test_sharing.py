@@ -40,7 +40,7 @@ def test_what_is_answered_is_not_computed_twice_and_the_rest_is_the_same(
 
     def again() -> dict[tuple[str, int], Any]:
         batches.clear()
-        evaluate(str(trained_run), question, data_dir=small_tasks, out=tmp_path / "out", samples=True, report=quiet)
+        evaluate(str(trained_run), question, data_dir=small_tasks, out=tmp_path / "out", samples=True, log=quiet)
         return samples_of(tmp_path / "out", what(question))
 
     whole = samples_of(asked, what(question))
@@ -48,10 +48,10 @@ def test_what_is_answered_is_not_computed_twice_and_the_rest_is_the_same(
     assert len(kept) >= 1
     file.write_bytes(b"".join(kept[:-1]) + kept[-1][: len(kept[-1]) // 2])
     assert again() == whole and len(batches) == 1
-    assert again() == whole and batches == [], "what was written behind the torn line is read"
+    assert again() == whole and batches == [], "what was written after the torn line is read"
     for other in (Question(SMALL, "half"), Question(SMALL, batch_tokens=512)):
         batches.clear()
-        evaluate(str(trained_run), other, data_dir=small_tasks, out=tmp_path / "out", report=quiet)
+        evaluate(str(trained_run), other, data_dir=small_tasks, out=tmp_path / "out", log=quiet)
         assert batches, "another question has answers of its own"
 
 
@@ -74,7 +74,7 @@ def test_two_ranks_answer_as_one(asked: Path, trained_run: Path, small_tasks: Pa
     assert "average of 9" in said[0] and "average" not in said[1]
     assert len(list(tmp_path.glob("answers/*/rank-*.jsonl"))) == 2
     evaluate(str(trained_run), Question(SMALL, batch_tokens=512), data_dir=small_tasks, out=tmp_path / "alone",
-             samples=True, report=quiet)
+             samples=True, log=quiet)
     name = what(Question(SMALL))
     assert samples_of(tmp_path, name) == samples_of(tmp_path / "alone", name)
     other = samples_of(asked, name)  # other batches: equal but for rounding
@@ -89,7 +89,7 @@ def test_ranks_share_a_hugging_face_model_once(hub_folder: Path, small_tasks: Pa
     names = ("piqa", "boolq")
     ranks(["--model", f"hf:{hub_folder}", "--tasks", ",".join(names), "--data-dir", str(small_tasks)], tmp_path)
     evaluate(f"hf:{hub_folder}", Question(names), data_dir=small_tasks, out=tmp_path / "alone", samples=True,
-             report=quiet)
+             log=quiet)
     assert samples_of(tmp_path, what(Question(names))) == samples_of(tmp_path / "alone", what(Question(names)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):

@@ -86,7 +86,7 @@ def test_a_table_of_real_runs_can_be_fitted(ladder: Study, tmp_path: Path) -> No
     assert [run.name for run in runs] == sorted(run.name for run in grid(ladder))
     assert all(run.flops is not None and len(run.tokens) == 4 and len(run.decayed) == 1 for run in runs)
     said: list[str] = []
-    fitted = fit_table(file, tmp_path, starts=1, bootstraps=0, off_target=10, report=said.append)
+    fitted = fit_table(file, tmp_path, starts=1, bootstraps=0, off_target=10, log=said.append)
     assert fitted.laws.concept is not None and (tmp_path / "law.json").is_file()
 
 

@@ -22,7 +22,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     table = ladder(points=6, sizes=(87e6, 274e6, 833e6), shares=(0.3, 0.7), ratios=(2, 8))
     table.to_csv(folder / "ladder.csv", index=False)
     said: list[str] = []
-    fit_table(folder / "ladder.csv", folder / "fit", **QUICK, report=said.append)  # type: ignore[arg-type]
+    fit_table(folder / "ladder.csv", folder / "fit", **QUICK, log=said.append)  # type: ignore[arg-type]
     return folder, said
 
 
@@ -43,7 +43,7 @@ def test_law_page_and_pictures_are_written(written: tuple[Path, list[str]]) -> N
 
 def test_same_table_same_bytes(written: tuple[Path, list[str]]) -> None:
     folder, _ = written
-    fit_table(folder / "ladder.csv", folder / "again", **QUICK, report=lambda _: None)  # type: ignore[arg-type]
+    fit_table(folder / "ladder.csv", folder / "again", **QUICK, log=lambda _: None)  # type: ignore[arg-type]
     for file in (folder / "fit").iterdir():
         assert file.read_bytes() == (folder / "again" / file.name).read_bytes(), file.name
 
@@ -61,7 +61,7 @@ def test_law_of_the_file_predicts_and_refuses(written: tuple[Path, list[str]]) -
 def test_ladder_without_dense_runs_is_fitted_and_says_what_is_missing(tmp_path: Path) -> None:
     table = ladder(dense=None, decay=None, points=4, shares=(0.5,), ratios=(2, 8), ratio_noise=0)
     table.to_csv(tmp_path / "a.csv", index=False)
-    found = fit_table(tmp_path / "a.csv", tmp_path / "fit", starts=2, bootstraps=0, report=lambda _: None)
+    found = fit_table(tmp_path / "a.csv", tmp_path / "fit", starts=2, bootstraps=0, log=lambda _: None)
     assert found.laws.dense is None and found.laws.decay is None
     assert any("no dense runs" in note for note in found.notes) and any("No Eq. 23" in note for note in found.notes)
     assert not (tmp_path / "fit" / "savings.png").exists()
@@ -70,14 +70,14 @@ def test_ladder_without_dense_runs_is_fitted_and_says_what_is_missing(tmp_path: 
 
 def test_dense_runs_alone_are_fitted(tmp_path: Path) -> None:
     ladder(law=None, decay=None, points=5).to_csv(tmp_path / "a.csv", index=False)
-    found = fit_table(tmp_path / "a.csv", tmp_path / "fit", starts=2, bootstraps=0, report=lambda _: None)
+    found = fit_table(tmp_path / "a.csv", tmp_path / "fit", starts=2, bootstraps=0, log=lambda _: None)
     assert found.laws.concept is None and found.laws.dense is not None
 
 
 def test_narrow_ladder_says_that_no_optimum_lies_inside(tmp_path: Path) -> None:
     ladder(points=5, sizes=(87e6, 130e6), shares=(0.5,)).to_csv(tmp_path / "a.csv", index=False)
     found = fit_table(tmp_path / "a.csv", tmp_path / "fit", starts=2, bootstraps=0, extrapolation=1.0,
-                      report=lambda _: None)
+                      log=lambda _: None)
     assert any("No best R" in note for note in found.notes)
     assert any("No dense law" in note for note in found.notes)
 
@@ -86,7 +86,7 @@ def test_narrow_ladder_says_that_no_optimum_lies_inside(tmp_path: Path) -> None:
                                           ({"off_target": -1.0}, "--off-target"), ({"extrapolation": 0.5}, "--extrap")])
 def test_refusals_name_the_option(written: tuple[Path, list[str]], given: dict[str, float], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        fit_table(written[0] / "ladder.csv", written[0] / "no", **given, report=print)  # type: ignore[arg-type]
+        fit_table(written[0] / "ladder.csv", written[0] / "no", **given, log=print)  # type: ignore[arg-type]
     assert not (written[0] / "no").exists()
 
 

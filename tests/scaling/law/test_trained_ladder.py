@@ -58,7 +58,7 @@ def test_what_the_ladder_does_not_reach_is_said_and_not_drawn(tmp_path: Path) ->
     """Its best N and D lie at the edge of what was trained: a picture would be empty, one of before would be wrong."""
     for name in ("savings.png", "best-ratio.svg"):
         (tmp_path / name).write_text("of another fit")
-    fitted = fit_table(RESULTS / "ladder_cpu.csv", tmp_path, starts=1, bootstraps=0, report=lambda line: None)
+    fitted = fit_table(RESULTS / "ladder_cpu.csv", tmp_path, starts=1, bootstraps=0, log=lambda line: None)
     assert {file.name for file in fitted.files} == {file.name for file in tmp_path.iterdir()} == {
         "law.json", "fit.md", *(f"{name}.{suffix}" for suffix in ("png", "svg")
                                 for name in ("trajectories-dlcm", "trajectories-dense", "loss-over-share"))}

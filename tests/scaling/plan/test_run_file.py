@@ -113,7 +113,7 @@ def test_command_writes_what_it_says_and_its_line_writes_the_same_again(
                   f"R = {config.model.boundary.target_ratio:g}", f"{config.optim.total_tokens:,}",
                   f"{config.total_steps:,} of", "64 x 900 TFLOP/s", "35 %", "in GB of 141", "lr_token 0.0018 -> ",
                   "95 %", "times outside of what the law has seen", "checkpoints", "GB each",
-                  "zero3", "big.yaml is a run file", "documents of 2,000 tokens", "behind its decay", "heads of 64",
+                  "zero3", "big.yaml is a run file", "documents of 2,000 tokens", "after its decay", "heads of 64",
                   "--nodes 16 --gpus-per-node 4"):
         assert words in said, words
     line = next(line for line in Path("big.yaml").read_text().splitlines() if line.startswith("# dlcm plan"))
