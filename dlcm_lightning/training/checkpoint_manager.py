@@ -41,7 +41,7 @@ from dlcm_lightning.model.mup import role_parameters
 from dlcm_lightning.ops.collectives import ControlGroup, broadcast
 from dlcm_lightning.progress import Log
 from dlcm_lightning.run_directory import CHECKPOINTS, folders, unfinished
-from dlcm_lightning.training.callback_state import callbacks_state, load_callbacks_state
+from dlcm_lightning.training.callback_state import CallbacksState, callbacks_state, load_callbacks_state
 from dlcm_lightning.training.device import BY_NAME
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.position import at_optimizer_step
@@ -59,11 +59,14 @@ class CheckpointManager:
         config, step = module.config, trainer.global_step
         folder = unfinished(self.run, step)
         said = self.group.on_rank_zero(lambda: self._said(lambda: self._make(folder)))
+        kept: list[CallbacksState] = []
+        self.group.on_rank_zero(lambda: kept.append(callbacks_state(trainer)))
         fingerprint = self.probe.fingerprint(module.model, module.device)
         mine = dict(self._mine(trainer, module))
+        mine |= {f"callback/{name}": value for _, found in kept for name, value in found.items()}
         written: dict[str, dict[str, Any]] = {}
         if not said:
-            said = self._said(lambda: self._write(folder, trainer, module, mine, written))
+            said = self._said(lambda: self._write(folder, module, mine, kept, written))
         everything: dict[str, dict[str, Any]] = {}
         errors = []
         for files, error in self.group.gather((written, said)):
@@ -120,14 +123,13 @@ class CheckpointManager:
                 yield from ((f"{kind}/{name}", part.detach().to("cpu", copy=True)) for kind, part in parts.items())
         if self.group.rank == 0:
             yield from ((f"buffer/{name}", buffer.cpu()) for name, buffer in saved_buffers(module))
-            yield from ((f"callback/{name}", value) for name, value in callbacks_state(trainer)[1].items())
 
-    def _write(self, folder: Path, trainer: Trainer, module: PretrainModule, mine: dict[str, Tensor],
+    def _write(self, folder: Path, module: PretrainModule, mine: dict[str, Tensor], kept: list[CallbacksState],
                written: dict[str, dict[str, Any]]) -> None:
         names = [tensors.file_name(self.group.rank, self.group.ranks)]
         tensors.write(mine, folder / names[0])
-        if self.group.rank == 0:
-            (folder / CALLBACKS).write_text(json.dumps(callbacks_state(trainer)[0], indent=1))
+        for state, _ in kept:  # of rank 0 alone
+            (folder / CALLBACKS).write_text(json.dumps(state, indent=1))
             save_config(module.config, folder / CONFIG)
             names += [CALLBACKS, CONFIG]
         written.update({name: describe_file(folder / name) for name in names})
@@ -191,6 +193,7 @@ class CheckpointManager:
             schedule.scheduler.load_state_dict({"last_epoch": checkpoint.step})
         state = trainer.fit_loop.state_dict()
         at_optimizer_step(state, checkpoint.step, module.config.micro_batches)
+        state["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint.step  # counted from 1 here: loop.py
         trainer.fit_loop.load_state_dict(state)
         check_fingerprint(checkpoint, self.probe, module)
 

@@ -2,21 +2,53 @@
 
 A `Config` fixes how an optimizer step is made of rows, hence how many micro-batches it has on so many ranks, how
 gradients are clipped, how long the run is and in which precision is multiplied. A Trainer says these things again, and
-where the two disagree Lightning would follow the Trainer without a word. `trainer_arguments` gives what agrees.
+where the two disagree Lightning would follow the Trainer without a word. `trainer_arguments` gives what agrees. The
+same of the rows, where they come from a datamodule of another configuration, and of callbacks that are given to the
+command, which is no plain Trainer.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    GradientAccumulationScheduler,
+    ProgressBar,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from dlcm_lightning.compose import differences
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.training.strategies.full_state import FullStateStrategy
+
+WHERE_FROM = ("data.root", "data.workers", "data.cache_megabytes", "data.read_ahead_steps")
+"""Fields that say where rows come from and how they are fetched, but not which they are."""
+OWN_RATES = ("it sets learning rates of its own, and those of the roles and their schedule would no longer hold; leave "
+             "it out (EMAWeightAveraging keeps them, and dlcm merge averages checkpoints)")
+
+
+def _keeps_its_own_state(callback: Callback) -> bool:
+    return any(getattr(type(callback), name) is not getattr(Callback, name)
+               for name in ("on_save_checkpoint", "on_load_checkpoint"))
+
+
+UNFIT: tuple[tuple[Callable[[Callback], bool], str], ...] = (
+    (lambda one: isinstance(one, Checkpoint),
+     "a run saves by itself (train.checkpoint_every_steps, train.keep_last, train.keep_every_tokens); leave it out, or "
+     "name a subclass of dlcm_lightning.training.callbacks.checkpoint.Checkpoints"),
+    (lambda one: isinstance(one, ProgressBar), "a run shows its own; leave it out"),
+    (lambda one: isinstance(one, StochasticWeightAveraging), OWN_RATES),
+    (_keeps_its_own_state,
+     "it writes into Lightning's checkpoints (on_save_checkpoint), which this command does not write, so that a run "
+     "which continues would lose it; keep it in state_dict, or use it with a plain Trainer"),
+)
+"""Callbacks that the command refuses, and what to do instead."""
 
 
 def trainer_arguments(config: Config) -> dict[str, Any]:
@@ -64,26 +96,40 @@ def with_ranks(trainer: Trainer, config: Config) -> Config:
     return replace(config, train=replace(config.train, devices=devices, nodes=nodes))
 
 
+def check_rows(config: Config, given: Config) -> None:
+    """ConfigError: the rows are those of another configuration than the module's, or other ones."""
+    fields = [name for name in differences(config, given)
+              if (name.startswith("data.") and name not in WHERE_FROM) or name in ("seed", "optim.total_tokens")]
+    if fields:
+        raise ConfigError(f"PretrainData and PretrainModule are made of configurations that differ in "
+                          f"{', '.join(fields)}; make both of one")
+
+
+def check_callbacks(field: str, callbacks: Sequence[Callback]) -> None:
+    """ConfigError: one that needs what a run of the command does not have; a plain Trainer has it."""
+    for number, one in enumerate(callbacks):
+        if remedy := next((remedy for unfit, remedy in UNFIT if unfit(one)), ""):
+            raise ConfigError(f"{field}[{number}]: {type(one).__name__}: {remedy}")
+
+
 def _check_steps(trainer: Trainer, config: Config) -> None:
     """What an optimizer step is made of."""
     micro_batches, data = config.micro_batches, config.data
-    if any(isinstance(callback, GradientAccumulationScheduler)
-           for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ConfigError("GradientAccumulationScheduler: a step has data.global_batch_size rows from first to last; "
-                          "leave "
-                          "the callback out")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            raise ConfigError("GradientAccumulationScheduler: a step has data.global_batch_size rows from first to "
+                              "last; leave the callback out")
+        if isinstance(callback, StochasticWeightAveraging):
+            raise ConfigError(f"StochasticWeightAveraging: {OWN_RATES}")
     if trainer.accumulate_grad_batches != micro_batches:
         raise ConfigError(f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): "
-                          f"data.global_batch_size = "
-                          f"{data.global_batch_size} in micro-batches of {data.micro_batch_size} are {micro_batches} "
-                          f"on "
-                          f"{config.train.ranks} ranks; set accumulate_grad_batches={micro_batches}, or "
-                          "Trainer(**trainer_arguments(config), ...)")
+                          f"data.global_batch_size = {data.global_batch_size} in micro-batches of "
+                          f"{data.micro_batch_size} are {micro_batches} on {config.train.ranks} ranks; set "
+                          f"accumulate_grad_batches={micro_batches}, or Trainer(**trainer_arguments(config), ...)")
     clip, wanted = trainer.gradient_clip_val, config.optim.max_grad_norm
     if clip is not None and float(clip) != (wanted or math.inf):
         raise ConfigError(f"Trainer(gradient_clip_val={clip}): optim.max_grad_norm = {wanted} clips; leave the "
-                          f"argument "
-                          "out, or change the field")
+                          "argument out, or change the field")
     if trainer.gradient_clip_algorithm == "value":
         raise ConfigError("Trainer(gradient_clip_algorithm='value'): gradients are clipped by their global norm; leave "
                           "the argument out")
@@ -98,9 +144,12 @@ def _check_length(trainer: Trainer, config: Config) -> None:
     if overfit := getattr(trainer, "overfit_batches", 0):
         raise ConfigError(f"Trainer(overfit_batches={overfit}): rows follow from the configuration; "
                           "leave it out, and use data.sources[].max_epochs with a small source")
-    limit = trainer.limit_train_batches
+    limit, argument = trainer.limit_train_batches, "limit_train_batches"
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        argument = "fast_dev_run"
     if isinstance(limit, float):
         limit = int(config.total_steps * config.micro_batches * limit)
     if limit is not None and limit % config.micro_batches:
-        raise ConfigError(f"Trainer(limit_train_batches={trainer.limit_train_batches}): an epoch would end inside an "
-                          f"optimizer step of {config.micro_batches} micro-batches; take a multiple")
+        raise ConfigError(f"Trainer({argument}={getattr(trainer, argument)}): an epoch would end inside an "
+                          f"optimizer step of {config.micro_batches} micro-batches; take {argument}="
+                          f"{config.micro_batches}, or a multiple of it")

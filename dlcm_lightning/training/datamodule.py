@@ -1,8 +1,8 @@
 """The LightningDataModule: a reader's rows as loaders whose position is one integer.
 
 Lightning is given a loader whose length is that of the whole run, so that it prefetches nothing, and whose iteration
-begins at the optimizer step where the run stands: a number that is the same on every rank and means the same on any
-number of them. It is the state that Lightning saves with a checkpoint, together with a digest of the text.
+begins at the optimizer step where the Trainer stands: a number that is the same on every rank and means the same on any
+number of them. There is no second counter that could disagree with it. A checkpoint holds it, and a digest of the text.
 
 The loaders are no `DataLoader`s, since Lightning would put its distributed sampler into one: they know their rank.
 """
@@ -10,7 +10,7 @@ The loaders are no `DataLoader`s, since Lightning would put its distributed samp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.data.loader import TrainingBatches, ValidationBatches
 from dlcm_lightning.data.preprocessing.prepare import prepare_sample_corpus
 from dlcm_lightning.data.reader import Reader
-from dlcm_lightning.errors import DataError
+from dlcm_lightning.errors import DataError, RunError
 from dlcm_lightning.ops.collectives import rank, world_size
 from dlcm_lightning.progress import Log
 from dlcm_lightning.training.contract import with_ranks
@@ -31,36 +31,35 @@ from dlcm_lightning.training.stopwatch import Stopwatch
 
 
 class TrainLoader:
-    """This rank's micro-batches of the whole run. Iterating begins at optimizer step `step`, which moves along."""
+    """This rank's micro-batches, from where the run stands to its end."""
 
-    def __init__(self, reader: Reader, config: Config, step: int, pin_memory: bool, stopwatch: Stopwatch) -> None:
-        self.reader, self.config = reader, config
-        self.step = step
-        """Optimizer steps whose last micro-batch has been handed out."""
+    def __init__(self, reader: Reader, config: Config, completed: Callable[[], int], pin_memory: bool,
+                 stopwatch: Stopwatch) -> None:
+        """completed: says how many optimizer steps the run has made; asked when the first micro-batch is."""
+        self.reader, self.config, self.completed = reader, config, completed
         self.pin_memory, self.stopwatch = pin_memory, stopwatch
 
     def __len__(self) -> int:
         return self.config.total_steps * self.config.micro_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        coming = iter(TrainingBatches(self.reader, rank(), world_size(), self.step, self.config.total_steps,
+        coming = iter(TrainingBatches(self.reader, rank(), world_size(), self.completed(), self.config.total_steps,
                                       self.config.data.workers))
         step, error = self._read(coming)
         while step:
             following, error = ([], error) if error else self._read(coming)
-            for number, batch in enumerate(step):
-                self.step += number + 1 == len(step)
+            for batch in step:
                 yield replace(batch, following=following[0].step if following else StepCounts())
             step = following
         if error:
             raise error
 
     def state_dict(self) -> dict[str, int]:
-        """Where it stands, for Lightning's checkpoints."""
-        return {"step": self.step}
+        """For people: Lightning takes a loader for resumable that has one."""
+        return {"step": self.completed()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+        """Nothing: the Trainer's counter is what counts, and is restored by itself."""
 
     def _read(self, coming: Iterator[Batch]) -> tuple[list[Batch], DataError | None]:
         """The micro-batches of one optimizer step, or none and why. Each names the counts of the step after it, hence
@@ -82,20 +81,27 @@ class PretrainData(LightningDataModule):
     def __init__(self, config: Config | Mapping[str, Any], stopwatch: Stopwatch | None = None,
                  log: Log = print) -> None:
         """config: a Config, or its plain form, as checkpoints hold it. stopwatch: told of waits for data.
-        report: told in words of what takes long or is left out."""
+        log: told in words of what takes long or is left out."""
         super().__init__()
         self.config = config if isinstance(config, Config) else config_from(config)
         self.save_hyperparameters({"config": asdict(self.config)}, logger=False)
         self.stopwatch, self.print = stopwatch or Stopwatch(), log
-        self.first_step = 0
-        """Where training begins, set before the loader is asked for."""
         self._reader: Reader | None = None
 
     @property
     def reader(self) -> Reader:
         """The opened shards, from `setup` on."""
-        assert self._reader is not None, "PretrainData.setup opens the shards"
+        if self._reader is None:
+            raise RunError("PretrainData: its shards are not open; call open() first, as a Trainer does by "
+                           "prepare_data() and setup()")
         return self._reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a process that is spawned needs: it opens the shards itself, and its Trainer makes itself known."""
+        return self.__dict__ | {"_reader": None, "stopwatch": None, "trainer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"stopwatch": Stopwatch()})
 
     def open(self) -> None:
         """Both, in any process; what Lightning asks for later is done. Errors are those of the two."""
@@ -123,7 +129,10 @@ class PretrainData(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return TrainLoader(self.reader, self.config, self.first_step, pin_memory, self.stopwatch)
+        return TrainLoader(self.reader, self.config, self._completed, pin_memory, self.stopwatch)
+
+    def _completed(self) -> int:
+        return self.trainer.global_step if self.trainer is not None else 0
 
     def val_dataloader(self) -> ValidationBatches:
         """This rank's batches of the validation rows of every source."""
@@ -133,15 +142,19 @@ class PretrainData(LightningDataModule):
         """The validation rows: none are kept apart for a test."""
         return self.val_dataloader()
 
+    def predict_dataloader(self) -> ValidationBatches:
+        """The validation rows, too."""
+        return self.val_dataloader()
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands: whole optimizer steps, the samples they consumed, and a digest of text and order."""
-        assert self.trainer is not None
-        step = self.trainer.global_step
-        return {"step": step, "samples": step * self.config.data.global_batch_size, "data": self.reader.fingerprint}
+        """Where the run stands: whole optimizer steps, the samples they consumed, and a digest of text and order, None
+        while no shards are open: a fit that fails early may be saved, too."""
+        step = self._completed()
+        return {"step": step, "samples": step * self.config.data.global_batch_size,
+                "data": self._reader.fingerprint if self._reader is not None else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """ConfigError: the shards are not those that the checkpoint was trained on."""
-        if self._reader is not None and state_dict["data"] != self.reader.fingerprint:
+        if self._reader is not None and state_dict["data"] not in (None, self.reader.fingerprint):
             raise ConfigError(f"data.root = {self.config.data.root!r}: its shards or their order are not those of the "
                               "checkpoint, so sample i would be another text; restore them, or begin a new run")
-        self.first_step = state_dict["step"]

@@ -1,5 +1,9 @@
 """What replaces private classes of Lightning, in one place: the loop over micro-batches and the handlers of signals.
 
+Lightning's loggers count optimizer steps from 0, and a step's numbers stand at the one before it. Lines of a run count
+them from 1, as its checkpoints do, and so do those that callbacks of others log into it: the loop's counter for loggers
+is the number of the step under way. What a checkpoint's step is not under is written again when the run continues.
+
 Before each micro-batch Lightning broadcasts whether rank 0 has seen a SIGTERM, and waits for the device to learn it;
 its handler of SIGTERM broadcasts too, whatever the ranks are doing. Here ranks agree once an optimizer step, between
 their hosts (callbacks/checkpoint.py), and a handler notes a number (cluster/signals.py).
@@ -11,11 +15,16 @@ from __future__ import annotations
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 
 class StepLoop(_TrainingEpochLoop):
     """The one epoch of a run. Validates when it is told to, and not by itself."""
+
+    def __init__(self, trainer: Trainer, total_steps: int) -> None:
+        super().__init__(trainer, max_steps=total_steps)
+        self._batches_that_stepped = 1
 
     def validate(self) -> None:
         """Lightning's validation, from inside a hook of a training step."""
@@ -34,6 +43,18 @@ class StepLoop(_TrainingEpochLoop):
         pass
 
 
+class CountingFromOne(_LoggerConnector):
+    """Knows which number `StepLoop` counts."""
+
+    @property
+    def should_update_logs(self) -> bool:
+        trainer = self.trainer
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer._active_loop is not trainer.fit_loop or not every:
+            return super().should_update_logs
+        return trainer.fit_loop.epoch_loop._batches_that_stepped % every == 0 or trainer.should_stop
+
+
 class NoSignals(_SignalConnector):
     """Handlers stay whose they are."""
 
@@ -43,5 +64,6 @@ class NoSignals(_SignalConnector):
 
 def install(trainer: Trainer, total_steps: int) -> None:
     """Puts them in the place of Lightning's."""
-    trainer.fit_loop.epoch_loop = StepLoop(trainer, max_steps=total_steps)
+    trainer.fit_loop.epoch_loop = StepLoop(trainer, total_steps)
+    trainer._logger_connector = CountingFromOne(trainer)
     trainer._signal_connector = NoSignals(trainer)

@@ -15,7 +15,6 @@ running sums; and the last whole one for whoever logs.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -31,20 +30,20 @@ from torch.optim import Optimizer
 from dlcm_lightning.batch import COUNTS, Batch, StepCounts
 from dlcm_lightning.compose import config_from
 from dlcm_lightning.config import BoundaryConfig, Config, ConfigError
-from dlcm_lightning.errors import CheckpointError, RunError
+from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.model.dlcm import DLCM, LanguageModel, Output, assemble
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.ops.collectives import all_reduce_sum, world_size
 from dlcm_lightning.ops.linear import LowCopies
-from dlcm_lightning.ops.segments import Concepts, Segments
-from dlcm_lightning.training.contract import check_trainer
-from dlcm_lightning.training.datamodule import PretrainData
+from dlcm_lightning.ops.segments import Segments
+from dlcm_lightning.training.contract import check_rows, check_trainer
+from dlcm_lightning.training.datamodule import PretrainData, TrainLoader
 from dlcm_lightning.training.device import BY_NAME, DTYPES, resolve_precision
 from dlcm_lightning.training.initial_weights import filling
 from dlcm_lightning.training.lr_schedule import TokenSchedule
 from dlcm_lightning.training.metrics.numbers import metric_tensors
-from dlcm_lightning.training.metrics.sums import COLUMNS, SCALARS, MetricSums, all_reduce_sums, counts_of, measure_batch
-from dlcm_lightning.training.optimizer import build_optimizer
+from dlcm_lightning.training.metrics.sums import MetricSums, all_reduce_sums, count_lengths, counts_of, measure_batch
+from dlcm_lightning.training.optimizer import build_optimizer, check_finite
 from dlcm_lightning.training.position import at_optimizer_step
 from dlcm_lightning.training.rate_loss import rate_loss_surrogate
 from dlcm_lightning.training.run_lock import check_same_configuration
@@ -52,24 +51,8 @@ from dlcm_lightning.training.strategies.full_state import FullStateStrategy, who
 
 EVERY_STEP = ("loss", "bits_per_byte", "R_sampled", "R_thresholded", "rate_loss")
 """What is logged of every optimizer step; the other numbers of `log_every_n_steps`-th ones."""
-LENGTHS = 32
-"""Concept lengths that are told apart; longer ones count as the last."""
-
-
-def count_lengths(concepts: Concepts, batch: Batch) -> Tensor:
-    """(LENGTHS,) int64: entry i counts the concepts of i + 1 tokens, those of padding rows left out; no host sync."""
-    lengths = concepts.lengths.clamp(max=LENGTHS)  # (M,)
-    bins = torch.arange(1, LENGTHS + 1, device=lengths.device)
-    return ((lengths[:, None] == bins) & batch.counted()[concepts.closing, None]).sum(0)
-
-
-def check_finite(norm: float, step: int) -> None:
-    """RunError: a gradient is not finite. Weights that it has reached are lost; and an engine that leaves such a step
-    out would go on with counters that say otherwise."""
-    if not math.isfinite(norm):
-        raise RunError(f"step {step}: the norm of the gradient is {norm}; the run can go on from its newest "
-                       "checkpoint, and will come here again: begin another with lower rates (optim.lr_*) or a lower "
-                       "optim.max_grad_norm, or look at the rows of this step (dlcm data inspect)")
+TRAINED_WITH = "trained_with"
+"""Where Lightning's checkpoints hold the configuration: their hyper-parameters may be given anew."""
 
 
 class PretrainModule(LightningModule):
@@ -132,11 +115,14 @@ class PretrainModule(LightningModule):
         """Of the validation or test that is under way, this rank's; when it has ended, over all ranks."""
 
     def setup(self, stage: str) -> None:
-        """ConfigError: the Trainer would compute something else than the configuration says."""
+        """ConfigError: the Trainer would compute something else than the configuration says, or the datamodule is of
+        another one."""
         self.config = check_trainer(self.trainer, self.config, fitting=stage == "fit")
         # Advice that is not for these: they are the same on every rank, and a mean over ranks would be another number.
         warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('(val|test)/")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, PretrainData):
+            check_rows(self.config, data.config)
         if self._wants_token_bytes and isinstance(data, PretrainData):
             self.token_bytes = torch.from_numpy(data.reader.token_bytes)
 
@@ -164,6 +150,7 @@ class PretrainModule(LightningModule):
     def forward(self, tokens: Tensor, documents: Segments | None = None) -> Tensor:
         """tokens (T,) int64; documents: where each begins and ends, None for one of all tokens -> logits (T, V) of the
         token that comes next. Boundaries are thresholded, as at inference."""
+        self.configure_model()
         if documents is None:
             documents = Segments.from_lengths([len(tokens)], tokens.device)
         return self.model.logits(self.model(tokens, documents).hidden)
@@ -222,7 +209,8 @@ class PretrainModule(LightningModule):
     def _log_step(self, sums: MetricSums) -> None:
         """Of the whole step, known in its last forward; the gradient's norm follows when it is clipped. Each number
         costs Lightning a third of a millisecond, so most of them are logged only when loggers are due."""
-        self.learning_rates = {group["name"]: group["lr"] for group in self.trainer.optimizers[0].param_groups}
+        self.learning_rates = {group.get("name", str(number)): group["lr"]
+                               for number, group in enumerate(self.trainer.optimizers[0].param_groups)}
         if not self.monitored:
             return
         metrics: dict[str, Any] = metric_tensors(sums, self.config.data.domains, self.boundary)
@@ -286,6 +274,9 @@ class PretrainModule(LightningModule):
     def on_train_start(self) -> None:
         """Whatever an earlier fit has left of a step: this one begins with a whole one, perhaps with another."""
         self._check_begun()
+        if isinstance(loader := self.trainer.train_dataloader, TrainLoader):  # perhaps without its datamodule
+            check_rows(self.config, loader.config)
+            loader.completed = lambda: self.trainer.global_step
         self.refused = ""
         self.counts = self.next_counts = self.step_sums = None
         strategy = self.trainer.strategy
@@ -312,6 +303,15 @@ class PretrainModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._check_begun()
         self.evaluated = None
+        self._refresh_low_copies()
+
+    def on_validation_end(self) -> None:
+        self._refresh_low_copies()
+
+    def _refresh_low_copies(self) -> None:
+        """A callback may have put other weights into the parameters for a validation, and back."""
+        if self.low_copies is not None:
+            self.low_copies.refresh()
 
     def on_test_epoch_start(self) -> None:
         self.on_validation_epoch_start()
@@ -324,6 +324,15 @@ class PretrainModule(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As validation: no rows are kept apart from both."""
         self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Of each token (T,): `tokens`, `targets` (IGNORE_INDEX where there is none), `nll` in nats, and of a DLCM
+        `probabilities` and thresholded `boundaries`; `samples` (B,) of the rows."""
+        output = self.measure(batch, None)[1]
+        found = {"samples": batch.samples, "tokens": batch.tokens, "targets": batch.targets, "nll": output.nll}
+        if output.segmentation is not None:
+            found |= {"probabilities": output.segmentation.probabilities, "boundaries": output.segmentation.boundaries}
+        return found
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
@@ -340,16 +349,27 @@ class PretrainModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning's own checkpoint: as it stands at the last whole optimizer step, in which precision."""
+        self.configure_model()  # of a fit that has failed before it was made
         checkpoint["compute_dtype"] = str(self.model.compute_dtype).removeprefix("torch.")
+        checkpoint[TRAINED_WITH] = asdict(self.config)
         if "loops" in checkpoint:
-            at_optimizer_step(checkpoint["loops"]["fit_loop"], self.trainer.global_step, self.config.micro_batches)
+            micro_batches = self.config.micro_batches
+            short = self.trainer.num_training_batches < self.config.total_steps * micro_batches
+            at_optimizer_step(checkpoint["loops"]["fit_loop"], self.trainer.global_step, micro_batches, short)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """torch's, with the model made where it is not yet."""
+        self.configure_model()
+        return super().load_state_dict(state_dict, strict, assign)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """ConfigError: the checkpoint belongs to another run. The precision that it was trained in is kept, where
-        `train.precision` leaves it open."""
-        before = config_from(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["config"])
+        """ConfigError: the checkpoint belongs to another run than the Trainer's. The precision that it was trained in
+        is kept, where `train.precision` leaves it open. `load_from_checkpoint(path, config=...)` may change what it
+        likes: there is no run."""
         step = checkpoint["global_step"]
-        check_same_configuration(before, self.config, step, f"the checkpoint of step {step}")
+        if self._trainer is not None:
+            before = checkpoint.get(TRAINED_WITH) or checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["config"]
+            check_same_configuration(config_from(before), self.config, step, f"the checkpoint of step {step}")
         trained_in = BY_NAME[checkpoint["compute_dtype"]]
         if self.config.train.precision == "auto" and self._compute_dtype is None:
             self.model.compute_dtype = trained_in
@@ -377,6 +397,4 @@ class PretrainModule(LightningModule):
 
     def empty_sums(self) -> MetricSums:
         """Sums of nothing, on this module's device."""
-        domains = torch.zeros(len(self.config.data.domains), len(COLUMNS), dtype=torch.float64, device=self.device)
-        scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=self.device)
-        return MetricSums(domains, scalars, torch.zeros((), dtype=torch.float64, device=self.device))
+        return MetricSums.nothing(len(self.config.data.domains), self.device)

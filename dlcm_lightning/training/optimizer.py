@@ -1,11 +1,14 @@
-"""AdamW with one parameter group per muP role."""
+"""AdamW with one parameter group per muP role; and what no step may be taken with."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import nn
 
 from dlcm_lightning.config import ModelConfig, OptimConfig
+from dlcm_lightning.errors import RunError
 from dlcm_lightning.model.mup import Role, hyperparameters_of, role_parameters
 
 
@@ -24,3 +27,12 @@ def build_optimizer(module: nn.Module, model: ModelConfig, optim: OptimConfig) -
         })
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in module.parameters())
     return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=fused)
+
+
+def check_finite(norm: float, step: int) -> None:
+    """RunError: a gradient is not finite. Weights that it has reached are lost; and an engine that leaves such a step
+    out would go on with counters that say otherwise."""
+    if not math.isfinite(norm):
+        raise RunError(f"step {step}: the norm of the gradient is {norm}; the run can go on from its newest "
+                       "checkpoint, and will come here again: begin another with lower rates (optim.lr_*) or a lower "
+                       "optim.max_grad_norm, or look at the rows of this step (dlcm data inspect)")

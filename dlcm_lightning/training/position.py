@@ -5,19 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 
-def at_optimizer_step(fit_loop: dict[str, Any], step: int, micro_batches: int) -> None:
+def at_optimizer_step(fit_loop: dict[str, Any], step: int, micro_batches: int, short_epochs: bool = False) -> None:
     """Sets the state of a fit loop to the end of the last micro-batch of optimizer step `step`, whose hooks are run.
 
     What lies after it, micro-batches of a step under way, is trained again when the state is loaded: their gradients
-    are in no checkpoint.
+    are in no checkpoint. short_epochs: an epoch is less than the run (`limit_train_batches`), so that it matters how
+    many have been; between two of them the state is left as it is.
     """
-    done = step * micro_batches
-    for when in ("total", "current"):
-        fit_loop["epoch_progress"][when] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        fit_loop["epoch_loop.batch_progress"][when] = {
-            "ready": done, "started": done, "processed": done, "completed": max(0, done - 1)}
-        taken = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
-        taken["step"][when] = {"ready": step, "completed": step}
-        taken["zero_grad"][when] = {"ready": step, "started": step, "completed": step}
-        fit_loop["epoch_loop.scheduler_progress"][when] = {"ready": step, "completed": step}
+    done = inside = step * micro_batches
+    epoch, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    if short_epochs:
+        if epoch["current"]["processed"] == epoch["current"]["ready"]:
+            return
+        under_way = batches["total"]["ready"] - done
+        inside = batches["current"]["ready"] - under_way
+        batches["is_last_batch"] = batches["is_last_batch"] and not under_way
+    else:
+        for when in ("total", "current"):
+            epoch[when] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    taken = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for when, count in (("total", done), ("current", inside)):
+        batches[when] = {"ready": count, "started": count, "processed": count, "completed": max(0, count - 1)}
+        steps = count // micro_batches
+        taken["step"][when] = {"ready": steps, "completed": steps}
+        taken["zero_grad"][when] = {"ready": steps, "started": steps, "completed": steps}
+        fit_loop["epoch_loop.scheduler_progress"][when] = {"ready": steps, "completed": steps}
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(0, step - 1)  # the loop adds the last one

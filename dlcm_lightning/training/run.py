@@ -46,7 +46,7 @@ from dlcm_lightning.training.callbacks.progress import Progress
 from dlcm_lightning.training.callbacks.resume import ResumeRun
 from dlcm_lightning.training.callbacks.unreadable import WatchUnreadable
 from dlcm_lightning.training.callbacks.validate import Validate
-from dlcm_lightning.training.contract import trainer_arguments
+from dlcm_lightning.training.contract import check_callbacks, trainer_arguments
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.device import (
     choose_device,
@@ -128,6 +128,7 @@ def pretrain(config: Config, log: Log = print, *, callbacks: Sequence[Callback] 
     Raises a UserError, whose message says what to do: ConfigError, DataError, CheckpointError, RunError, or Stopped
     when it was asked to leave and has saved itself.
     """
+    check_callbacks("callbacks", callbacks)
     config, world = configure_world(config)
     quiet_libraries()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
@@ -142,7 +143,9 @@ def pretrain(config: Config, log: Log = print, *, callbacks: Sequence[Callback] 
         world, group = meet(world, config, needs_group(config.train))
         try:
             train = replace(config.train, devices=world.local_size or 1, nodes=world.nodes)
-            extra = Extra([*build_all("train.callbacks", config.train.callbacks, Callback), *callbacks],
+            named = build_all("train.callbacks", config.train.callbacks, Callback)
+            check_callbacks("train.callbacks", named)
+            extra = Extra([*named, *callbacks],
                           [*build_all("train.loggers", config.train.loggers, LOGGER), *loggers])
             return _run(replace(config, train=train), run, world, group, lock, stop, heartbeat, log, extra)
         finally:

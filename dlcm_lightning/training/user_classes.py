@@ -46,9 +46,9 @@ def _build(field: str, wanted: ClassConfig, kind: type[T]) -> T:
     module, _, name = wanted.class_path.rpartition(".")
     try:
         found: Any = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ConfigError(f"{field}.class_path = {wanted.class_path!r}: {error}; correct the name, or install it "
-                          "beside this package") from error
+    except Exception as error:  # whatever a module of the user's does while it is imported
+        raise ConfigError(f"{field}.class_path = {wanted.class_path!r}: {type(error).__name__}: {error}; correct the "
+                          "name or the module, or install it beside this package") from error
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise ConfigError(f"{field}.class_path = {wanted.class_path!r}: {'no such class' if found is None else found}; "
                           f"name a class that is a {kind.__module__}.{kind.__name__}")

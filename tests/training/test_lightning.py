@@ -227,8 +227,7 @@ def test_a_checkpoint_says_what_model_it_holds(run_config: Config, tmp_path: Pat
         expected = module(batch.tokens, batch.documents)
         assert expected.shape == (len(batch.tokens), run_config.model.vocab_size)
         assert torch.equal(found(batch.tokens, batch.documents), expected)
-    again = PretrainData.load_from_checkpoint(tmp_path / "end.ckpt")
-    assert again.first_step == run_config.total_steps
+    assert PretrainData.load_from_checkpoint(tmp_path / "end.ckpt").config == run_config
 
 
 def test_a_checkpoint_of_another_run_or_of_other_shards_is_refused(run_config: Config, tmp_path: Path) -> None:
@@ -239,10 +238,12 @@ def test_a_checkpoint_of_another_run_or_of_other_shards_is_refused(run_config: C
     with pytest.raises(ConfigError, match=r"differs in optim\.lr_token"):
         trainer_for(other, tmp_path).fit(PretrainModule(other), datamodule=PretrainData(other),
                                          ckpt_path=tmp_path / "two.ckpt")
-    seeded = replace(run_config, seed=8)
+    held = torch.load(tmp_path / "two.ckpt", weights_only=True)
+    held["PretrainData"]["data"] = "other shards"
+    torch.save(held, tmp_path / "other.ckpt")
     with pytest.raises(ConfigError, match="not those of the checkpoint"):
-        trainer_for(run_config, tmp_path).fit(PretrainModule(run_config), datamodule=PretrainData(seeded),
-                                              ckpt_path=tmp_path / "two.ckpt")
+        trainer_for(run_config, tmp_path).fit(PretrainModule(run_config), datamodule=PretrainData(run_config),
+                                              ckpt_path=tmp_path / "other.ckpt")
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
@@ -331,7 +332,7 @@ def test_early_stopping_ends_a_run_with_a_checkpoint_and_a_report(run_config: Co
 
 
 @pytest.mark.parametrize(("wanted", "said"), [
-    (ClassConfig("no_such_package.Thing"), "class_path = 'no_such_package.Thing': No module named"),
+    (ClassConfig("no_such_package.Thing"), "class_path = 'no_such_package.Thing': .*No module named"),
     (ClassConfig("lightning.pytorch.callbacks.NoSuch"), "no such class"),
     (ClassConfig("lightning.pytorch.loggers.CSVLogger"), "name a class that is a .*Callback"),
     (ClassConfig("lightning.pytorch.callbacks.EarlyStopping", {"monitr": "x"}), "cannot be made of them"),

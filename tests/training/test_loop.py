@@ -1,4 +1,4 @@
-"""What the two replaced classes rely on in Lightning's private parts: each would go wrong in silence."""
+"""What the replaced classes rely on in Lightning's private parts: each would go wrong in silence."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from dlcm_lightning.config import Config
@@ -22,13 +23,16 @@ SEEN_IN = "2.6"
 
 def test_lightning_still_has_what_is_replaced_and_calls_it() -> None:
     assert lightning.__version__.startswith(SEEN_IN), f"read loop.py beside this version's code, then raise {SEEN_IN}"
-    for replacing, replaced in ((loop.StepLoop, _TrainingEpochLoop), (loop.NoSignals, _SignalConnector)):
+    for replacing, replaced in ((loop.StepLoop, _TrainingEpochLoop), (loop.NoSignals, _SignalConnector),
+                                (loop.CountingFromOne, _LoggerConnector)):
         for name in vars(replacing):
             if not name.startswith("__") and name != "validate":
                 assert name in vars(replaced), f"{replaced.__name__}.{name} is gone"
     source = inspect.getsource(_TrainingEpochLoop)
     assert "self._broadcast_sigterm_tensor()" in source
     assert "self._should_check_val_fx(data_fetcher)" in source
+    assert "self._batches_that_stepped += 1" in source
+    assert "_batches_that_stepped + 1" in inspect.getsource(_LoggerConnector.should_update_logs.fget)
     assert "self._signal_connector.register_signal_handlers()" in inspect.getsource(Trainer._run)
 
 

@@ -317,7 +317,8 @@ def test_ranks_speak_once_an_optimizer_step(run_config: Config, monkeypatch: pyt
 
     monkeypatch.setattr("dlcm_lightning.training.metrics.sums.all_reduce_sum", counted)
     monkeypatch.setattr("dlcm_lightning.training.module.all_reduce_sum", counted)
-    loader = TrainLoader(Reader(config.data, config.seed, config.model.vocab_size), config, 0, False, Stopwatch())
+    reader = Reader(config.data, config.seed, config.model.vocab_size)
+    loader = TrainLoader(reader, config, lambda: 0, False, Stopwatch())
     batches = iter(loader)
     for step in range(3):
         for number in range(config.micro_batches):
@@ -331,7 +332,7 @@ def test_ranks_speak_once_an_optimizer_step(run_config: Config, monkeypatch: pyt
 def test_every_micro_batch_names_the_counts_of_the_step_behind_it(run_config: Config) -> None:
     config = replace(run_config, data=replace(run_config.data, micro_batch_size=2))
     reader = Reader(config.data, config.seed, config.model.vocab_size)
-    seen = list(TrainLoader(reader, config, 3, False, Stopwatch()))
+    seen = list(TrainLoader(reader, config, lambda: 3, False, Stopwatch()))
     assert len(seen) == 2 * (config.total_steps - 3)
     for number, batch in enumerate(seen):
         later = seen[number // 2 * 2 + 2].step if number < len(seen) - 2 else StepCounts()

@@ -15,8 +15,9 @@ from torch import Tensor
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.training.loggers import RunTensorBoardLogger, tag
 from dlcm_lightning.training.metrics.numbers import metrics_of
-from dlcm_lightning.training.metrics.sums import SCALARS, MetricSums
-from dlcm_lightning.training.module import LENGTHS, PretrainModule, check_finite
+from dlcm_lightning.training.metrics.sums import LENGTHS, SCALARS, MetricSums
+from dlcm_lightning.training.module import PretrainModule
+from dlcm_lightning.training.optimizer import check_finite
 from dlcm_lightning.training.speed import Machine, speed_of
 from dlcm_lightning.training.stopwatch import Stopwatch
 

@@ -19,6 +19,7 @@ from dlcm_lightning.config import BoundaryConfig
 from dlcm_lightning.model.boundary import draw
 from dlcm_lightning.model.dlcm import Output
 from dlcm_lightning.ops.collectives import all_reduce_sum, rank, world_size
+from dlcm_lightning.ops.segments import Concepts
 from dlcm_lightning.training.rate_loss import rate_loss, sum_by_document
 
 COLUMNS = ("tokens", "sampled", "calibrated", "half", "p", "p_squared", "near_half", "nll", "targets", "bytes")
@@ -31,6 +32,8 @@ they are work too. samples, noise: digests of which rows these are and of what t
 for every split and order. unreadable: rows. Of whole steps only: their number, and the sum over them of the most
 concepts that a rank had over the mean, this model's own straggler. documents, document_rate_loss: pieces, and the sum
 of the rate losses of each, where the loss is taken by document."""
+LENGTHS = 32
+"""Concept lengths that are told apart; longer ones count as the last."""
 NEAR_HALF = 0.05
 _MIX = 6364136223846793005
 
@@ -48,6 +51,13 @@ class MetricSums:
 
     def __add__(self, other: MetricSums) -> MetricSums:
         return MetricSums(self.domains + other.domains, self.scalars + other.scalars, self.features + other.features)
+
+    @staticmethod
+    def nothing(domains: int, device: torch.device) -> MetricSums:
+        """Of no tokens."""
+        return MetricSums(torch.zeros(domains, len(COLUMNS), dtype=torch.float64, device=device),
+                          torch.zeros(len(SCALARS), dtype=torch.float64, device=device),
+                          torch.zeros((), dtype=torch.float64, device=device))
 
     def to(self, device: torch.device) -> MetricSums:
         return MetricSums(self.domains.to(device), self.scalars.to(device), self.features.to(device))
@@ -138,3 +148,10 @@ def measure_batch(
     sums = belongs.double() @ rows
     zero = torch.zeros((), dtype=torch.float64, device=device)
     return MetricSums(sums, torch.stack([scalars.get(name, zero).double() for name in SCALARS]), features)
+
+
+def count_lengths(concepts: Concepts, batch: Batch) -> Tensor:
+    """(LENGTHS,) int64: entry i counts the concepts of i + 1 tokens, those of padding rows left out; no host sync."""
+    lengths = concepts.lengths.clamp(max=LENGTHS)  # (M,)
+    bins = torch.arange(1, LENGTHS + 1, device=lengths.device)
+    return ((lengths[:, None] == bins) & batch.counted()[concepts.closing, None]).sum(0)

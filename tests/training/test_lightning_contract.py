@@ -1,0 +1,455 @@
+"""What users of Lightning come to after the first afternoon: objects used again, checkpoints from anywhere, epochs,
+callbacks with states, launchers; each does what Lightning promises, or is refused with a line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    RichProgressBar,
+    StochasticWeightAveraging,
+)
+
+from dlcm_lightning import PretrainData, PretrainModule, pretrain
+from dlcm_lightning.batch import Batch
+from dlcm_lightning.compose import save_config
+from dlcm_lightning.config import ClassConfig, Config, ConfigError
+from dlcm_lightning.errors import CheckpointError, RunError
+from dlcm_lightning.run_directory import METRICS_FILE, folders
+from dlcm_lightning.training.callback_state import callbacks_state, load_callbacks_state
+from tests.training.test_lightning import Seen, accumulating, lightnings_own_advice, trainer_for
+
+__all__ = ["accumulating", "lightnings_own_advice"]  # fixtures
+
+
+@pytest.fixture(autouse=True)
+def not_the_last_word() -> Iterator[None]:
+    """Lightning's advice on epochs and exceptions."""
+    with warnings.catch_warnings():
+        for said in (".*resuming from a checkpoint that ended.*", ".*is smaller than the logging interval.*",
+                     ".*was configured with.*", ".*predict.*", ".*was called without a model.*",
+                     ".*there is no last checkpoint.*", ".*have no `val_dataloader`.*", ".*WeightAveraging.*"):
+            warnings.filterwarnings("ignore", said)
+        yield
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.train.output_dir) / config.name
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+
+
+def same_weights(one: PretrainModule, other: PretrainModule) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def trained(config: Config, folder: Path) -> tuple[PretrainModule, Seen]:
+    """Without interruption."""
+    module, seen = PretrainModule(config), Seen()
+    trainer_for(config, folder, callbacks=[seen]).fit(module, datamodule=PretrainData(config))
+    return module, seen
+
+
+class Boom(Callback):
+    """Raises in a hook of optimizer step 5."""
+
+    def __init__(self, hook: str) -> None:
+        def raise_in_it(trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 4 and trainer.fit_loop.epoch_loop._accumulated_batches_reached():
+                raise KeyError("boom")
+        setattr(self, hook, raise_in_it)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_backward", "on_after_backward",
+                                  "on_before_optimizer_step"])
+@pytest.mark.parametrize("rows", [4, 2])
+def test_a_checkpoint_from_anywhere_in_a_step_continues_with_the_rows_of_that_step(
+    accumulating: Config, tmp_path: Path, hook: str, rows: int
+) -> None:
+    config = replace(accumulating, data=replace(accumulating.data, micro_batch_size=rows))
+    whole, _ = trained(config, tmp_path)
+    with pytest.raises(KeyError, match="boom"):
+        trainer_for(config, tmp_path, enable_checkpointing=True,
+                    callbacks=[OnExceptionCheckpoint(tmp_path, "x"), Boom(hook)]
+                    ).fit(PretrainModule(config), datamodule=PretrainData(config))
+    module, seen = PretrainModule(config), Seen()
+    trainer = trainer_for(config, tmp_path, callbacks=[seen])
+    trainer.fit(module, datamodule=PretrainData(config), ckpt_path=tmp_path / "x.ckpt")
+    assert seen.samples == list(range(16, 48)) and trainer.global_step == config.total_steps
+    assert same_weights(module, whole)
+
+
+def test_a_datamodule_that_was_used_before_begins_where_the_trainer_stands(run_config: Config, tmp_path: Path) -> None:
+    whole, seen_whole = trained(run_config, tmp_path)
+    data = PretrainData(run_config)
+    first = trainer_for(run_config, tmp_path)
+    first.fit(PretrainModule(run_config), datamodule=data)
+    first.save_checkpoint(tmp_path / "end.ckpt")
+    trainer_for(run_config, tmp_path).validate(PretrainModule(run_config), datamodule=data, verbose=False,
+                                               ckpt_path=tmp_path / "end.ckpt")
+    for again in (data, PretrainData.load_from_checkpoint(tmp_path / "end.ckpt")):
+        module, seen = PretrainModule(run_config), Seen()
+        trainer_for(run_config, tmp_path, callbacks=[seen]).fit(module, datamodule=again)
+        assert seen.samples == seen_whole.samples and same_weights(module, whole)
+
+
+def test_loaders_that_are_asked_for_again_go_on(run_config: Config, tmp_path: Path) -> None:
+    seen = Seen()
+    trainer_for(run_config, tmp_path, limit_train_batches=4, reload_dataloaders_every_n_epochs=1, callbacks=[seen]).fit(
+        PretrainModule(run_config), datamodule=PretrainData(run_config))
+    assert seen.samples == list(range(48))
+    seen, data, module = Seen(), PretrainData(run_config), PretrainModule(run_config)
+    trainer = trainer_for(run_config, tmp_path, max_steps=4, callbacks=[seen])
+    trainer.fit(module, datamodule=data)
+    trainer.fit_loop.epoch_loop.max_steps = run_config.total_steps
+    trainer.fit(module, datamodule=data)
+    assert seen.samples == list(range(48))
+
+
+def test_loaders_without_their_datamodule_stand_where_the_trainer_does(run_config: Config, tmp_path: Path) -> None:
+    data = PretrainData(run_config)
+    data.open()
+    trainer = trainer_for(run_config, tmp_path, max_steps=5)
+    trainer.fit(PretrainModule(run_config), data.train_dataloader())
+    trainer.save_checkpoint(tmp_path / "five.ckpt")
+    seen = Seen()
+    trainer_for(run_config, tmp_path, callbacks=[seen]).fit(
+        PretrainModule(run_config), data.train_dataloader(), ckpt_path=tmp_path / "five.ckpt")
+    assert seen.samples == list(range(20, 48))
+    other = replace(run_config, seed=8)
+    with pytest.raises(ConfigError, match="differ in seed"):
+        trainer_for(other, tmp_path).fit(PretrainModule(other), data.train_dataloader())
+
+
+@pytest.mark.parametrize(("field", "factor"), [
+    ("data.micro_batch_size", 0.5), ("data.global_batch_size", 2), ("data.sequence_length", 0.5), ("seed", 1)])
+def test_rows_of_another_configuration_are_refused(run_config: Config, tmp_path: Path, field: str, factor: float
+                                                   ) -> None:
+    name = field.removeprefix("data.")
+    other = replace(run_config, seed=8) if field == "seed" else replace(
+        run_config, data=replace(run_config.data, **{name: int(factor * getattr(run_config.data, name))}))
+    with pytest.raises(ConfigError, match=rf"differ in .*{field}"):
+        trainer_for(run_config, tmp_path).fit(PretrainModule(run_config), datamodule=PretrainData(other))
+    elsewhere = replace(run_config, data=replace(run_config.data, workers=1))
+    trainer_for(run_config, tmp_path, max_steps=1).fit(PretrainModule(run_config), datamodule=PretrainData(elsewhere))
+
+
+class Epochs(Seen):
+    def __init__(self) -> None:
+        super().__init__()
+        self.validated: list[int] = []
+        self.epochs: list[int] = []
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.validated.append(trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.epochs.append(trainer.current_epoch)
+
+
+@pytest.mark.parametrize("at", [2, 3, 4, 6, 8, 10])
+@pytest.mark.parametrize("rows", [4, 2])
+def test_short_epochs_are_counted_across_a_checkpoint(accumulating: Config, tmp_path: Path, rows: int, at: int) -> None:
+    """Three epochs of four steps; a checkpoint inside one, or at its last step."""
+    config = replace(accumulating, data=replace(accumulating.data, micro_batch_size=rows),
+                     optim=replace(accumulating.optim, total_tokens=40 * accumulating.data.tokens_per_step))
+    arguments = {"limit_train_batches": 4 * config.micro_batches, "max_epochs": 3, "max_steps": -1,
+                 "val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+    whole, module, kept = PretrainModule(config), PretrainModule(config), Epochs()
+    save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=at, save_top_k=-1)
+    trainer_for(config, tmp_path, **arguments, callbacks=[kept, save], enable_checkpointing=True).fit(
+        whole, datamodule=PretrainData(config))
+    assert kept.validated == [4, 8, 12] and kept.epochs == [0, 1, 2]
+    seen = Epochs()
+    trainer = trainer_for(config, tmp_path, **arguments, callbacks=[seen])
+    trainer.fit(module, datamodule=PretrainData(config), ckpt_path=tmp_path / f"step={at}.ckpt")
+    assert trainer.global_step == 12 and trainer.current_epoch == 3
+    assert seen.samples == list(range(4 * at, 48)) and same_weights(module, whole)
+    assert [step for step in seen.validated if step > at] == [step for step in kept.validated if step > at]
+
+
+def test_callbacks_states_are_what_they_were(run_config: Config, tmp_path: Path) -> None:
+    class Keeps(Callback):
+        def __init__(self, key: str, state: dict[str, Any]) -> None:
+            self.key, self.state, self.loaded = key, state, dict[str, Any]()
+
+        @property
+        def state_key(self) -> str:
+            return self.key
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.state
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.loaded = state_dict
+
+    def state(number: int) -> dict[str, Any]:
+        return {"none": None, "tuple": (1, (2.5, "x")), "numbers": {1: ("a", number), (2, 3): []}, "empty": {},
+                "nested": {"best": {"tensor": torch.full((2,), float(number))}}, "tensor": torch.arange(number),
+                "array": np.arange(3.0, dtype=np.float32), "scalar": np.float32(0.1), "inf": float("inf"),
+                "set": {1, 2}, "bytes": b"\0\xff", "path": PurePosixPath("a/b"), "__odd__": {"__tuple__": [1]},
+                "ordered": OrderedDict(b=1, a=True)}
+
+    two = [Keeps("Keeps{'monitor': 'val/loss'}", state(3)), Keeps("Keeps{'monitor': 'val/loss'}/b", state(4))]
+    trainer = trainer_for(run_config, tmp_path, callbacks=two)
+    kept, tensors = callbacks_state(trainer)
+    kept = json.loads(json.dumps(kept))
+    load_callbacks_state(trainer, kept, {name: value.clone() for name, value in tensors.items()})
+    for one in two:
+        assert one.loaded.keys() == one.state.keys()
+        for key, value in one.state.items():
+            found = one.loaded[key]
+            if key in ("tensor", "array"):
+                assert type(found) is type(value) and found.tolist() == value.tolist() and found.dtype == value.dtype
+            elif key == "nested":
+                assert torch.equal(found["best"]["tensor"], value["best"]["tensor"])
+            else:
+                assert found == value and type(found) is (dict if key == "ordered" else
+                                                           type(Path()) if key == "path" else type(value)), key
+    bad = trainer_for(run_config, tmp_path, callbacks=[Keeps("Bad", {"a": [object()]})])
+    with pytest.raises(CheckpointError, match=r"callback Bad/a/0: its state_dict holds a builtins\.object"):
+        callbacks_state(bad)
+    with pytest.raises(CheckpointError, match="callback Bad/a/0"):  # before the first step
+        pretrain(run_config, lambda _: None, callbacks=[Keeps("Bad", {"a": [object()]})])
+    assert folders(run_folder(run_config)) == []
+
+
+def test_two_callbacks_of_one_class_keep_their_states_apart(run_config: Config) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 6:
+                raise KeyError("stop")
+
+    def both() -> list[EarlyStopping]:
+        return [EarlyStopping("val/loss", patience=50), EarlyStopping("val/R_thresholded", mode="max", patience=50)]
+
+    config = replace(run_config, train=replace(run_config.train, validate_every_steps=2, checkpoint_every_steps=4))
+    with pytest.raises(KeyError, match="stop"):
+        pretrain(config, lambda _: None, callbacks=[*both(), Stop()])
+    again, seen = both(), list[float]()
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+            seen.extend(float(one.best_score) for one in again)
+
+    pretrain(config, lambda _: None, callbacks=[*again, Look()])
+    lines = lines_of(run_folder(config))
+    validated = [line for line in lines if line["kind"] == "validation" and line["step"] <= 4]
+    assert seen == pytest.approx([min(line["loss"] for line in validated),
+                                  max(line["R_thresholded"] for line in validated)])
+
+
+@pytest.mark.parametrize(("callback", "said"), [
+    (lambda: ModelCheckpoint(), "a run saves by itself"), (lambda: OnExceptionCheckpoint("x"), "a run saves by itself"),
+    (lambda: RichProgressBar(), "a run shows its own"), (lambda: StochasticWeightAveraging(1e-4), "rates of its own"),
+    (lambda: EMAWeightAveraging(), "keep it in state_dict, or use it with a plain Trainer"),
+])
+def test_callbacks_that_a_run_cannot_serve_are_refused_by_name(run_config: Config, callback: Any, said: str) -> None:
+    made = callback()
+    with pytest.raises(ConfigError, match=rf"^callbacks\[0\]: {type(made).__name__}: .*{said}"):
+        pretrain(run_config, lambda _: None, callbacks=[made])
+    assert not run_folder(run_config).exists()
+
+
+def test_the_same_from_a_configuration_and_a_module_that_fails(
+    run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_callback.py").write_text("x = 1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    for class_path, said in (("lightning.pytorch.callbacks.ModelCheckpoint", r"\[0\]: ModelCheckpoint: a run saves"),
+                             ("broken_callback.Thing", r"ZeroDivisionError: division by zero; correct the name or")):
+        config = replace(run_config, train=replace(run_config.train, callbacks=[ClassConfig(class_path)]))
+        with pytest.raises(ConfigError, match=rf"train\.callbacks.*{said}"):
+            pretrain(config, lambda _: None)
+
+
+def test_averaging_weights_would_be_right_in_a_plain_trainer_and_setting_rates_is_refused(
+    run_config: Config, tmp_path: Path
+) -> None:
+    trainer_for(run_config, tmp_path, callbacks=[EMAWeightAveraging(decay=0.9)]).fit(
+        PretrainModule(run_config), datamodule=PretrainData(run_config))
+    with pytest.raises(ConfigError, match="StochasticWeightAveraging: it sets learning rates of its own"):
+        trainer_for(run_config, tmp_path, callbacks=[StochasticWeightAveraging(1e-4)]).fit(
+            PretrainModule(run_config), datamodule=PretrainData(run_config))
+    two = replace(run_config, data=replace(run_config.data, micro_batch_size=2))
+    with pytest.raises(ConfigError, match=r"Trainer\(fast_dev_run=True\): .* take fast_dev_run=2"):
+        trainer_for(two, tmp_path, fast_dev_run=True).fit(PretrainModule(two), datamodule=PretrainData(two))
+
+
+def test_validation_sees_weights_that_a_callback_has_put_in(accumulating: Config) -> None:
+    """In bf16 and several micro-batches, where matrices have copies that are made once a step."""
+    class Zeros(Callback):
+        """For each validation, and back."""
+        def __init__(self) -> None:
+            self.kept: list[torch.Tensor] = []
+
+        def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+            assert isinstance(module, PretrainModule)
+            self.kept = [one.detach().clone() for one in module.model.parameters()]
+            for one in module.model.parameters():
+                one.data = torch.zeros_like(one)  # of which no version counter hears
+
+        def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+            assert isinstance(module, PretrainModule)
+            for one, before in zip(module.model.parameters(), self.kept, strict=True):
+                one.data = before
+
+    config = replace(accumulating, train=replace(accumulating.train, precision="bf16", validate_every_steps=4))
+    pretrain(replace(config, name="plain"), lambda _: None)
+    pretrain(config, lambda _: None, callbacks=[Zeros()])
+    for name, uniform in (("plain", False), (config.name, True)):
+        lines = lines_of(run_folder(config).parent / name)
+        losses = [line["loss"] for line in lines if line["kind"] == "validation" and line["step"] < 12]
+        expected = pytest.approx(np.log(config.model.vocab_size), rel=1e-3)
+        assert len(losses) == 2 and all((loss == expected) == uniform for loss in losses)
+    trains = [[line["loss"] for line in lines_of(run_folder(config).parent / name) if line["kind"] == "train"]
+              for name in ("plain", config.name)]
+    assert trains[0] == trains[1]
+
+
+def test_an_optimizer_of_the_users_own(run_config: Config, tmp_path: Path) -> None:
+    class Own(PretrainModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    module = Own(run_config)
+    trainer = trainer_for(run_config, tmp_path)
+    trainer.fit(module, datamodule=PretrainData(run_config))
+    assert trainer.global_step == run_config.total_steps and module.learning_rates == {"0": 1e-3}
+    assert float(trainer.callback_metrics["train/lr_0"]) == pytest.approx(1e-3, rel=1e-6)
+
+
+def test_a_module_is_loaded_with_another_configuration_and_by_hand(run_config: Config, tmp_path: Path) -> None:
+    module = PretrainModule(run_config)
+    trainer = trainer_for(run_config, tmp_path, max_steps=2)
+    trainer.fit(module, datamodule=PretrainData(run_config))
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    other = replace(run_config, optim=replace(run_config.optim, lr_token=1.0))
+    for given in (run_config, asdict(run_config), other, asdict(other)):
+        found = PretrainModule.load_from_checkpoint(tmp_path / "two.ckpt", config=given)
+        assert same_weights(found, module)
+        assert found.config == (given if isinstance(given, Config) else {1.0: other}.get(
+            given["optim"]["lr_token"], run_config))
+    with pytest.raises(ConfigError, match=r"differs in optim\.lr_token"):  # a run that continues may not
+        trainer_for(other, tmp_path).fit(PretrainModule(other), datamodule=PretrainData(other),
+                                         ckpt_path=tmp_path / "two.ckpt")
+    fresh = PretrainModule(run_config)
+    fresh.load_state_dict(torch.load(tmp_path / "two.ckpt", weights_only=True)["state_dict"])
+    assert same_weights(fresh, module)
+    tokens = torch.arange(8)
+    assert PretrainModule(run_config)(tokens).shape == (8, run_config.model.vocab_size)
+
+
+def test_predicting_gives_what_the_model_says_of_each_token(run_config: Config, tmp_path: Path) -> None:
+    module, data = PretrainModule(run_config), PretrainData(run_config)
+    trainer = trainer_for(run_config, tmp_path)
+    found: Any = trainer.predict(module, datamodule=data)
+    [validated] = trainer.validate(module, datamodule=data, verbose=False)
+    nll = torch.cat([one["nll"] for one in found])
+    targets = torch.cat([one["targets"] for one in found])
+    assert float(nll[targets >= 0].mean()) == pytest.approx(validated["val/loss"], rel=1e-5)
+    cut = torch.cat([one["boundaries"] for one in found])
+    real = torch.cat([(one["samples"] >= 0).repeat_interleave(run_config.data.sequence_length) for one in found])
+    assert float(real.sum() / cut[real].sum()) == pytest.approx(validated["val/R_thresholded"], rel=1e-5)
+    with pytest.raises(RunError, match="its shards are not open; call open"):
+        PretrainData(run_config).val_dataloader()
+
+
+def test_a_datamodule_can_be_copied_and_sent(run_config: Config, tmp_path: Path) -> None:
+    data = PretrainData(run_config)
+    trainer_for(run_config, tmp_path, max_steps=1).fit(PretrainModule(run_config), datamodule=data)
+    copied = copy.deepcopy(data)
+    seen = Seen()
+    trainer_for(run_config, tmp_path, max_steps=1, callbacks=[seen]).fit(PretrainModule(run_config), datamodule=copied)
+    assert seen.samples == [0, 1, 2, 3]
+
+
+SPAWNED = """
+import sys
+from dlcm_lightning import PretrainData, PretrainModule, load_config, trainer_arguments
+from lightning.pytorch import Trainer
+if __name__ == "__main__":
+    config = load_config(sys.argv[1], ["train.devices=2"])
+    module = PretrainModule(config)
+    trainer = Trainer(**trainer_arguments(config), accelerator="cpu", devices=2, strategy=sys.argv[2], logger=False,
+                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(module, datamodule=PretrainData(config))
+    print("TRAINED", sum(float(one.detach().double().abs().sum()) for one in module.parameters()))
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
+def test_processes_that_are_spawned_or_forked_give_the_weights_back(
+    accumulating: Config, tmp_path: Path, strategy: str
+) -> None:
+    boundary = replace(accumulating.model.boundary, previous_rate=True)  # one micro-batch a step on two ranks
+    config = replace(accumulating, model=replace(accumulating.model, boundary=boundary),
+                     optim=replace(accumulating.optim, total_tokens=3 * 256, warmup_tokens=256))
+    save_config(config, tmp_path / "run.yaml")
+    (tmp_path / "train.py").write_text(SPAWNED)
+    done = subprocess.run([sys.executable, "train.py", "run.yaml", strategy], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=240)
+    assert "TRAINED" in done.stdout, done.stderr
+    module, _ = trained(config, tmp_path)
+    expected = sum(float(one.detach().double().abs().sum()) for one in module.parameters())
+    assert float(done.stdout.split("TRAINED")[1]) == pytest.approx(expected, rel=1e-6)
+
+
+class Numbers(Callback):
+    """A user's numbers, at every step and after every validation."""
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+                           ) -> None:
+        module.log("train/mine", float(trainer.global_step))
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        module.log("val/mine", float(trainer.global_step))
+
+
+class Interrupt(Callback):
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 5:
+            raise KeyError("interrupted")
+
+
+def test_numbers_of_the_users_stand_at_the_step_that_they_are_of_once(run_config: Config) -> None:
+    train = replace(run_config.train, log_every_steps=1, validate_every_steps=4, checkpoint_every_steps=3)
+    config = replace(run_config, train=train)
+
+    def callbacks() -> list[Callback]:
+        return [Numbers(), LearningRateMonitor("step")]
+
+    with pytest.raises(KeyError, match="interrupted"):
+        pretrain(config, lambda _: None, callbacks=[*callbacks(), Interrupt()])
+    pretrain(config, lambda _: None, callbacks=callbacks())
+    lines = lines_of(run_folder(config))
+    for kind, steps in (("train", list(range(1, 13))), ("validation", [4, 8, 12])):
+        mine = [(line["step"], line["mine"]) for line in lines if line["kind"] == kind and "mine" in line]
+        # The validation of the run's end is the run's.
+        assert mine == [(step, float(step)) for step in steps if (kind, step) != ("validation", 12)]
+        own = [line["step"] for line in lines if line["kind"] == kind and "loss" in line]
+        assert own == steps
+    ours = {line["step"]: line["lr_token"] for line in lines if line["kind"] == "train" and "lr_token" in line}
+    theirs = [(line["step"], line["lr/token"]) for line in lines if "lr/token" in line]
+    assert theirs == list(ours.items())
