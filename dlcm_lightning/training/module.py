@@ -251,8 +251,7 @@ class PretrainModule(LightningModule):
         optimizer.step(closure=optimizer_closure)
         if not self.finishes_step(batch_idx):  # DeepSpeed is asked after every micro-batch
             return
-        if self.low_copies is not None:
-            self.low_copies.refresh()
+        self._refresh_low_copies()
         if (norm := self._own_grad_norm) is not None:
             self.grad_norm = norm
             if norm.device.type == "cpu":  # DeepSpeed has read it, and has left the step out where it is not finite
@@ -309,7 +308,7 @@ class PretrainModule(LightningModule):
         self._refresh_low_copies()
 
     def _refresh_low_copies(self) -> None:
-        """A callback may have put other weights into the parameters for a validation, and back."""
+        """After a step; and a callback may have put other weights into the parameters for a validation, and back."""
         if self.low_copies is not None:
             self.low_copies.refresh()
 

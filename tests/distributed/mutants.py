@@ -69,14 +69,14 @@ def rows_of_rank_0(patch: pytest.MonkeyPatch) -> None:
 
 def cursor_of_one_rank(patch: pytest.MonkeyPatch) -> None:
     """On resuming, only rank 0 is told where the run stands; the others read from the beginning."""
-    honest = datamodule.PretrainData.train_dataloader
+    honest = datamodule.TrainLoader.__iter__
 
     def forgetful(self: Any) -> Any:
         if collectives.rank():
-            self.first_step = 0
+            self.completed = lambda: 0
         return honest(self)
 
-    patch.setattr(datamodule.PretrainData, "train_dataloader", forgetful)
+    patch.setattr(datamodule.TrainLoader, "__iter__", forgetful)
 
 
 def a_dropped_shard(patch: pytest.MonkeyPatch) -> None:
