@@ -51,8 +51,6 @@ from dlcm_lightning.training.strategies.full_state import FullStateStrategy, who
 
 EVERY_STEP = ("loss", "bits_per_byte", "R_sampled", "R_thresholded", "rate_loss")
 """What is logged of every optimizer step; the other numbers of `log_every_n_steps`-th ones."""
-TRAINED_WITH = "trained_with"
-"""Where Lightning's checkpoints hold the configuration: their hyper-parameters may be given anew."""
 
 
 class PretrainModule(LightningModule):
@@ -350,7 +348,6 @@ class PretrainModule(LightningModule):
         """Lightning's own checkpoint: as it stands at the last whole optimizer step, in which precision."""
         self.configure_model()  # of a fit that has failed before it was made
         checkpoint["compute_dtype"] = str(self.model.compute_dtype).removeprefix("torch.")
-        checkpoint[TRAINED_WITH] = asdict(self.config)
         if "loops" in checkpoint:
             micro_batches = self.config.micro_batches
             short = self.trainer.num_training_batches < self.config.total_steps * micro_batches
@@ -367,8 +364,8 @@ class PretrainModule(LightningModule):
         likes: there is no run."""
         step = checkpoint["global_step"]
         if self._trainer is not None:
-            before = checkpoint.get(TRAINED_WITH) or checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["config"]
-            check_same_configuration(config_from(before), self.config, step, f"the checkpoint of step {step}")
+            before = config_from(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["config"])
+            check_same_configuration(before, self.config, step, f"the checkpoint of step {step}")
         trained_in = BY_NAME[checkpoint["compute_dtype"]]
         if self.config.train.precision == "auto" and self._compute_dtype is None:
             self.model.compute_dtype = trained_in

@@ -10,13 +10,11 @@ def at_optimizer_step(fit_loop: dict[str, Any], step: int, micro_batches: int, s
 
     What lies after it, micro-batches of a step under way, is trained again when the state is loaded: their gradients
     are in no checkpoint. short_epochs: an epoch is less than the run (`limit_train_batches`), so that it matters how
-    many have been; between two of them the state is left as it is.
+    many have been.
     """
     done = inside = step * micro_batches
     epoch, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
     if short_epochs:
-        if epoch["current"]["processed"] == epoch["current"]["ready"]:
-            return
         under_way = batches["total"]["ready"] - done
         inside = batches["current"]["ready"] - under_way
         batches["is_last_batch"] = batches["is_last_batch"] and not under_way

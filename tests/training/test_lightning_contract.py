@@ -33,8 +33,9 @@ from dlcm_lightning.batch import Batch
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import ClassConfig, Config, ConfigError
 from dlcm_lightning.errors import CheckpointError, RunError
-from dlcm_lightning.run_directory import METRICS_FILE, folders
+from dlcm_lightning.run_directory import METRICS_FILE, REPORT_FILE
 from dlcm_lightning.training.callback_state import callbacks_state, load_callbacks_state
+from dlcm_lightning.training.report import Report
 from tests.training.test_lightning import Seen, accumulating, lightnings_own_advice, trainer_for
 
 __all__ = ["accumulating", "lightnings_own_advice"]  # fixtures
@@ -72,11 +73,11 @@ def trained(config: Config, folder: Path) -> tuple[PretrainModule, Seen]:
 
 
 class Boom(Callback):
-    """Raises in a hook of optimizer step 5."""
+    """Raises in a hook, in the last micro-batch of the optimizer step that follows so many."""
 
-    def __init__(self, hook: str) -> None:
+    def __init__(self, hook: str, after: int = 4) -> None:
         def raise_in_it(trainer: Trainer, *_: Any) -> None:
-            if trainer.global_step == 4 and trainer.fit_loop.epoch_loop._accumulated_batches_reached():
+            if trainer.global_step == after and trainer.fit_loop.epoch_loop._accumulated_batches_reached():
                 raise KeyError("boom")
         setattr(self, hook, raise_in_it)
 
@@ -151,6 +152,8 @@ def test_rows_of_another_configuration_are_refused(run_config: Config, tmp_path:
         run_config, data=replace(run_config.data, **{name: int(factor * getattr(run_config.data, name))}))
     with pytest.raises(ConfigError, match=rf"differ in .*{field}"):
         trainer_for(run_config, tmp_path).fit(PretrainModule(run_config), datamodule=PretrainData(other))
+    with pytest.raises(ConfigError, match=rf"differ in .*{field}"):
+        trainer_for(run_config, tmp_path).validate(PretrainModule(run_config), datamodule=PretrainData(other))
     elsewhere = replace(run_config, data=replace(run_config.data, workers=1))
     trainer_for(run_config, tmp_path, max_steps=1).fit(PretrainModule(run_config), datamodule=PretrainData(elsewhere))
 
@@ -189,6 +192,40 @@ def test_short_epochs_are_counted_across_a_checkpoint(accumulating: Config, tmp_
     assert [step for step in seen.validated if step > at] == [step for step in kept.validated if step > at]
 
 
+@pytest.mark.parametrize("after", [2, 3, 5, 7])
+@pytest.mark.parametrize("rows", [4, 2])
+def test_short_epochs_are_counted_across_an_exception(accumulating: Config, tmp_path: Path, rows: int, after: int
+                                                      ) -> None:
+    """Inside a step of an epoch of four, also of its last one."""
+    config = replace(accumulating, data=replace(accumulating.data, micro_batch_size=rows))
+    arguments = {"limit_train_batches": 4 * config.micro_batches, "max_epochs": 3, "max_steps": -1}
+    whole, seen = PretrainModule(config), Epochs()
+    trainer_for(config, tmp_path, **arguments).fit(whole, datamodule=PretrainData(config))
+    with pytest.raises(KeyError, match="boom"):
+        trainer_for(config, tmp_path, **arguments, enable_checkpointing=True,
+                    callbacks=[OnExceptionCheckpoint(tmp_path, "x"), Boom("on_after_backward", after)]
+                    ).fit(PretrainModule(config), datamodule=PretrainData(config))
+    module = PretrainModule(config)
+    trainer = trainer_for(config, tmp_path, **arguments, callbacks=[seen])
+    trainer.fit(module, datamodule=PretrainData(config), ckpt_path=tmp_path / "x.ckpt")
+    assert seen.samples == list(range(4 * after, 48)) and same_weights(module, whole)
+    assert seen.epochs == [0, 1, 2][after // 4:] and trainer.current_epoch == 3
+
+
+def test_an_epoch_that_was_saved_at_its_end_is_over(run_config: Config, tmp_path: Path) -> None:
+    arguments = {"limit_train_batches": 4, "max_epochs": 3, "max_steps": -1, "val_check_interval": 1.0,
+                 "check_val_every_n_epoch": 1}
+    save = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole, module, seen = PretrainModule(run_config), PretrainModule(run_config), Epochs()
+    trainer_for(run_config, tmp_path, **arguments, enable_checkpointing=True, callbacks=[save]).fit(
+        whole, datamodule=PretrainData(run_config))
+    trainer = trainer_for(run_config, tmp_path, **arguments, callbacks=[seen])
+    trainer.fit(module, datamodule=PretrainData(run_config), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert seen.samples == list(range(32, 48)) and seen.epochs == [2] and trainer.current_epoch == 3
+    assert seen.validated == [12]
+    assert same_weights(module, whole)
+
+
 def test_callbacks_states_are_what_they_were(run_config: Config, tmp_path: Path) -> None:
     class Keeps(Callback):
         def __init__(self, key: str, state: dict[str, Any]) -> None:
@@ -209,7 +246,7 @@ def test_callbacks_states_are_what_they_were(run_config: Config, tmp_path: Path)
                 "nested": {"best": {"tensor": torch.full((2,), float(number))}}, "tensor": torch.arange(number),
                 "array": np.arange(3.0, dtype=np.float32), "scalar": np.float32(0.1), "inf": float("inf"),
                 "set": {1, 2}, "bytes": b"\0\xff", "path": PurePosixPath("a/b"), "__odd__": {"__tuple__": [1]},
-                "ordered": OrderedDict(b=1, a=True)}
+                "ordered": OrderedDict(b=1, a=True), "b/tensor": torch.zeros(5), "b": {"tensor": torch.ones(6)}}
 
     two = [Keeps("Keeps{'monitor': 'val/loss'}", state(3)), Keeps("Keeps{'monitor': 'val/loss'}/b", state(4))]
     trainer = trainer_for(run_config, tmp_path, callbacks=two)
@@ -220,8 +257,10 @@ def test_callbacks_states_are_what_they_were(run_config: Config, tmp_path: Path)
         assert one.loaded.keys() == one.state.keys()
         for key, value in one.state.items():
             found = one.loaded[key]
-            if key in ("tensor", "array"):
+            if key in ("tensor", "array", "b/tensor"):
                 assert type(found) is type(value) and found.tolist() == value.tolist() and found.dtype == value.dtype
+            elif key == "b":
+                assert found["tensor"].tolist() == [1] * 6
             elif key == "nested":
                 assert torch.equal(found["best"]["tensor"], value["best"]["tensor"])
             else:
@@ -232,7 +271,31 @@ def test_callbacks_states_are_what_they_were(run_config: Config, tmp_path: Path)
         callbacks_state(bad)
     with pytest.raises(CheckpointError, match="callback Bad/a/0"):  # before the first step
         pretrain(run_config, lambda _: None, callbacks=[Keeps("Bad", {"a": [object()]})])
-    assert folders(run_folder(run_config)) == []
+    assert not (run_folder(run_config) / METRICS_FILE).exists()
+
+
+def test_states_and_reports_of_earlier_versions_are_understood(run_config: Config, tmp_path: Path) -> None:
+    """States under the name of the class, tensors named by nothing but where they lie; n-gram scores as `floors`."""
+    class Own(Callback):
+        loaded: dict[str, Any]
+
+        @property
+        def state_key(self) -> str:
+            return "another key"
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.loaded = state_dict
+
+    own = Own()
+    load_callbacks_state(trainer_for(run_config, tmp_path, callbacks=[own]), {"Own": {"count": 3}},
+                         {"Own/lengths": torch.arange(2), "Other/lengths": torch.arange(3)})
+    assert own.loaded["count"] == 3 and own.loaded["lengths"].tolist() == [0, 1] and len(own.loaded) == 2
+    report = pretrain(run_config, lambda _: None)
+    file = run_folder(run_config) / REPORT_FILE
+    fields = json.loads(file.read_text())
+    fields["floors"] = fields.pop("baselines")
+    file.write_text(json.dumps(fields))
+    assert report.baselines and Report.load(run_folder(run_config)) == report
 
 
 def test_two_callbacks_of_one_class_keep_their_states_apart(run_config: Config) -> None:
@@ -299,33 +362,37 @@ def test_averaging_weights_would_be_right_in_a_plain_trainer_and_setting_rates_i
 
 def test_validation_sees_weights_that_a_callback_has_put_in(accumulating: Config) -> None:
     """In bf16 and several micro-batches, where matrices have copies that are made once a step."""
-    class Zeros(Callback):
-        """For each validation, and back."""
-        def __init__(self) -> None:
-            self.kept: list[torch.Tensor] = []
+    class WithoutMatrices(Callback):
+        """For each validation, and back; openly, or so that no version counter of a weight hears of it."""
+
+        def __init__(self, hidden: bool) -> None:
+            self.hidden, self.kept = hidden, dict[str, torch.Tensor]()
 
         def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
             assert isinstance(module, PretrainModule)
-            self.kept = [one.detach().clone() for one in module.model.parameters()]
-            for one in module.model.parameters():
-                one.data = torch.zeros_like(one)  # of which no version counter hears
+            named = {name: one for name, one in module.model.named_parameters()
+                     if one.ndim == 2 and "embedding" not in name}
+            self.kept = {name: one.detach().clone() for name, one in named.items()}
+            self._put(named, {name: torch.zeros_like(one) for name, one in named.items()})
 
         def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
             assert isinstance(module, PretrainModule)
-            for one, before in zip(module.model.parameters(), self.kept, strict=True):
-                one.data = before
+            self._put(dict(module.model.named_parameters()), self.kept)
+
+        @torch.no_grad()
+        def _put(self, named: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+            for name, value in values.items():
+                (named[name].data if self.hidden else named[name]).copy_(value)
 
     config = replace(accumulating, train=replace(accumulating.train, precision="bf16", validate_every_steps=4))
-    pretrain(replace(config, name="plain"), lambda _: None)
-    pretrain(config, lambda _: None, callbacks=[Zeros()])
-    for name, uniform in (("plain", False), (config.name, True)):
+    found = {}
+    for name, callbacks in (("plain", []), ("openly", [WithoutMatrices(False)]), ("hidden", [WithoutMatrices(True)])):
+        pretrain(replace(config, name=name), lambda _: None, callbacks=callbacks)
         lines = lines_of(run_folder(config).parent / name)
-        losses = [line["loss"] for line in lines if line["kind"] == "validation" and line["step"] < 12]
-        expected = pytest.approx(np.log(config.model.vocab_size), rel=1e-3)
-        assert len(losses) == 2 and all((loss == expected) == uniform for loss in losses)
-    trains = [[line["loss"] for line in lines_of(run_folder(config).parent / name) if line["kind"] == "train"]
-              for name in ("plain", config.name)]
-    assert trains[0] == trains[1]
+        found[name] = [[line["loss"] for line in lines if line["kind"] == kind and line["step"] < 12]
+                       for kind in ("train", "validation")]
+    assert found["hidden"] == found["openly"] and len(found["hidden"][1]) == 2
+    assert found["hidden"][0] == found["plain"][0] and found["hidden"][1] != found["plain"][1]
 
 
 def test_an_optimizer_of_the_users_own(run_config: Config, tmp_path: Path) -> None:
@@ -433,8 +500,9 @@ class Interrupt(Callback):
             raise KeyError("interrupted")
 
 
-def test_numbers_of_the_users_stand_at_the_step_that_they_are_of_once(run_config: Config) -> None:
-    train = replace(run_config.train, log_every_steps=1, validate_every_steps=4, checkpoint_every_steps=3)
+@pytest.mark.parametrize("every", [1, 2])
+def test_numbers_of_the_users_stand_at_the_step_that_they_are_of_once(run_config: Config, every: int) -> None:
+    train = replace(run_config.train, log_every_steps=every, validate_every_steps=4, checkpoint_every_steps=3)
     config = replace(run_config, train=train)
 
     def callbacks() -> list[Callback]:
@@ -444,7 +512,7 @@ def test_numbers_of_the_users_stand_at_the_step_that_they_are_of_once(run_config
         pretrain(config, lambda _: None, callbacks=[*callbacks(), Interrupt()])
     pretrain(config, lambda _: None, callbacks=callbacks())
     lines = lines_of(run_folder(config))
-    for kind, steps in (("train", list(range(1, 13))), ("validation", [4, 8, 12])):
+    for kind, steps in (("train", list(range(every, 13, every))), ("validation", [4, 8, 12])):
         mine = [(line["step"], line["mine"]) for line in lines if line["kind"] == kind and "mine" in line]
         # The validation of the run's end is the run's.
         assert mine == [(step, float(step)) for step in steps if (kind, step) != ("validation", 12)]
