@@ -1,4 +1,4 @@
-"""What logging costs an optimizer step: `python -m benchmarks.logging_cost`, a few minutes.
+"""What logging costs an optimizer step: `python -m benchmarks.logging_cost`, a minute.
 
 Two runs of the quickstart's steps. `command` is `pretrain`, with what it writes by itself: metrics.jsonl, TensorBoard.
 `trainer` is a plain Trainer with what people add: self.log at every step, TensorBoardLogger, CSVLogger,

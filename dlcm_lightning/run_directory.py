@@ -48,6 +48,6 @@ def folders(run: Path) -> list[Path]:
 
 
 def newest_step(run: Path) -> int:
-    """Optimizer steps after the newest complete checkpoint, 0 where there is none."""
+    """Optimizer steps that the newest complete checkpoint has, 0 where there is none."""
     found = folders(run)
     return int(found[-1].name.removeprefix(COMPLETE)) if found else 0

@@ -67,7 +67,7 @@ class Manifest:
     """manifest.json."""
 
     step: int
-    """Optimizer steps after it."""
+    """Optimizer steps that the run had made."""
     tokens: int
     """Consumed up to it, over all ranks."""
     strategy: str

@@ -8,7 +8,7 @@ tokenizers. A tokenizer that changes texts is refused (byte_level.py): what it d
 page of all scripts.
 
 Control tokens are never recognised inside text: a web page that spells "</s>" is spelled out, it cannot end a
-document. Only the encoder (encoder.py) puts BOS and EOS.
+document. Only the encoder (text_encoder.py) puts BOS and EOS.
 
 A tokenizer on disk is `tokenizer.json` (the library's format, its sha256 is the fingerprint that shards carry) and
 `tokenizer_config.json`, which names BOS and EOS the way Hugging Face does.

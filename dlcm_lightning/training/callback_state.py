@@ -34,17 +34,25 @@ def callbacks_state(trainer: Trainer) -> CallbacksState:
     kept = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = callback.state_key
-        if state := callback.state_dict():
-            kept[name] = {key: _encoded(f"{name}/{key}", value, tensors) for key, value in state.items()}
+        try:
+            if state := callback.state_dict():
+                kept[name] = _encoded(name, dict(state), tensors)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"callback {name}: its state_dict fails: {type(error).__name__}: {error}") from error
     return kept, tensors
 
 
 def load_callbacks_state(trainer: Trainer, kept: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
     """Every callback is given what it had saved, and nothing where it had nothing."""
     named = set(_named(list(kept.values())))
+    classes = [type(callback).__name__ for callback in trainer.callbacks]  # type: ignore[attr-defined]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for name in dict.fromkeys((callback.state_key, type(callback).__name__)):  # the second: as it was once saved
-            state = {key: _decoded(value, tensors) for key, value in kept.get(name, {}).items()}
+        name = type(callback).__name__
+        once = [name] if classes.count(name) == 1 else []  # as it was saved by earlier versions
+        for name in dict.fromkeys((callback.state_key, *once)):
+            state = _decoded(kept.get(name, {}), tensors)
             state |= {key.removeprefix(f"{name}/"): value for key, value in tensors.items()
                       if key.startswith(f"{name}/") and key not in named}  # once they were not named
             if state:
@@ -57,18 +65,20 @@ def _encoded(where: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     def each(values: Any) -> list[Any]:
         return [_encoded(f"{where}/{number}", one, tensors) for number, one in enumerate(values)]
 
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) and isinstance(value.item(), PLAIN):
         return {NUMBER: [value.dtype.str, value.item()]}
     if isinstance(value, PLAIN):
         return value
-    if isinstance(value, Tensor | np.ndarray):
+    if (isinstance(value, Tensor) and value.layout == torch.strided) or (isinstance(value, np.ndarray) and (
+            value.dtype.kind in "biuf" and value.dtype.itemsize <= 8)):
         while where in tensors:
             where += "'"
-        tensors[where] = torch.as_tensor(value).detach()
+        plain = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
+        tensors[where] = plain.detach().to("cpu", copy=True).contiguous()  # its own: two may be views of one
         return {TENSOR if isinstance(value, Tensor) else ARRAY: where}
     if isinstance(value, list):
         return each(value)
-    if isinstance(value, tuple | set | frozenset):
+    if isinstance(value, tuple | set | frozenset) and not hasattr(value, "_fields"):
         tag = next(tag for tag, kind in SEQUENCES.items() if isinstance(value, kind))  # type: ignore[arg-type]
         return {tag: each(value)}
     if isinstance(value, dict):

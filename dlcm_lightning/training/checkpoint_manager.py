@@ -88,6 +88,13 @@ class CheckpointManager:
 
         self.group.on_rank_zero(finish)
 
+    def check_callbacks(self, trainer: Trainer) -> None:
+        """CheckpointError on all ranks: a callback's state is none that a checkpoint could hold. Collective."""
+        def look() -> None:
+            callbacks_state(trainer)
+
+        self.group.on_rank_zero(look)
+
     @staticmethod
     def _said(act: Callable[[], None]) -> str:
         """The error of an act that may meet a bad disk, as text."""

@@ -27,14 +27,15 @@ from dlcm_lightning.compose import differences
 from dlcm_lightning.config import Config, ConfigError
 from dlcm_lightning.training.strategies.full_state import FullStateStrategy
 
-WHERE_FROM = ("data.root", "data.workers", "data.cache_megabytes", "data.read_ahead_steps")
-"""Fields that say where rows come from and how they are fetched, but not which they are."""
+WHERE_FROM = ("data.root", "data.corpus", "data.workers", "data.cache_megabytes", "data.read_ahead_steps",
+              "data.validation_rows")
+"""Fields that say where rows come from and how they are fetched, but not which are trained on."""
 OWN_RATES = ("it sets learning rates of its own, and those of the roles and their schedule would no longer hold; leave "
              "it out (EMAWeightAveraging keeps them, and dlcm merge averages checkpoints)")
 
 
 def _keeps_its_own_state(callback: Callback) -> bool:
-    return any(getattr(type(callback), name) is not getattr(Callback, name)
+    return any(name in vars(callback) or getattr(type(callback), name) is not getattr(Callback, name)
                for name in ("on_save_checkpoint", "on_load_checkpoint"))
 
 
@@ -96,13 +97,17 @@ def with_ranks(trainer: Trainer, config: Config) -> Config:
     return replace(config, train=replace(config.train, devices=devices, nodes=nodes))
 
 
-def check_rows(config: Config, given: Config) -> None:
-    """ConfigError: the rows are those of another configuration than the module's, or other ones."""
-    fields = [name for name in differences(config, given)
-              if (name.startswith("data.") and name not in WHERE_FROM) or name in ("seed", "optim.total_tokens")]
+def check_rows(config: Config, given: Config, fitting: bool) -> None:
+    """ConfigError: rows of the configuration `given` are not those that the module's would train on; or, where they are
+    only evaluated, none that it understands."""
+    fields = [name for name in differences(config, given) if name == "model.vocab_size" or (fitting and (
+        (name.startswith("data.") and name not in WHERE_FROM) or name in ("seed", "optim.total_tokens")))]
+    if config.data.domains != given.data.domains and not fitting:
+        fields.append("data.sources[].domain")
     if fields:
         raise ConfigError(f"PretrainData and PretrainModule are made of configurations that differ in "
-                          f"{', '.join(fields)}; make both of one")
+                          f"{', '.join(fields)}; make both of one, such as "
+                          "PretrainModule.load_from_checkpoint(path, config=config)")
 
 
 def check_callbacks(field: str, callbacks: Sequence[Callback]) -> None:

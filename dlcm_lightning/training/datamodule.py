@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
 from dlcm_lightning.batch import Batch, StepCounts
 from dlcm_lightning.compose import config_from
@@ -26,7 +26,7 @@ from dlcm_lightning.data.reader import Reader
 from dlcm_lightning.errors import DataError, RunError
 from dlcm_lightning.ops.collectives import rank, world_size
 from dlcm_lightning.progress import Log
-from dlcm_lightning.training.contract import with_ranks
+from dlcm_lightning.training.contract import check_rows, with_ranks
 from dlcm_lightning.training.stopwatch import Stopwatch
 
 
@@ -70,6 +70,14 @@ class TrainLoader:
             except DataError as error:
                 return [], error
             return [batch.pin_memory() if self.pin_memory else batch for batch in step], None
+
+
+def follow(trainer: Trainer, config: Config) -> None:
+    """The Trainer's loader begins where the Trainer stands, whoever has made it. ConfigError: it has other rows than
+    `config` says."""
+    if isinstance(loader := trainer.train_dataloader, TrainLoader):
+        check_rows(config, loader.config, fitting=True)
+        loader.completed = lambda: trainer.global_step
 
 
 class PretrainData(LightningDataModule):

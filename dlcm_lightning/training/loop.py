@@ -44,7 +44,17 @@ class StepLoop(_TrainingEpochLoop):
 
 
 class CountingFromOne(_LoggerConnector):
-    """Knows which number `StepLoop` counts."""
+    """Knows which number `StepLoop` counts; and logs a step once, before its checkpoint or at its end."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self._logged_step = -1
+
+    def update_train_step_metrics(self) -> None:
+        step = self.trainer.global_step
+        if self._logged_step != step or self.trainer.fit_loop._should_accumulate():
+            super().update_train_step_metrics()
+            self._logged_step = step
 
     @property
     def should_update_logs(self) -> bool:
@@ -52,7 +62,8 @@ class CountingFromOne(_LoggerConnector):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer._active_loop is not trainer.fit_loop or not every:
             return super().should_update_logs
-        return trainer.fit_loop.epoch_loop._batches_that_stepped % every == 0 or trainer.should_stop
+        due = trainer.fit_loop.epoch_loop._batches_that_stepped % every == 0 or trainer.should_stop
+        return due and not trainer.fit_loop._should_accumulate()  # once a step, not once a micro-batch
 
 
 class NoSignals(_SignalConnector):
@@ -60,6 +71,12 @@ class NoSignals(_SignalConnector):
 
     def register_signal_handlers(self) -> None:
         pass
+
+
+def log_step(trainer: Trainer) -> None:
+    """What was logged in the optimizer step that has just ended goes to the loggers now. A checkpoint may be the last
+    thing that this process does, and Lightning would log the step after it."""
+    trainer._logger_connector.update_train_step_metrics()
 
 
 def install(trainer: Trainer, total_steps: int) -> None:

@@ -37,14 +37,14 @@ from dlcm_lightning.ops.collectives import all_reduce_sum, world_size
 from dlcm_lightning.ops.linear import LowCopies
 from dlcm_lightning.ops.segments import Segments
 from dlcm_lightning.training.contract import check_rows, check_trainer
-from dlcm_lightning.training.datamodule import PretrainData, TrainLoader
+from dlcm_lightning.training.datamodule import PretrainData, follow
 from dlcm_lightning.training.device import BY_NAME, DTYPES, resolve_precision
 from dlcm_lightning.training.initial_weights import filling
 from dlcm_lightning.training.lr_schedule import TokenSchedule
 from dlcm_lightning.training.metrics.numbers import metric_tensors
 from dlcm_lightning.training.metrics.sums import MetricSums, all_reduce_sums, count_lengths, counts_of, measure_batch
 from dlcm_lightning.training.optimizer import build_optimizer, check_finite
-from dlcm_lightning.training.position import at_optimizer_step
+from dlcm_lightning.training.position import at_optimizer_step, check_has_begun
 from dlcm_lightning.training.rate_loss import rate_loss_surrogate
 from dlcm_lightning.training.run_lock import check_same_configuration
 from dlcm_lightning.training.strategies.full_state import FullStateStrategy, whole, whole_model
@@ -58,8 +58,8 @@ class PretrainModule(LightningModule):
 
     Logged under `train/`, over all ranks: of every optimizer step loss, bits_per_byte, R_sampled, R_thresholded,
     rate_loss and grad_norm; every `log_every_n_steps`-th also F, G, R_half, p_sd, p_near_half, concept_imbalance
-    (metrics.py), lr_ROLE, and by domain as NAME/DOMAIN. Under `val/` and `test/` the same of all validation rows, with
-    thresholded boundaries.
+    (metrics/numbers.py), lr_ROLE, and by domain as NAME/DOMAIN. Under `val/` and `test/` the same of all validation
+    rows, with thresholded boundaries.
     """
 
     model: LanguageModel
@@ -81,7 +81,7 @@ class PretrainModule(LightningModule):
         if token_bytes is None:
             token_bytes = torch.zeros(self.config.model.vocab_size, dtype=torch.int64)
         self.register_buffer("previous_counts", torch.zeros(2, dtype=torch.int64))  # no engine casts whole numbers
-        self.register_buffer("token_bytes", token_bytes, persistent=False)
+        self.token_bytes = token_bytes  # no buffer: averages of weights average those, too
         self.steps_go_to_loggers = True
         """Whether every `log_every_n_steps`-th step is sent to loggers. `dlcm pretrain` sends means over all steps
         instead (callbacks/metrics.py), under the same names; callbacks can monitor them either way."""
@@ -120,16 +120,16 @@ class PretrainModule(LightningModule):
         warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('(val|test)/")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, PretrainData):
-            check_rows(self.config, data.config)
+            check_rows(self.config, data.config, fitting=stage == "fit")
         if self._wants_token_bytes and isinstance(data, PretrainData):
-            self.token_bytes = torch.from_numpy(data.reader.token_bytes)
+            self.token_bytes = torch.from_numpy(data.reader.token_bytes).clone()
 
     def configure_model(self) -> None:
         """Makes `model`, where the strategy wants it to be made. A second call does nothing."""
         if "model" in self._modules:
             return
         trainer = self._trainer
-        device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
+        device = trainer.strategy.root_device if trainer is not None else self.device
         dtype = self._compute_dtype
         if dtype is None and trainer is not None:
             asked = self.config.train.precision
@@ -142,8 +142,8 @@ class PretrainModule(LightningModule):
         make = partial(assemble, self.config.model, dtype, backend, train.recompute, train.compile)
         fill, self.refused = filling(self.config, trainer, self.begins)
         strategy = trainer.strategy if trainer is not None else None
-        construct = strategy.construct if isinstance(strategy, FullStateStrategy) else whole_model
-        self.model = construct(make, fill)
+        self.model = (strategy.construct(make, fill) if isinstance(strategy, FullStateStrategy)
+                      else whole_model(make, fill).to(device))
 
     def forward(self, tokens: Tensor, documents: Segments | None = None) -> Tensor:
         """tokens (T,) int64; documents: where each begins and ends, None for one of all tokens -> logits (T, V) of the
@@ -176,6 +176,7 @@ class PretrainModule(LightningModule):
         """Forward: this rank's sums, and the model's output, whose loss carries the gradient."""
         output: Output = self.model(batch.tokens, batch.documents, noise, batch.targets)
         domains = len(self.config.data.domains)
+        self.token_bytes = self.token_bytes.to(self.device)
         return measure_batch(output, batch, self.config.model.boundary, domains, self.token_bytes), output
 
     @property
@@ -271,9 +272,7 @@ class PretrainModule(LightningModule):
     def on_train_start(self) -> None:
         """Whatever an earlier fit has left of a step: this one begins with a whole one, perhaps with another."""
         self._check_begun()
-        if isinstance(loader := self.trainer.train_dataloader, TrainLoader):  # perhaps without its datamodule
-            check_rows(self.config, loader.config)
-            loader.completed = lambda: self.trainer.global_step
+        follow(self.trainer, self.config)
         self.refused = ""
         self.counts = self.next_counts = self.step_sums = None
         strategy = self.trainer.strategy
@@ -286,6 +285,10 @@ class PretrainModule(LightningModule):
     def on_train_end(self) -> None:
         self.low_copies = None
         self.model.drop_low_copies()
+
+    def on_train_epoch_start(self) -> None:
+        """Loaders may have been made anew."""
+        follow(self.trainer, self.config)
 
     def on_train_epoch_end(self) -> None:
         """An epoch is what is left of the run; there is no other after it."""
@@ -322,6 +325,9 @@ class PretrainModule(LightningModule):
         """As validation: no rows are kept apart from both."""
         self.validation_step(batch, batch_idx)
 
+    def on_predict_epoch_start(self) -> None:
+        self._check_begun()
+
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Of each token (T,): `tokens`, `targets` (IGNORE_INDEX where there is none), `nll` in nats, and of a DLCM
         `probabilities` and thresholded `boundaries`; `samples` (B,) of the rows."""
@@ -338,20 +344,21 @@ class PretrainModule(LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, kind: str) -> None:
-        whole_sums = all_reduce_sums(self.evaluated or self.empty_sums(), StepCounts())[0]
-        self.evaluated = whole_sums
-        metrics = metric_tensors(whole_sums, self.config.data.domains, self.boundary)
+        mine = self.evaluated or MetricSums.nothing(len(self.config.data.domains), self.device)
+        self.evaluated = all_reduce_sums(mine, StepCounts())[0]
+        metrics = metric_tensors(self.evaluated, self.config.data.domains, self.boundary)
         self.log_dict({f"{kind}/{name}": value for name, value in metrics.items()}, logger=self._to_loggers,
                       batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning's own checkpoint: as it stands at the last whole optimizer step, in which precision."""
-        self.configure_model()  # of a fit that has failed before it was made
+        trainer = self.trainer
+        check_has_begun(trainer, "model" in self._modules)
         checkpoint["compute_dtype"] = str(self.model.compute_dtype).removeprefix("torch.")
         if "loops" in checkpoint:
             micro_batches = self.config.micro_batches
-            short = self.trainer.num_training_batches < self.config.total_steps * micro_batches
-            at_optimizer_step(checkpoint["loops"]["fit_loop"], self.trainer.global_step, micro_batches, short)
+            short = trainer.num_training_batches < self.config.total_steps * micro_batches
+            at_optimizer_step(checkpoint["loops"]["fit_loop"], trainer.global_step, micro_batches, short)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """torch's, with the model made where it is not yet."""
@@ -390,7 +397,3 @@ class PretrainModule(LightningModule):
                                            step.features / each)
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(torch.where(tokens > 0, buffer, old))  # decided on the device
-
-    def empty_sums(self) -> MetricSums:
-        """Sums of nothing, on this module's device."""
-        return MetricSums.nothing(len(self.config.data.domains), self.device)

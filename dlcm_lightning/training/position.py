@@ -1,8 +1,21 @@
-"""Lightning's counters, as they stand between two optimizer steps."""
+"""Where a fit stands: Lightning's counters between two optimizer steps, and whether there is anything to save."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from dlcm_lightning.errors import CheckpointError
+
+
+def check_has_begun(trainer: Trainer, made: bool) -> None:
+    """CheckpointError: a fit that fails before it begins has nothing to save; callbacks that save on errors would write
+    it, perhaps over the very checkpoint that it was to continue. made: whether there is a model."""
+    unread = trainer.ckpt_path is not None and not trainer.global_step and trainer.state.fn == TrainerFn.FITTING
+    if unread or not made:
+        raise CheckpointError("the fit has failed before it began, so no checkpoint of it is written")
 
 
 def at_optimizer_step(fit_loop: dict[str, Any], step: int, micro_batches: int, short_epochs: bool = False) -> None:

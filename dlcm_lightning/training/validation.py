@@ -17,7 +17,7 @@ def validate(module: PretrainModule, batches: Iterable[Batch], progress: bool = 
              ) -> MetricSums:
     """The sums of `batches` over all ranks. The count of sampled boundaries uses the rows' noise and the same p;
     sampled: the model is cut by them too, as in training."""
-    whole = module.empty_sums()
+    whole = MetricSums.nothing(len(module.config.data.domains), module.device)
     for batch in progress_bar(batches, desc="validate", unit="batch", disable=not progress):
         batch = batch.to(module.device)
         whole = whole + module.measure(batch, batch.noise if sampled else None)[0]

@@ -83,16 +83,16 @@ def test_a_file_that_is_being_written_is_read_the_next_time(detector: HangDetect
 
 
 def test_a_pulse_says_what_the_main_thread_does_while_that_is_busy(tmp_path: Path) -> None:
-    pulse = HeartbeatWriter(tmp_path, rank=2, seconds=0.02)
+    writer = HeartbeatWriter(tmp_path, rank=2, seconds=0.02)
     detector = HangDetector(tmp_path, 3, JOB, now=time.monotonic())
-    pulse.enter("backward", 41)
+    writer.enter("backward", 41)
     deadline = time.monotonic() + 20
     while detector.heard[2].phase != "backward" or detector.heard[2].silent < 0.1:
         detector.listen(time.monotonic())
         assert time.monotonic() < deadline
         time.sleep(0.005)
     assert (detector.heard[2].step, detector.heard[2].rank) == (41, 2)
-    pulse.end()
+    writer.end()
     detector.listen(time.monotonic())
     assert detector.heard[2].phase == "left"
     deadline = time.monotonic() + 20

@@ -12,7 +12,7 @@ together() {
         [ -f "$all" ] && return
         if [ "$SLURM_PROCID" = 0 ]; then
             ranks=("$DLCM_ATTEMPT/$1"-*)
-            [ "${#ranks[@]}" = "$SLURM_STEP_NUM_TASKS" ] && touch "$all"
+            [ "${#ranks[@]}" -ge "$SLURM_STEP_NUM_TASKS" ] && touch "$all"
         fi
         read -r -t 0.5 -u 9
     done

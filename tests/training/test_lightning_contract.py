@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,19 +21,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
+    LambdaCallback,
     LearningRateMonitor,
     ModelCheckpoint,
     OnExceptionCheckpoint,
     RichProgressBar,
     StochasticWeightAveraging,
 )
+from safetensors.torch import load_file, save_file
 
 from dlcm_lightning import PretrainData, PretrainModule, pretrain
 from dlcm_lightning.batch import Batch
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import ClassConfig, Config, ConfigError
-from dlcm_lightning.errors import CheckpointError, RunError
-from dlcm_lightning.run_directory import METRICS_FILE, REPORT_FILE
+from dlcm_lightning.errors import CheckpointError, RunError, Stopped
+from dlcm_lightning.run_directory import METRICS_FILE, REPORT_FILE, STOP
 from dlcm_lightning.training.callback_state import callbacks_state, load_callbacks_state
 from dlcm_lightning.training.report import Report
 from tests.training.test_lightning import Seen, accumulating, lightnings_own_advice, trainer_for
@@ -50,6 +52,17 @@ def not_the_last_word() -> Iterator[None]:
                      ".*there is no last checkpoint.*", ".*have no `val_dataloader`.*", ".*WeightAveraging.*"):
             warnings.filterwarnings("ignore", said)
         yield
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
+
+
+class PretrainDataOpened(PretrainData):
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.open()
 
 
 def run_folder(config: Config) -> Path:
@@ -128,6 +141,19 @@ def test_loaders_that_are_asked_for_again_go_on(run_config: Config, tmp_path: Pa
     assert seen.samples == list(range(48))
 
 
+def test_loaders_that_the_module_makes_anew_go_on(run_config: Config, tmp_path: Path) -> None:
+    data, seen = PretrainData(run_config), Seen()
+    data.open()
+
+    class Own(PretrainModule):
+        def train_dataloader(self) -> Any:
+            return data.train_dataloader()
+
+    trainer_for(run_config, tmp_path, limit_train_batches=4, reload_dataloaders_every_n_epochs=1, callbacks=[seen]
+                ).fit(Own(run_config))
+    assert seen.samples == list(range(48))
+
+
 def test_loaders_without_their_datamodule_stand_where_the_trainer_does(run_config: Config, tmp_path: Path) -> None:
     data = PretrainData(run_config)
     data.open()
@@ -152,10 +178,18 @@ def test_rows_of_another_configuration_are_refused(run_config: Config, tmp_path:
         run_config, data=replace(run_config.data, **{name: int(factor * getattr(run_config.data, name))}))
     with pytest.raises(ConfigError, match=rf"differ in .*{field}"):
         trainer_for(run_config, tmp_path).fit(PretrainModule(run_config), datamodule=PretrainData(other))
-    with pytest.raises(ConfigError, match=rf"differ in .*{field}"):
-        trainer_for(run_config, tmp_path).validate(PretrainModule(run_config), datamodule=PretrainData(other))
+    trainer_for(run_config, tmp_path).validate(PretrainModule(run_config), datamodule=PretrainData(other))
     elsewhere = replace(run_config, data=replace(run_config.data, workers=1))
     trainer_for(run_config, tmp_path, max_steps=1).fit(PretrainModule(run_config), datamodule=PretrainData(elsewhere))
+
+
+def test_rows_that_a_model_cannot_be_judged_by_are_refused(run_config: Config, tmp_path: Path) -> None:
+    small = replace(run_config, model=replace(run_config.model, vocab_size=300))
+    named = replace(run_config, data=replace(run_config.data, sources=[
+        replace(source, domain="another") for source in run_config.data.sources]))
+    for other, said in ((small, r"model\.vocab_size"), (named, r"data\.sources\[\]\.domain")):
+        with pytest.raises(ConfigError, match=rf"differ in {said}; make both of one, such as PretrainModule.load_from"):
+            trainer_for(other, tmp_path).validate(PretrainModule(other), datamodule=PretrainData(run_config))
 
 
 class Epochs(Seen):
@@ -266,12 +300,36 @@ def test_callbacks_states_are_what_they_were(run_config: Config, tmp_path: Path)
             else:
                 assert found == value and type(found) is (dict if key == "ordered" else
                                                            type(Path()) if key == "path" else type(value)), key
-    bad = trainer_for(run_config, tmp_path, callbacks=[Keeps("Bad", {"a": [object()]})])
-    with pytest.raises(CheckpointError, match=r"callback Bad/a/0: its state_dict holds a builtins\.object"):
-        callbacks_state(bad)
+    shared = torch.ones(3)
+    odd = Keeps("Odd", {(1, 2): "tuple", 3: "int", "views": {"one": shared, "same": shared, "part": shared[1:]},
+                        "order": np.arange(4, dtype=">i4")[::-1]})
+    kept, tensors = callbacks_state(trainer_for(run_config, tmp_path, callbacks=[odd]))
+    save_file(tensors, tmp_path / "odd.safetensors")
+    load_callbacks_state(trainer_for(run_config, tmp_path, callbacks=[odd]), json.loads(json.dumps(kept)),
+                         load_file(tmp_path / "odd.safetensors"))
+    assert odd.loaded[1, 2] == "tuple" and odd.loaded[3] == "int" and odd.loaded["order"].tolist() == [3, 2, 1, 0]
+    assert [value.tolist() for value in odd.loaded["views"].values()] == [[1, 1, 1], [1, 1, 1], [1, 1]]
+    for value, kind in ((object(), r"builtins\.object"), (np.complex64(1), r"numpy\.complex64"),
+                        (np.datetime64("2020-01-01"), r"numpy\.datetime64"), (np.array(["x"]), r"numpy\.ndarray"),
+                        (torch.eye(2).to_sparse(), r"torch\.Tensor"), (Point(1, 2), r".*Point"),
+                        (np.longdouble(1), r"numpy\.longdouble")):
+        bad = trainer_for(run_config, tmp_path, callbacks=[Keeps("Bad", {"a": [value]})])
+        with pytest.raises(CheckpointError, match=rf"callback Bad/a/0: its state_dict holds a {kind}"):
+            callbacks_state(bad)
     with pytest.raises(CheckpointError, match="callback Bad/a/0"):  # before the first step
         pretrain(run_config, lambda _: None, callbacks=[Keeps("Bad", {"a": [object()]})])
     assert not (run_folder(run_config) / METRICS_FILE).exists()
+
+    class Late(Callback):
+        def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+            self.seen = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": self.seen}
+
+    assert pretrain(run_config, lambda _: None, callbacks=[Late()]).steps == run_config.total_steps
+    with pytest.raises(CheckpointError, match=r"callback .*Late: its state_dict fails: AttributeError"):
+        callbacks_state(trainer_for(run_config, tmp_path, callbacks=[Late()]))
 
 
 def test_states_and_reports_of_earlier_versions_are_understood(run_config: Config, tmp_path: Path) -> None:
@@ -326,6 +384,7 @@ def test_two_callbacks_of_one_class_keep_their_states_apart(run_config: Config) 
 @pytest.mark.parametrize(("callback", "said"), [
     (lambda: ModelCheckpoint(), "a run saves by itself"), (lambda: OnExceptionCheckpoint("x"), "a run saves by itself"),
     (lambda: RichProgressBar(), "a run shows its own"), (lambda: StochasticWeightAveraging(1e-4), "rates of its own"),
+    (lambda: LambdaCallback(on_save_checkpoint=print), "keep it in state_dict"),
     (lambda: EMAWeightAveraging(), "keep it in state_dict, or use it with a plain Trainer"),
 ])
 def test_callbacks_that_a_run_cannot_serve_are_refused_by_name(run_config: Config, callback: Any, said: str) -> None:
@@ -347,17 +406,54 @@ def test_the_same_from_a_configuration_and_a_module_that_fails(
             pretrain(config, lambda _: None)
 
 
-def test_averaging_weights_would_be_right_in_a_plain_trainer_and_setting_rates_is_refused(
+def test_averaging_weights_is_right_in_a_plain_trainer_and_setting_rates_is_refused(
     run_config: Config, tmp_path: Path
 ) -> None:
-    trainer_for(run_config, tmp_path, callbacks=[EMAWeightAveraging(decay=0.9)]).fit(
-        PretrainModule(run_config), datamodule=PretrainData(run_config))
+    data = PretrainData(run_config)
+    trainer = trainer_for(run_config, tmp_path, callbacks=[EMAWeightAveraging(decay=0.9)])
+    trainer.fit(PretrainModule(run_config), datamodule=data)
+    with_average = trainer.callback_metrics
+    assert data.reader.token_bytes.tolist() == PretrainDataOpened(run_config).reader.token_bytes.tolist()
+    plain = trainer_for(run_config, tmp_path)
+    plain.fit(PretrainModule(run_config), datamodule=PretrainData(run_config))
+    nats_a_byte = [float(found["val/bits_per_byte"] / found["val/loss"])
+                   for found in (with_average, plain.callback_metrics)]
+    assert nats_a_byte[0] == pytest.approx(nats_a_byte[1], rel=1e-12)
+    assert with_average["val/loss"] != plain.callback_metrics["val/loss"]
     with pytest.raises(ConfigError, match="StochasticWeightAveraging: it sets learning rates of its own"):
         trainer_for(run_config, tmp_path, callbacks=[StochasticWeightAveraging(1e-4)]).fit(
             PretrainModule(run_config), datamodule=PretrainData(run_config))
     two = replace(run_config, data=replace(run_config.data, micro_batch_size=2))
     with pytest.raises(ConfigError, match=r"Trainer\(fast_dev_run=True\): .* take fast_dev_run=2"):
         trainer_for(two, tmp_path, fast_dev_run=True).fit(PretrainModule(two), datamodule=PretrainData(two))
+
+
+def test_a_fit_that_fails_before_it_begins_leaves_the_checkpoint_that_it_was_to_continue(
+    accumulating: Config, tmp_path: Path
+) -> None:
+    trainer = trainer_for(accumulating, tmp_path, max_steps=4)
+    trainer.fit(PretrainModule(accumulating), datamodule=PretrainData(accumulating))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    before = (tmp_path / "x.ckpt").read_bytes()
+
+    class Early(Callback):
+        def on_fit_start(self, *_: Any) -> None:
+            raise KeyError("early")
+
+    for arguments in ({"accumulate_grad_batches": 1}, {"callbacks": [Early()]}):
+        save = OnExceptionCheckpoint(tmp_path, "x")
+        arguments["callbacks"] = [*arguments.get("callbacks", []), save]  # type: ignore[misc]
+        with pytest.raises(CheckpointError, match="failed before it began"):
+            trainer_for(accumulating, tmp_path, enable_checkpointing=True, **arguments).fit(
+                PretrainModule(accumulating), datamodule=PretrainData(accumulating), ckpt_path=tmp_path / "x.ckpt")
+        assert (tmp_path / "x.ckpt").read_bytes() == before
+
+
+def test_a_model_that_cannot_have_its_first_weights_predicts_nothing(run_config: Config, tmp_path: Path) -> None:
+    config = replace(run_config, train=replace(run_config.train, init_from=str(tmp_path / "nothing")))
+    for act in ("validate", "predict"):
+        with pytest.raises(CheckpointError, match="nothing"):
+            getattr(trainer_for(config, tmp_path), act)(PretrainModule(config), datamodule=PretrainData(config))
 
 
 def test_validation_sees_weights_that_a_callback_has_put_in(accumulating: Config) -> None:
@@ -495,21 +591,33 @@ class Numbers(Callback):
 
 
 class Interrupt(Callback):
+    """After five steps: at once, or asked to save first."""
+
+    def __init__(self, stop: Path | None) -> None:
+        self.stop = stop
+
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == 5:
+        if trainer.global_step == 5 and self.stop is None:
             raise KeyError("interrupted")
+        if trainer.global_step == 4 and self.stop is not None:
+            self.stop.touch()
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_numbers_of_the_users_stand_at_the_step_that_they_are_of_once(run_config: Config, every: int) -> None:
+@pytest.mark.parametrize("graceful", [False, True])
+@pytest.mark.parametrize(("every", "rows"), [(1, 4), (2, 4), (1, 2)])
+def test_numbers_of_the_users_stand_at_the_step_that_they_are_of_once(
+    run_config: Config, every: int, rows: int, graceful: bool
+) -> None:
     train = replace(run_config.train, log_every_steps=every, validate_every_steps=4, checkpoint_every_steps=3)
-    config = replace(run_config, train=train)
+    config = replace(run_config, train=train, data=replace(run_config.data, micro_batch_size=rows))
+    stop = run_folder(config) / STOP
 
     def callbacks() -> list[Callback]:
         return [Numbers(), LearningRateMonitor("step")]
 
-    with pytest.raises(KeyError, match="interrupted"):
-        pretrain(config, lambda _: None, callbacks=[*callbacks(), Interrupt()])
+    with pytest.raises(Stopped if graceful else KeyError):
+        pretrain(config, lambda _: None, callbacks=[*callbacks(), Interrupt(stop if graceful else None)])
+    stop.unlink(missing_ok=True)
     pretrain(config, lambda _: None, callbacks=callbacks())
     lines = lines_of(run_folder(config))
     for kind, steps in (("train", list(range(every, 13, every))), ("validation", [4, 8, 12])):

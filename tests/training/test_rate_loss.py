@@ -15,7 +15,7 @@ from dlcm_lightning.model.boundary import LearnedBoundary
 from dlcm_lightning.model.dlcm import DLCM
 from dlcm_lightning.training.datamodule import TrainLoader
 from dlcm_lightning.training.metrics.numbers import metrics_of
-from dlcm_lightning.training.metrics.sums import counts_of
+from dlcm_lightning.training.metrics.sums import MetricSums, counts_of
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.rate_loss import rate_loss, rate_loss_surrogate, rate_slope
 from dlcm_lightning.training.stopwatch import Stopwatch
@@ -188,7 +188,8 @@ def test_a_step_without_a_token_leaves_the_boundary_as_it_is(run_config: Config)
     module.after_step()
     state = [module.previous_counts, *module.model.boundary.buffers()]
     before = [buffer.clone() for buffer in state]
-    module.step_sums = replace(module.empty_sums(), features=torch.zeros(run_config.model.d_token))
+    module.step_sums = replace(
+        MetricSums.nothing(len(run_config.data.domains), module.device), features=torch.zeros(run_config.model.d_token))
     module.after_step()
     assert all(torch.equal(buffer, old) for buffer, old in zip(state, before, strict=True))
 

@@ -5,7 +5,7 @@
     const [p, boundary, length, loss] = token.split(";");
     const parts = all > 1 ? [`token ${number + 1} of ${all} of this character`] : [];
     if (p) parts.push(`p = ${p}${boundary ? ", closes its concept" : ""}`);
-    if (p) parts.push(length ? `concept of ${length} token${length === "1" ? "" : "s"}` : "behind the last boundary");
+    if (p) parts.push(length ? `concept of ${length} token${length === "1" ? "" : "s"}` : "after the last boundary");
     parts.push(loss ? `loss ${loss} nats` : "nothing predicts it");
     return parts.join(" \u00b7 ");
   };

@@ -7,7 +7,7 @@ holds its first byte).
 
     words       runs of letters, digits and underscores; scripts without spaces (Han, Kana, Thai) have none
     sentences   end with . ! ? and closing quotes or brackets before white space, or with their full-width forms
-    lines       end with a line feed, and begin behind it
+    lines       end with a line feed, and begin after it
     signs       runs of punctuation and operators: ; next is the first byte after them that is no white space
 
 Units that touch the end of a text that goes on elsewhere are left out: where they end is not known.
@@ -68,8 +68,8 @@ def units_of(content: bytes, ended: bool) -> dict[str, Units]:
         elif kind == "lines":
             following = [end for _, end in whole if end < len(text)]
         else:
-            behind = (_INK.search(text, end) for _, end in whole)
-            following = [match.start() for match in behind if match]
+            after = (_INK.search(text, end) for _, end in whole)
+            following = [match.start() for match in after if match]
         found[kind] = Units(last, [begins[place] for place in following])
     return found
 

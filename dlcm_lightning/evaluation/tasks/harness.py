@@ -83,8 +83,8 @@ class ConceptLM(TemplateLM):
         context, continuation = pair
         if not context:
             return self.request([self.prefix_token_id], self.tok_encode(continuation, False))
-        before, behind = self._encode_pair(context, continuation)
-        return self.request(before, behind or self.tok_encode(continuation, False))
+        before, after = self._encode_pair(context, continuation)
+        return self.request(before, after or self.tok_encode(continuation, False))
 
     def _plan(self, pairs: Sequence[Arguments]) -> list[list[int]]:
         return self.scorer.plan([self.encoded(pair) for pair in pairs])

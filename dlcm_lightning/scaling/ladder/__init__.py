@@ -7,7 +7,7 @@ after another by sub-processes, and what they measured is collected.
     runs.py          what one sub-process has to do, and what has become of it, by the files of the run
     execute.py       sub-processes one at a time; stopping; who has what
     measurements.py  metrics.jsonl -> rows of the table
-    table_file.py    the table of a study, csv; parquet.py the same as parquet
+    table_file.py    the table of a study, csv; parquet_table.py the same as parquet
     study_run.py     `dlcm ladder run`
     descent.py       coordinate descent over learning rates
     minimum.py       where the loss over learning rates has its minimum

@@ -12,6 +12,7 @@ from dlcm_lightning.batch import Batch
 from dlcm_lightning.cluster.signals import StopRequest
 from dlcm_lightning.errors import Stopped
 from dlcm_lightning.training.checkpoint_manager import CheckpointManager
+from dlcm_lightning.training.loop import log_step
 from dlcm_lightning.training.module import PretrainModule
 from dlcm_lightning.training.stopwatch import Stopwatch
 
@@ -40,6 +41,7 @@ class Checkpoints(Callback):
     def save(self, trainer: Trainer, module: PretrainModule) -> None:
         """Writes a checkpoint. Comes on all ranks, when one is due and when the run is asked to leave."""
         assert self.checkpoint_manager is not None
+        log_step(trainer)
         for logger in trainer.loggers:
             logger.save()  # curves up to here are not written again
         self.checkpoint_manager.save(trainer, module)
@@ -54,6 +56,8 @@ class Checkpoints(Callback):
         if asked := self._asked():
             raise Stopped(f"{self.stop.named(asked)}: nothing was done after step {trainer.global_step} of "
                           f"{module.config.total_steps}; the same command continues")
+        assert self.checkpoint_manager is not None
+        self.checkpoint_manager.check_callbacks(trainer)  # after their own on_train_start, and before any step
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -17,7 +17,6 @@ from dlcm_lightning.data.tokenizer import Tokenizer
 from dlcm_lightning.ops.collectives import ControlGroup
 from dlcm_lightning.progress import Log
 from dlcm_lightning.run_directory import CONFIG_FILE, TOKENIZER_FILE
-from dlcm_lightning.training.callback_state import callbacks_state
 from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
 from dlcm_lightning.training.checkpoint_manager import CheckpointManager
 from dlcm_lightning.training.datamodule import PretrainData
@@ -60,13 +59,6 @@ class ResumeRun(Callback):
             if changed:
                 self.print(f"schedule from here on: {', '.join(changed)}")
         self.group.on_rank_zero(lambda: self._prepare(trainer, module, step))
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """CheckpointError: a callback's state is nothing that the first checkpoint could hold."""
-        def look() -> None:
-            callbacks_state(trainer)
-
-        self.group.on_rank_zero(look)
 
     def _prepare(self, trainer: Trainer, module: PretrainModule, step: int) -> None:
         config = module.config

@@ -88,12 +88,12 @@ def test_loss_by_position_counts_from_the_boundary_that_closed_the_last_concept(
     found, own, gaps = report.found["loss_by_position"], defaultdict[int, list[Any]](list), defaultdict[int, list[Any]](
         list)
     for piece in pieces:
-        behind = 0
+        after = 0
         for place, target in enumerate(piece.targets):
-            behind = 0 if piece.b[place] else behind + 1
+            after = 0 if piece.b[place] else after + 1
             if target >= 0:
-                own[min(behind, 16)].append((piece.nll[place], 1, piece.document))
-                gaps[min(behind, 16)].append((piece.nll[place] - piece.other[place], 1, piece.document))
+                own[min(after, 16)].append((piece.nll[place], 1, piece.document))
+                gaps[min(after, 16)].append((piece.nll[place] - piece.other[place], 1, piece.document))
     assert [one["position"] for one in found["positions"]] == sorted(own)
     assert len(own) > 5
     for one in found["positions"]:
