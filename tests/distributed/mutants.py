@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dlcm_lightning.batch import StepCounts
+from dlcm_lightning.config import Config
 from dlcm_lightning.ops import collectives
 from dlcm_lightning.training import checkpoint_manager, datamodule, module
 from dlcm_lightning.training.metrics.sums import MetricSums
@@ -69,14 +70,14 @@ def rows_of_rank_0(patch: pytest.MonkeyPatch) -> None:
 
 def cursor_of_one_rank(patch: pytest.MonkeyPatch) -> None:
     """On resuming, only rank 0 is told where the run stands; the others read from the beginning."""
-    honest = datamodule.TrainLoader.__iter__
+    honest = module.follow
 
-    def forgetful(self: Any) -> Any:
+    def forgetful(trainer: Any, config: Config) -> None:
+        honest(trainer, config)
         if collectives.rank():
-            self.completed = lambda: 0
-        return honest(self)
+            trainer.train_dataloader.completed = lambda: 0
 
-    patch.setattr(datamodule.TrainLoader, "__iter__", forgetful)
+    patch.setattr(module, "follow", forgetful)
 
 
 def a_dropped_shard(patch: pytest.MonkeyPatch) -> None:
