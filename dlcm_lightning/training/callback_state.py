@@ -8,7 +8,6 @@ tensors, NumPy's arrays and numbers, and paths. JSON has no name for some of the
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -21,7 +20,7 @@ from dlcm_lightning.errors import CheckpointError
 
 TENSOR, ARRAY, NUMBER, ENTRIES = "__tensor__", "__array__", "__number__", "__entries__"
 PLAIN = (str, int, float, bool, type(None))
-SEQUENCES: dict[str, Callable[[Any], Any]] = {"__tuple__": tuple, "__set__": set, "__frozenset__": frozenset}
+SEQUENCES: dict[str, type[Any]] = {"__tuple__": tuple, "__set__": set, "__frozenset__": frozenset}
 
 
 CallbacksState = tuple[dict[str, dict[str, Any]], dict[str, Tensor]]
@@ -79,7 +78,7 @@ def _encoded(where: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
         return each(value)
     if isinstance(value, tuple | set | frozenset) and not hasattr(value, "_fields"):
-        tag = next(tag for tag, kind in SEQUENCES.items() if isinstance(value, kind))  # type: ignore[arg-type]
+        tag = next(tag for tag, kind in SEQUENCES.items() if isinstance(value, kind))
         return {tag: each(value)}
     if isinstance(value, dict):
         if all(isinstance(key, str) and not key.startswith("__") for key in value):
