@@ -117,7 +117,7 @@ def backends_on_a_gpu(device: torch.device) -> Iterator[dict[str, Any]]:
             lengths = document_lengths(mix, tokens, generator)
             segments = Segments.from_lengths(lengths, device)
             products = 4 * heads * WIDTH * sum(length * (length + 1) / 2 for length in lengths)
-            for name in ("flex", "varlen", "varlen, not deterministic", "flash"):
+            for name in ("flex", "varlen", "varlen, not deterministic", *backends.FLASH):
                 backend = name.partition(",")[0]
                 if backends.why_not(backend, device, torch.bfloat16) is not None:
                     continue

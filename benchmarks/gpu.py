@@ -32,7 +32,8 @@ from benchmarks.step import deterministic, line, measure
 from dlcm_lightning.compose import load_config
 
 OUT = Path("benchmarks/results/gpu")
-PYTEST = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:benchmark", "-p", "no:cacheprovider")
+PYTEST = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default")
+"""A warning of versions that nobody has tried together yet is no failure here."""
 DLCM, DENSE = "configs/run/dlcm_2b_1t.yaml", "configs/run/dense_1b_1t.yaml"
 COMPILED = "train.compile=true"
 
@@ -49,6 +50,7 @@ class Step:
 
 STEPS = (
     Step(DLCM, "8192", 2), Step(DENSE, "8192", 2), Step(DLCM, "sample", 2), Step(DENSE, "sample", 2),
+    Step(DLCM, "8192", 2, (COMPILED, "model.attention=flash4")),
     Step(DLCM, "8192", 4), Step(DLCM, "8192", 1, ("train.compile=false",)),
     Step(DLCM, "8192", 4, (COMPILED, "train.recompute=selective")),
     Step(DENSE, "8192", 4), Step(DLCM, "8192", 2, (COMPILED, "model.attention=varlen")),

@@ -9,7 +9,7 @@ from dlcm_lightning.config.checks import require, require_member, require_positi
 
 BoundaryForm = Literal["paper", "centred", "biased", "both", "rule", "fixed"]
 Threshold = Literal["calibrated", "half"]
-AttentionBackend = Literal["auto", "flex", "varlen", "flash", "sdpa", "reference"]
+AttentionBackend = Literal["auto", "flex", "varlen", "flash4", "flash3", "flash", "sdpa", "reference"]
 WIDEST, MOST_LAYERS = 2**24, 10_000
 """What no model comes near, and arithmetic on shapes still holds."""
 
@@ -135,7 +135,8 @@ class ModelConfig:
     rope_base: float = 10_000.0
     norm_epsilon: float = 1e-5
     attention: AttentionBackend = "auto"
-    """auto picks what the machine has: on a GPU flex with `train.compile`, else varlen, then flash; sdpa on a CPU."""
+    """auto picks what the machine has: on a GPU flex with `train.compile`, else varlen, else FlashAttention 4, 3 or 2;
+    sdpa on a CPU."""
     boundary: BoundaryConfig = field(default_factory=BoundaryConfig)
     mup: MupConfig = field(default_factory=MupConfig)
 

@@ -2,12 +2,14 @@
 
 Every attention of the model is this one operation: self-attention of a token stack (documents over tokens), of the
 backbone (documents over concepts), and cross-attention, whose keys are replicated per token beforehand (Eq. 17), so
-that query i and key i always sit at the same place. Five backends take equal arguments and are compared with each
+that query i and key i always sit at the same place. The backends take equal arguments and are compared with each
 other by test; which one runs is chosen once, by `choose_backend`, and named in the log.
 
     flex       torch's FlexAttention, compiled for the length of the token axis; varlen on any other (GPU)
     varlen     torch's own varlen kernel (GPU)
-    flash      flash_attn's varlen kernel (GPU, extra `gpu`)
+    flash4     FlashAttention 4 (Hopper, Blackwell; extra `flash4`)
+    flash3     FlashAttention 3 (Ampere, Hopper; built from source)
+    flash      FlashAttention 2 (Ampere and later; extra `gpu`)
     sdpa       scaled_dot_product_attention over documents grouped by length: exact, and no loop over documents
     reference  one document at a time, the whole score matrix in memory: the oracle, and the fallback in float64
 
@@ -21,9 +23,11 @@ Axes: T tokens (or concepts), H query heads, K key-value heads, d head width.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -50,18 +54,42 @@ def _optional(module: str, name: str) -> Callable[..., Any] | None:
         return None
 
 
-_flash_varlen = _optional("flash_attn", "flash_attn_varlen_func")
 _torch_varlen = _optional("torch.nn.attention.varlen", "varlen_attn")
 _torch_varlen_parameters = frozenset(inspect.signature(_torch_varlen).parameters) if _torch_varlen else frozenset()
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-    """flash_attn's varlen kernel. CUDA, fp16 or bf16. It does not ask for torch's deterministic mode, and unless it is
-    told adds up the gradient of the queries in any order."""
-    assert _flash_varlen is not None
-    return _flash_varlen(query, key, value, segments.cu_seqlens, segments.cu_seqlens, segments.max_seqlen,
-                         segments.max_seqlen,
-                         causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
+@dataclass(frozen=True)
+class FlashAttention:
+    """A release of FlashAttention as a backend. CUDA, fp16 or bf16.
+
+    Its packages name the arguments that all know alike, but not in the same order. None asks for torch's deterministic
+    mode; unless it is told, each adds up the gradient of the queries in any order.
+    """
+
+    package: str
+    module: str
+    capabilities: range
+    """Major compute capabilities whose backward can be deterministic."""
+
+    @functools.cached_property
+    def kernel(self) -> Callable[..., Any] | None:
+        """None where the package is not installed. Imported when it is asked for: the fourth takes half a second."""
+        return _optional(self.module, "flash_attn_varlen_func")
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        assert self.kernel is not None
+        cuts, longest = segments.cu_seqlens, segments.max_seqlen
+        out = self.kernel(query, key, value, cu_seqlens_q=cuts, cu_seqlens_k=cuts, max_seqlen_q=longest,
+                          max_seqlen_k=longest, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
+        return out[0] if isinstance(out, tuple) else out  # with the logarithms of the sums
+
+
+AMPERE_AND_LATER = range(8, 13)
+FLASH: dict[str, FlashAttention] = {
+    "flash4": FlashAttention("flash-attn-4", "flash_attn.cute", range(9, 12)),
+    "flash3": FlashAttention("flash-attn-3", "flash_attn_interface", range(8, 10)),
+    "flash": FlashAttention("flash-attn", "flash_attn", AMPERE_AND_LATER),
+}
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
@@ -176,7 +204,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments], Tensor]] = {
     "flex": flex,
     "varlen": varlen,
-    "flash": flash,
+    **FLASH,
     "sdpa": sdpa,
     "reference": reference,
 }
@@ -184,15 +212,19 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments], Tensor]] = {
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run on this device in this dtype, or None where it can."""
-    if backend in ("flex", "varlen", "flash"):
+    if backend in ("flex", "varlen", *FLASH):
         if device.type != "cuda":
             return f"it needs a CUDA device, this is {device.type}"
         if dtype not in (torch.float16, torch.bfloat16):
             return f"it needs bf16, this is {dtype}"
-        if backend == "flash" and _flash_varlen is None:
-            return "the package flash-attn is not installed"
-        if backend in ("flex", "varlen") and _torch_varlen is None:
+        if backend in FLASH and FLASH[backend].kernel is None:
+            return f"the package {FLASH[backend].package} is not installed"
+        if backend not in FLASH and _torch_varlen is None:
             return "this torch has no torch.nn.attention.varlen"
+        has = torch.cuda.get_device_capability(device)
+        needs = FLASH[backend].capabilities if backend in FLASH else AMPERE_AND_LATER
+        if has[0] not in needs:
+            return f"it needs compute capability {needs[0]} to {needs[-1]}, this card has {has[0]}.{has[1]}"
     return None
 
 
@@ -203,12 +235,13 @@ def choose_backend(wanted: AttentionBackend, device: torch.device, dtype: torch.
 
     Raises ConfigError where the one asked for cannot run here, with the reason and what can.
     """
-    candidates = [name for name in BACKENDS if why_not(name, device, dtype) is None]
     if wanted == "auto":
-        return begun if begun in candidates else next(name for name in candidates if compiled or name != "flex")
-    if wanted not in candidates:
-        raise ConfigError(f"model.attention = {wanted!r}: {why_not(wanted, device, dtype)}; "
-                          f"here run: {', '.join(candidates)}, or auto")
+        if begun in BACKENDS and why_not(begun, device, dtype) is None:
+            return begun
+        return next(name for name in BACKENDS if (compiled or name != "flex") and why_not(name, device, dtype) is None)
+    if reason := why_not(wanted, device, dtype):
+        others = [name for name in BACKENDS if why_not(name, device, dtype) is None]
+        raise ConfigError(f"model.attention = {wanted!r}: {reason}; here run: {', '.join(others)}, or auto")
     return wanted
 
 

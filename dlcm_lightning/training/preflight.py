@@ -103,8 +103,9 @@ def of_run(config: Config) -> list[Finding]:
 
 def of_versions(config: Config) -> Iterator[Finding]:
     """What is installed against what this package says it works with, versions left out for a reason included."""
-    extra = "gpu" if config.model.attention == "flash" else ""
-    extra = "deepspeed" if config.train.strategy.startswith("zero") else extra
+    extras = [extra for extra, wanted in {"gpu": config.model.attention == "flash",
+                                          "flash4": config.model.attention == "flash4",
+                                          "deepspeed": config.train.strategy.startswith("zero")}.items() if wanted]
     found, wrong = [], []
     try:
         requirements = [Requirement(one) for one in requires(DISTRIBUTION) or []]
@@ -112,7 +113,7 @@ def of_versions(config: Config) -> Iterator[Finding]:
         yield Finding("versions", True, f"not compared: {DISTRIBUTION} is not installed here, only its folder is")
         return
     for requirement in requirements:
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": one}) for one in ("", *extras)):
             continue
         try:
             there = version(requirement.name)
@@ -122,7 +123,7 @@ def of_versions(config: Config) -> Iterator[Finding]:
         found.append(f"{requirement.name} {there}")
         if not requirement.specifier.contains(there, prereleases=True):
             wrong.append(f"{requirement.name} {there} is not {requirement.specifier}")
-    what = f"[{extra}]" if extra else ""
+    what = f"[{','.join(extras)}]" if extras else ""
     yield Finding("versions", not wrong, "; ".join(wrong) or ", ".join(found[:MOST_SHOWN]),
                   f"in the environment of the job: pip install -c constraints.txt -e '.{what}'")
 

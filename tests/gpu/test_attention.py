@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dlcm_lightning.ops.attention import BACKENDS, why_not
+from dlcm_lightning.ops.attention import BACKENDS, FLASH, why_not
 from dlcm_lightning.ops.segments import Segments
 
 HEAD_DIM = 64
@@ -25,7 +25,7 @@ def outcome(backend: str, heads: int, kv_heads: int, segments: Segments, device:
     return [out.detach(), *torch.autograd.grad(out, [joined], weights)]
 
 
-@pytest.mark.parametrize("backend", ["varlen", "flash", "sdpa"])
+@pytest.mark.parametrize("backend", ["varlen", *FLASH, "sdpa"])
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 3), (4, 1)])
 @pytest.mark.parametrize("slack", [0, 300], ids=["exact", "bound"])

@@ -15,7 +15,7 @@ import torch
 from dlcm_lightning.model import boundary, concepts, decoder, dlcm
 from dlcm_lightning.model.dlcm import DLCM
 from dlcm_lightning.ops import attention as attention_module
-from dlcm_lightning.ops.attention import BACKENDS, why_not
+from dlcm_lightning.ops.attention import BACKENDS, FLASH, why_not
 from dlcm_lightning.ops.segments import Concepts, Decisions, Segments
 from tests import reference as oracle
 from tests import varlen_cpu
@@ -69,7 +69,7 @@ def test_future_tokens_never_change_past_logits(form: str, packed: bool, sampled
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["flash", "varlen"])
+@pytest.mark.parametrize("backend", [*FLASH, "varlen"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "alone"])
 def test_the_gpu_kernels_are_causal(
     packed: bool, sampled: bool, backend: str, monkeypatch: pytest.MonkeyPatch

@@ -75,3 +75,20 @@ def test_what_a_strategy_needs_is_asked_for(run_config: Config, monkeypatch: pyt
     assert "versions" not in failing(run_config)
     zero = replace(run_config, train=replace(run_config.train, strategy="zero2"))
     assert failing(zero)["versions"].said == "deepspeed is missing"
+
+
+def test_every_extra_that_a_run_needs_is_asked_for(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = preflight.version
+
+    def without(name: str) -> str:
+        if name in ("deepspeed", "flash-attn", "flash-attn-4"):
+            raise preflight.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(preflight, "version", without)
+    for attention, missing, extra in (("flash", "flash-attn", "gpu"), ("flash4", "flash-attn-4", "flash4")):
+        both = replace(run_config, model=replace(run_config.model, attention=attention),  # type: ignore[arg-type]
+                       train=replace(run_config.train, strategy="zero2"))
+        finding = next(preflight.of_versions(both))
+        assert finding.said == f"{missing} is missing; deepspeed is missing"
+        assert f"[{extra},deepspeed]" in finding.remedy
