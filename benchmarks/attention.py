@@ -154,15 +154,20 @@ def table_6(device: torch.device) -> Iterator[dict[str, Any]]:
                 yield {"tokens": tokens, "width": width, "form": name, **found}
 
 
-def on_a_gpu(device: torch.device, out: Path) -> None:
-    """Both tables, written line by line."""
+TABLES = {"backends": backends_on_a_gpu, "cross_attention": table_6}
+
+
+def on_a_gpu(device: torch.device, out: Path, only: str | None) -> None:
+    """The tables, or one of them, written line by line."""
     torch._dynamo.config.recompile_limit = 256
     about = {"command": "python -m benchmarks.attention", "hardware": describe_hardware(TrainConfig(), device),
              "torch": torch.__version__, "python": platform.python_version(), "dtype": "bfloat16", "unit": "ms"}
-    found: dict[str, Any] = {"about": about, "backends": [], "cross_attention": []}
-    for name, lines in (("backends", backends_on_a_gpu(device)), ("cross_attention", table_6(device))):
-        for one in lines:
-            found[name].append(one)
+    found: dict[str, Any] = {"about": about}
+    for name, lines in TABLES.items():
+        if only not in (None, name):
+            continue
+        for one in lines(device):
+            found.setdefault(name, []).append(one)
             out.write_text(json.dumps(found, indent=1) + "\n")
             print("  ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in one.values()),
                   flush=True)
@@ -171,11 +176,13 @@ def on_a_gpu(device: torch.device, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    out = parser.parse_args().out
+    parser.add_argument("--only", choices=list(TABLES), help="of a GPU's tables")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
     device = choose_device()
     dtype = resolve_precision("auto", device)[0]
     if device.type == "cuda":
-        on_a_gpu(device, out)
+        on_a_gpu(device, out, arguments.only)
         return
     keep_large_buffers()
     runs: dict[str, Callable[[Tensor, Tensor, Tensor, Segments], Tensor]] = {"masked": one_call}

@@ -3,18 +3,22 @@
     tests       tests/gpu: operations, attention, steps, waits, memory
     engines     every strategy, eager and compiled: killed, stopped, continued, compared bit for bit
     steps       tokens/s, MFU, memory, kernels of dlcm_2b and dense_1b
+    litgpt      a step of litgpt's model of dense_1b's shape, where litgpt is installed
     attention   the attention kernels beside each other
+    table6      forms of the cross-attention over the paper's Table 6
     decode      prefill and decoding of dlcm_2b beside a dense model of equal FLOPs
 
 Each part is a process of its own with its own limit; one that fails or takes too long does not end the others. What
 they print and find lies in a folder, `gpu.json` says on what card, with which versions, and what became of each part.
-On a machine without a GPU nothing is run, which is no error.
+The exit status is 1 where one of them failed or was stopped. On a machine without a GPU nothing is run, which is no
+error.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -32,10 +36,11 @@ from benchmarks.step import deterministic, line, measure
 from dlcm_lightning.compose import load_config
 
 OUT = Path("benchmarks/results/gpu")
+LEAST_SECONDS = 10.0
+"""In which a part may still find something."""
 PYTEST = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default")
 """A warning of versions that nobody has tried together yet is no failure here."""
 DLCM, DENSE = "configs/run/dlcm_2b_1t.yaml", "configs/run/dense_1b_1t.yaml"
-COMPILED = "train.compile=true"
 
 
 @dataclass(frozen=True)
@@ -45,22 +50,30 @@ class Step:
     config: str
     documents: str
     rows: int
-    overrides: tuple[str, ...] = (COMPILED,)
+    compile: bool = True
+    recompute: str = "none"
+    attention: str = "auto"
+    sequence_length: int = 8192
+
+    @property
+    def overrides(self) -> list[str]:
+        return ["train.devices=1", "train.nodes=1", f"data.global_batch_size={ROWS_A_STEP}",
+                f"data.micro_batch_size={self.rows}", f"data.sequence_length={self.sequence_length}",
+                f"train.compile={str(self.compile).lower()}", f"train.recompute={self.recompute}",
+                f"model.attention={self.attention}"]
 
 
-STEPS = (
-    Step(DLCM, "8192", 2), Step(DENSE, "8192", 2), Step(DLCM, "sample", 2), Step(DENSE, "sample", 2),
-    Step(DLCM, "8192", 2, (COMPILED, "model.attention=flash4")),
-    Step(DLCM, "8192", 4), Step(DLCM, "8192", 1, ("train.compile=false",)),
-    Step(DLCM, "8192", 4, (COMPILED, "train.recompute=selective")),
-    Step(DENSE, "8192", 4), Step(DLCM, "8192", 2, (COMPILED, "model.attention=varlen")),
-    Step(DENSE, "8192", 1, ("train.compile=false",)),
-    Step(DLCM, "4096", 4, (COMPILED, "data.sequence_length=4096")),
-    Step(DENSE, "4096", 4, (COMPILED, "data.sequence_length=4096")),
-    Step("configs/run/ladder_87m.yaml", "8192", 4), Step("configs/run/ladder_87m.yaml", "8192", 4, ()),
-    Step("configs/run/ladder_833m.yaml", "8192", 2),
-)
 ROWS_A_STEP = 8
+STEPS = (
+    Step(DLCM, "8192", 2), Step(DENSE, "8192", 2), Step(DLCM, "8192", 2, attention="flash4"),
+    Step(DLCM, "8192", 2, recompute="selective"), Step(DLCM, "sample", 2), Step(DENSE, "sample", 2),
+    Step(DLCM, "8192", 4, recompute="selective"), Step(DLCM, "8192", 4), Step(DENSE, "8192", 4),
+    Step(DLCM, "8192", 1, compile=False), Step(DLCM, "8192", 2, attention="varlen"),
+    Step(DENSE, "8192", 1, compile=False),
+    Step(DLCM, "4096", 4, sequence_length=4096), Step(DENSE, "4096", 4, sequence_length=4096),
+    *(Step(f"configs/run/ladder_{size}.yaml", "8192", 2) for size in ("833m", "468m", "274m", "87m")),
+    Step("configs/run/ladder_87m.yaml", "8192", 2, compile=False),
+)
 
 
 def measure_steps(out: Path) -> None:
@@ -68,16 +81,15 @@ def measure_steps(out: Path) -> None:
     deterministic()
     found: list[dict[str, Any]] = []
     for one in STEPS:
-        overrides = [f"data.global_batch_size={ROWS_A_STEP}", f"data.micro_batch_size={one.rows}", "train.devices=1",
-                     "train.nodes=1", *one.overrides]
         try:
-            result = measure(load_config(one.config, overrides), one.documents, steps=5)
-            print(line(result), f"R {result['tokens_per_concept'] or 0:.2f}, rows {one.rows}, attention "
-                  f"{result['attention']}, {' '.join(one.overrides)}, in {result['seconds_in_all']:.0f} s", flush=True)
-            found.append({"overrides": overrides, **result})
+            result = measure(load_config(one.config, one.overrides), one.documents, steps=5)
+            print(line(result), f"R {result['tokens_per_concept'] or 0:.2f}, rows {one.rows} of {one.sequence_length}, "
+                  f"attention {result['attention']}, recompute {one.recompute}, "
+                  f"{'compiled' if one.compile else 'eager'}, in {result['seconds_in_all']:.0f} s", flush=True)
+            found.append({"config": one.config, "overrides": one.overrides, **result})
         except Exception as error:
             traceback.print_exc()
-            found.append({"config": one.config, "overrides": overrides, "error": repr(error)[:500]})
+            found.append({"config": one.config, "overrides": one.overrides, "error": repr(error)[:500]})
         (out / "steps.json").write_text(json.dumps({"about": about(), "steps": found}, indent=1) + "\n")
 
 
@@ -89,15 +101,21 @@ class Part:
     seconds: float
     """At most."""
     command: tuple[str, ...]
+    needs: str = ""
+    """A module that it is not run without."""
 
 
 def parts(out: Path) -> tuple[Part, ...]:
     return (
-        Part("tests", 240, (*PYTEST, "-n", "5", "tests", "--ignore", "tests/gpu/test_engines.py")),
-        Part("engines", 420, (*PYTEST, "-n", "10", "tests/gpu/test_engines.py")),
-        Part("steps", 420, ("-m", "benchmarks.gpu", "--steps", "--out", str(out))),
-        Part("attention", 120, ("-m", "benchmarks.attention", "--out", str(out / "attention.json"))),
-        Part("decode", 240, ("-m", "benchmarks.decode", "--out", str(out / "decode.json"))),
+        Part("tests", 200, (*PYTEST, "-n", "5", "tests", "--ignore", "tests/gpu/test_engines.py")),
+        Part("engines", 280, (*PYTEST, "-n", "10", "tests/gpu/test_engines.py")),
+        Part("steps", 390, ("-m", "benchmarks.gpu", "--steps", "--out", str(out))),
+        Part("litgpt", 60, ("-m", "benchmarks.peers.litgpt_step", "--out", str(out / "litgpt.json")), needs="litgpt"),
+        Part("attention", 90, ("-m", "benchmarks.attention", "--only", "backends", "--out",
+                               str(out / "attention.json"))),
+        Part("table6", 100, ("-m", "benchmarks.attention", "--only", "cross_attention", "--out",
+                             str(out / "table6.json"))),
+        Part("decode", 80, ("-m", "benchmarks.decode", "--out", str(out / "decode.json"))),
     )
 
 
@@ -117,7 +135,9 @@ def about() -> dict[str, Any]:
 def run_part(part: Part, out: Path, left: float) -> dict[str, Any]:
     """What became of it. left: seconds that there are at all."""
     limit = min(part.seconds, left)
-    if limit < 10:
+    if part.needs and importlib.util.find_spec(part.needs) is None:
+        return {"outcome": "not run", "why": f"{part.needs} is not installed"}
+    if limit < LEAST_SECONDS:
         return {"outcome": "not run", "why": "no time left"}
     began = time.monotonic()
     with (out / f"{part.name}.log").open("w") as log:
@@ -138,11 +158,26 @@ def run_part(part: Part, out: Path, left: float) -> dict[str, Any]:
     return {"outcome": outcome, "seconds": round(time.monotonic() - began), "tail": tail}
 
 
+def run_parts(wanted: list[Part], others: list[Part], out: Path, seconds: float) -> dict[str, dict[str, Any]]:
+    """What became of each, written after every one. others: those that were not asked for."""
+    ends = time.monotonic() + seconds
+    outcomes: dict[str, dict[str, Any]] = {part.name: {"outcome": "not run", "why": "not asked for"} for part in others}
+    for part in wanted:
+        print(f"{part.name} ...", flush=True)
+        outcomes[part.name] = run_part(part, out, ends - time.monotonic())
+        print("\n".join(outcomes[part.name].get("tail", [])), flush=True)
+        (out / "gpu.json").write_text(json.dumps({"about": about(), "parts": outcomes}, indent=1) + "\n")
+    print(f"\n{about()['card']}\n{'part':<12}{'outcome':<24}seconds")
+    for name, outcome in outcomes.items():
+        print(f"{name:<12}{outcome['outcome']:<24}{outcome.get('seconds', '-')}  {outcome.get('why', '')}")
+    return outcomes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--seconds", type=float, default=1200)
-    parser.add_argument("--parts", nargs="*", help="those alone")
+    parser.add_argument("--parts", nargs="*", help="those alone", choices=[part.name for part in parts(OUT)])
     parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     out: Path = arguments.out
@@ -153,19 +188,10 @@ def main() -> None:
     if arguments.steps:
         measure_steps(out)
         return
-    ends = time.monotonic() + arguments.seconds
-    outcomes: dict[str, Any] = {}
-    for part in parts(out):
-        if arguments.parts and part.name not in arguments.parts:
-            outcomes[part.name] = {"outcome": "not run", "why": "not asked for"}
-            continue
-        print(f"{part.name} ...", flush=True)
-        outcomes[part.name] = run_part(part, out, ends - time.monotonic())
-        print("\n".join(outcomes[part.name].get("tail", [])), flush=True)
-        (out / "gpu.json").write_text(json.dumps({"about": about(), "parts": outcomes}, indent=1) + "\n")
-    print(f"\n{about()['card']}\n{'part':<12}{'outcome':<24}seconds")
-    for name, outcome in outcomes.items():
-        print(f"{name:<12}{outcome['outcome']:<24}{outcome.get('seconds', '-')}  {outcome.get('why', '')}")
+    wanted = [part for part in parts(out) if not arguments.parts or part.name in arguments.parts]
+    others = [part for part in parts(out) if part not in wanted]
+    outcomes = run_parts(wanted, others, out, arguments.seconds)
+    sys.exit(any(one["outcome"] not in ("passed", "not run") for one in outcomes.values()))
 
 
 if __name__ == "__main__":

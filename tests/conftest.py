@@ -32,12 +32,16 @@ STEPS = 12
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def where_it_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose_where(request, monkeypatch)
+
+
+def choose_where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests mean the same on a machine with GPUs; those that need one are marked `gpu`."""
-    if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setenv("DLCM_DEVICE", "cpu")
-    elif not torch.cuda.is_available():
+    wants_gpu = request.node.get_closest_marker("gpu") is not None
+    if wants_gpu and not torch.cuda.is_available():
         pytest.skip("it needs a GPU")
+    monkeypatch.setenv("DLCM_DEVICE", "cuda" if wants_gpu else "cpu")  # of the processes that it starts, too
 
 
 @pytest.fixture(scope="session")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import flex_attention as library
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import gpu
 from benchmarks.cross_attention import Case, compact, masked, replicated, visible
 from benchmarks.decode import cost, dense_partner
 from benchmarks.roofline import CARDS, count_step, report
 from benchmarks.rows import MIXES, document_lengths, synthetic_batch
+from benchmarks.step import measure
 from dlcm_lightning.batch import IGNORE_INDEX
 from dlcm_lightning.compose import load_config
 from dlcm_lightning.config import Config
@@ -76,6 +83,75 @@ def test_without_a_gpu_nothing_is_run_and_nothing_has_failed() -> None:
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert "There is no GPU here" in done.stdout and "engines" in done.stdout
+
+
+def part(name: str, code: str, seconds: float = 60, needs: str = "") -> gpu.Part:
+    return gpu.Part(name, seconds, ("-c", code), needs)
+
+
+def test_a_part_that_fails_or_hangs_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.5)
+    wanted = [part("fails", "print('so far'); raise SystemExit(3)"), part("hangs", "import time; time.sleep(60)", 3),
+              part("lacks", "", needs="no_such_module"), part("passes", "print('done')")]
+    outcomes = gpu.run_parts(wanted, [part("left", "")], tmp_path, 60)
+    said = {"left": "not run", "fails": "failed (3)", "hangs": "stopped after 3 s", "lacks": "not run",
+            "passes": "passed"}
+    assert {name: one["outcome"] for name, one in outcomes.items()} == said
+    assert outcomes["fails"]["tail"] == ["so far"] and outcomes["passes"]["tail"] == ["done"]
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["parts"] == outcomes and written["about"]["torch"] == torch.__version__
+    table = capsys.readouterr().out
+    assert "no_such_module is not installed" in table and table.rindex("left") < table.rindex("passes")
+
+
+def test_parts_take_no_more_than_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 1.0)
+    outcomes = gpu.run_parts([part("long", "import time; time.sleep(60)"), part("late", "")], [], tmp_path, 2)
+    assert outcomes["long"]["outcome"] == "stopped after 2 s"
+    assert outcomes["late"] == {"outcome": "not run", "why": "no time left"}
+    assert sum(one.seconds for one in gpu.parts(tmp_path)) <= 1200, "what is promised"
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_what_has_failed_shows_in_the_exit_status(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(gpu, "parts", lambda out: (part("one", f"raise SystemExit({code})"), part("two", "")))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == bool(code)
+
+
+def test_every_step_that_a_card_is_asked_for_is_another_and_composes() -> None:
+    assert len(set(gpu.STEPS)) == len(gpu.STEPS)
+    for one in gpu.STEPS:
+        config = load_config(one.config, one.overrides)
+        assert (config.train.compile, config.train.recompute) == (one.compile, one.recompute)
+        assert config.data.global_batch_size == config.micro_batches * one.rows == gpu.ROWS_A_STEP
+    assert {"none", "selective"} <= {one.recompute for one in gpu.STEPS if one.config == gpu.DLCM and one.rows == 2}
+
+
+def test_a_step_is_measured_as_a_run_takes_it() -> None:
+    config = load_config("smoke", ["data.micro_batch_size=4", "data.global_batch_size=8", "train.precision=fp32"])
+    found: dict[str, Any] = measure(config, "64", steps=2, rate=lambda *_: 1e12)
+    assert found["rows"] == 4 and found["micro_batches"] == 2 and found["document_tokens"] == 64
+    assert found["tokens_per_second"] == pytest.approx(config.data.tokens_per_step / found["step_seconds"])
+    assert found["share_of_rate"] == pytest.approx(found["tokens_per_second"] * found["flops_per_token"] / 1e12)
+    assert found["tokens_per_concept"] == pytest.approx(config.model.boundary.target_ratio, rel=0.25), "it has settled"
+    assert sum(found["time_shares"].values()) == pytest.approx(1, abs=1e-6)
+    assert found["time_shares"]["matrix products"] > 0.05
+
+
+def test_tests_of_a_gpu_and_their_processes_are_not_kept_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests import conftest
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for marker, where in ((object(), "cuda"), (None, "cpu")):
+        request = SimpleNamespace(node=SimpleNamespace(get_closest_marker=lambda name, marker=marker: marker))
+        conftest.choose_where(request, monkeypatch)  # type: ignore[arg-type]
+        assert os.environ["DLCM_DEVICE"] == where
 
 
 @pytest.mark.parametrize("name", ["smoke", "quickstart", "ladder_87m", "dlcm_2b_1t"])

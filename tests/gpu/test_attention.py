@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from dlcm_lightning.ops.attention import BACKENDS, FLASH, why_not
+from dlcm_lightning.ops.flex import FLEX
 from dlcm_lightning.ops.segments import Segments
 
 HEAD_DIM = 64
-DOCUMENTS = {"one": [700], "thirty": [1 + 7 * k % 101 for k in range(30)], "ones": [1] * 64}
+DOCUMENTS = {"one": [700], "thirty": [1 + 7 * k % 101 for k in range(30)], "ones": [1] * 64,
+             "blocks": [128, 256, 100, 28]}
 
 
 def outcome(backend: str, heads: int, kv_heads: int, segments: Segments, device: torch.device, dtype: torch.dtype
@@ -20,12 +22,14 @@ def outcome(backend: str, heads: int, kv_heads: int, segments: Segments, device:
     qkv = torch.randn(tokens, heads + 2 * kv_heads, HEAD_DIM, generator=generator).to(torch.bfloat16)
     joined = qkv.to(device, dtype).requires_grad_()
     query, key, value = joined.split((heads, kv_heads, kv_heads), dim=1)
+    if backend == "flex" and not FLEX.knows(query, key):  # which else is varlen
+        FLEX.prime(tokens, heads, kv_heads, HEAD_DIM, dtype, device)
     out = BACKENDS[backend](query, key, value, segments.to(device))
     weights = torch.randn(out.shape, generator=generator).to(torch.bfloat16).to(device, dtype)
     return [out.detach(), *torch.autograd.grad(out, [joined], weights)]
 
 
-@pytest.mark.parametrize("backend", ["varlen", *FLASH, "sdpa"])
+@pytest.mark.parametrize("backend", ["flex", "varlen", *FLASH, "sdpa"])
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 3), (4, 1)])
 @pytest.mark.parametrize("slack", [0, 300], ids=["exact", "bound"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.config import DataConfig
+from dlcm_lightning.run_directory import REPORT_FILE
 from tests.steps import CONFIG, MODEL
 from tests.synthetic import VOCABULARY
 
@@ -34,3 +37,13 @@ def test_a_disturbed_run_ends_like_the_one_left_alone(
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     logs = "\n".join(file.read_text()[-1500:] for file in sorted(tmp_path.glob("runs/**/*.log")))
     assert done.returncode == 0 and "bit-identical" in done.stdout, f"{done.stdout}\n{done.stderr}\n{logs}"
+    for report in reports(tmp_path):
+        assert torch.cuda.get_device_name() in report["hardware"] and report["precision"] == "bfloat16"
+        assert report["attention"] == ("flex" if compile_kernels else "varlen")
+
+
+def reports(folder: Path) -> list[dict[str, str]]:
+    """Of both runs: where, and with what, they were computed."""
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob(f"runs/**/{REPORT_FILE}"))]
+    assert len(found) == 2
+    return found

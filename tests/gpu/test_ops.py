@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
 from dlcm_lightning.ops.fused import EAGER, Kernels, compiled
-from dlcm_lightning.ops.linear import mixed_linear
+from dlcm_lightning.ops.linear import LowCopies, add_product, mixed_linear
 from dlcm_lightning.ops.noise import uniform
 from dlcm_lightning.ops.pool_and_replicate import mean_pool, replicate
 from dlcm_lightning.ops.rope import rotation
@@ -47,6 +48,10 @@ def norm(kernels: Kernels, x: Tensor, gain: Tensor) -> Tensor:
     return kernels.rms_norm(x, gain, 1e-5)
 
 
+def added(kernels: Kernels, x: Tensor, delta: Tensor, gain: Tensor) -> Tensor:
+    return torch.cat(kernels.add_norm(x, delta, gain, 1e-5))
+
+
 def swiglu(kernels: Kernels, x: Tensor) -> Tensor:
     return kernels.swiglu(x)
 
@@ -60,6 +65,33 @@ def product(kernels: Kernels, x: Tensor, weight: Tensor) -> Tensor:
     return mixed_linear(x, weight)
 
 
+def accumulated(kernels: Kernels, left: Tensor, right: Tensor) -> Tensor:
+    """What the head does with the gradient of its weight, chunk by chunk."""
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+            ctx.save_for_backward(left, right)
+            total = torch.zeros(left.shape[1], right.shape[1], device=left.device,
+                                dtype=torch.promote_types(left.dtype, torch.float32))
+            for part, other in zip(left.split(300), right.split(300), strict=True):
+                add_product(total, part, other)
+            return total
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+            left, right = ctx.saved_tensors
+            low = grads[0].to(left.dtype)
+            return right @ low.t(), left @ low
+
+    return Sum.apply(left, right)
+
+
+def copied(kernels: Kernels, x: Tensor, weight: Tensor) -> Tensor:
+    low = LowCopies([weight], x.dtype).of(0)
+    assert low is not None
+    return mixed_linear(x, weight, low)
+
+
 def head(kernels: Kernels, hidden: Tensor, weight: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(-30, VOCABULARY, (TOKENS,), generator=generator).to(hidden.device)
@@ -71,12 +103,15 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "pooled": (pooled, ((TOKENS, WIDTH),)),
     "replicated": (replicated, ((TOKENS, WIDTH),)),
     "norm": (norm, ((TOKENS, WIDTH), (WIDTH,))),
+    "added": (added, ((TOKENS, WIDTH), (TOKENS, WIDTH), (WIDTH,))),
     "swiglu": (swiglu, ((TOKENS, 2 * WIDTH),)),
     "turned": (turned, ((TOKENS, HEADS + 2 * KV_HEADS, HEAD_DIM),)),
     "product": (product, ((TOKENS, WIDTH), (2 * WIDTH, WIDTH))),
+    "copied": (copied, ((TOKENS, WIDTH), (2 * WIDTH, WIDTH))),
+    "accumulated": (accumulated, ((TOKENS, WIDTH), (TOKENS, 2 * WIDTH))),
     "head": (head, ((TOKENS, WIDTH), (VOCABULARY, WIDTH))),
 }
-WEIGHTS = {"norm": 1, "product": 1, "head": 1}
+WEIGHTS = {"norm": 1, "added": 2, "product": 1, "copied": 1, "head": 1}
 """Which argument is a weight, stored in fp32 whatever is computed in."""
 
 
