@@ -164,12 +164,17 @@ def test_what_many_ranks_wrote_is_exported_as_it_is(config: DataConfig, tmp_path
         assert all(torch.equal(state[name], stored.get(f"weight/{name}")) for name in stored.names("weight/"))
 
 
-@pytest.mark.parametrize("strategy", [pytest.param(one, marks=() if one == "ddp" else pytest.mark.whole)
-                                      for one in STRATEGIES])
-def test_kills_and_signals_change_nothing(config: DataConfig, tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "how"), [
+    pytest.param(strategy, how, marks=() if (strategy, *how) == ("ddp",) else pytest.mark.whole,
+                 id="-".join([strategy, *how]))
+    for strategy in STRATEGIES for how in ((), ("compiled",), ("compiled", "bf16"))])
+def test_kills_and_signals_change_nothing(config: DataConfig, tmp_path: Path, strategy: str, how: tuple[str, ...]
+                                          ) -> None:
     """Each kind of disturbance of `dlcm verify-resume`, two micro-batches a step. Three processes: the sum of two
     numbers is the same in any order, that of three is not."""
-    base = long_config(config, tmp_path, "base", strategy=strategy, devices=3)
+    base = long_config(config, tmp_path, "base", strategy=strategy, devices=3, compile="compiled" in how)
+    if "bf16" in how:
+        base = replace(base, train=replace(base.train, precision="bf16"))
     verdict = verify_resume(base, tmp_path / "proof", kills=6, seed=1, log=lambda _: None)
     assert verdict.good, verdict.table()
     assert verdict.attempts == 7 and verdict.micro_batches == 2
