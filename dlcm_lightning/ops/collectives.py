@@ -7,6 +7,7 @@ gloo, so that no device is waited for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""That one rank may come to a collective later than another."""
 
 
 def _distributed() -> bool:
@@ -45,12 +48,20 @@ def broadcast(tensor: Tensor, source: int) -> Tensor:
     return tensor
 
 
+def wait_alike() -> None:
+    """Every group that there is by now waits as long as that of all ranks. Meshes of FSDP2 and DeepSpeed make groups of
+    their own, to which torch gives ten minutes under NCCL whatever the first was given."""
+    if _distributed():
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+
+
 class ControlGroup:
     """The processes of a run, speaking to each other. Made by all of them at the same point."""
 
     def __init__(self) -> None:
         self.ranks, self.rank = world_size(), rank()
-        self._group = dist.new_group(backend="gloo") if self.ranks > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self.ranks > 1 else None
 
     def gather(self, one: T) -> list[T]:
         """Of every rank, in their order."""

@@ -29,16 +29,15 @@ from torch.optim import Optimizer
 
 from dlcm_lightning.batch import COUNTS, Batch, StepCounts
 from dlcm_lightning.compose import config_from
-from dlcm_lightning.config import BoundaryConfig, Config, ConfigError
+from dlcm_lightning.config import BoundaryConfig, Config
 from dlcm_lightning.errors import CheckpointError
 from dlcm_lightning.model.dlcm import DLCM, LanguageModel, Output, assemble
-from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.ops.collectives import all_reduce_sum, world_size
 from dlcm_lightning.ops.linear import LowCopies
 from dlcm_lightning.ops.segments import Segments
+from dlcm_lightning.training.arithmetic import choose_arithmetic, keep_arithmetic, saved_arithmetic
 from dlcm_lightning.training.contract import check_rows, check_trainer
 from dlcm_lightning.training.datamodule import PretrainData, follow
-from dlcm_lightning.training.device import BY_NAME, DTYPES, resolve_precision
 from dlcm_lightning.training.initial_weights import filling
 from dlcm_lightning.training.lr_schedule import TokenSchedule
 from dlcm_lightning.training.metrics.numbers import metric_tensors
@@ -130,14 +129,7 @@ class PretrainModule(LightningModule):
             return
         trainer = self._trainer
         device = trainer.strategy.root_device if trainer is not None else self.device
-        dtype = self._compute_dtype
-        if dtype is None and trainer is not None:
-            asked = self.config.train.precision
-            dtype = BY_NAME[trainer.strategy.broadcast(str(resolve_precision(asked, device)[0]).split(".")[1])]
-        elif dtype is None:  # a checkpoint that is loaded says it better
-            dtype = DTYPES.get(self.config.train.precision, torch.float32)
-        backend = self._backend or choose_backend(self.config.model.attention, device, dtype,
-                                                  compiled=self.config.train.compile)
+        dtype, backend = choose_arithmetic(self.config, device, trainer, self._compute_dtype, self._backend)
         train = self.config.train
         make = partial(assemble, self.config.model, dtype, backend, train.recompute, train.compile)
         fill, self.refused = filling(self.config, trainer, self.begins)
@@ -351,10 +343,10 @@ class PretrainModule(LightningModule):
                       batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's own checkpoint: as it stands at the last whole optimizer step, in which precision."""
+        """Lightning's own checkpoint: as it stands at the last whole optimizer step, computed with what."""
         trainer = self.trainer
         check_has_begun(trainer, "model" in self._modules)
-        checkpoint["compute_dtype"] = str(self.model.compute_dtype).removeprefix("torch.")
+        checkpoint |= saved_arithmetic(self.model)
         if "loops" in checkpoint:
             micro_batches = self.config.micro_batches
             short = trainer.num_training_batches < self.config.total_steps * micro_batches
@@ -366,19 +358,16 @@ class PretrainModule(LightningModule):
         return super().load_state_dict(state_dict, strict, assign)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """ConfigError: the checkpoint belongs to another run than the Trainer's. The precision that it was trained in
-        is kept, where `train.precision` leaves it open. `load_from_checkpoint(path, config=...)` may change what it
-        likes: there is no run."""
+        """ConfigError: the checkpoint belongs to another run than the Trainer's. Precision and attention that it was
+        trained with are kept, where the configuration leaves them open. `load_from_checkpoint(path, config=...)` may
+        change what it likes: there is no run."""
         step = checkpoint["global_step"]
         if self._trainer is not None:
             before = config_from(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["config"])
             check_same_configuration(before, self.config, step, f"the checkpoint of step {step}")
-        trained_in = BY_NAME[checkpoint["compute_dtype"]]
-        if self.config.train.precision == "auto" and self._compute_dtype is None:
-            self.model.compute_dtype = trained_in
-        elif self.model.compute_dtype != trained_in:
-            raise ConfigError(f"train.precision = {self.config.train.precision!r}: the checkpoint of step {step} was "
-                              f"trained in {checkpoint['compute_dtype']}; set the field alike, or to auto")
+        keep_arithmetic(checkpoint, self.model, self.config, self.device, dtype_is_open=self._compute_dtype is None,
+                        backend_is_open=self._backend is None,
+                        continues=self._trainer is not None and self._trainer.state.fn == "fit")
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -30,11 +30,9 @@ from dlcm_lightning.cluster.world import World
 from dlcm_lightning.compose import differences_of
 from dlcm_lightning.config import Config
 from dlcm_lightning.errors import RunError
-from dlcm_lightning.ops.collectives import ControlGroup
+from dlcm_lightning.ops.collectives import COLLECTIVE_TIMEOUT, ControlGroup
 
 FIRST_WORD_SECONDS, WORD_SECONDS, POLL_SECONDS = 5.0, 15.0, 0.1
-COLLECTIVE_MINUTES = 30.0
-"""That one rank may come to a collective later than another."""
 READING = timedelta(seconds=10)
 SHOWN = 8
 NOT_COMPARED = ("train.devices", "train.nodes", "data.root", "data.workers")
@@ -91,7 +89,7 @@ def meet(world: World, config: Config, distributed: bool) -> tuple[World, Contro
     world = replace(world, local_rank=local_rank, local_size=local_size)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=PrefixStore("groups", store), rank=world.rank, world_size=world.size,
-                            timeout=timedelta(minutes=COLLECTIVE_MINUTES))
+                            timeout=COLLECTIVE_TIMEOUT)
     return world, ControlGroup()
 
 

@@ -292,6 +292,31 @@ def test_a_module_is_loaded_with_another_configuration_and_by_hand(run_config: C
     assert PretrainModule(run_config)(tokens).shape == (8, run_config.model.vocab_size)
 
 
+def test_a_fit_goes_on_with_the_attention_that_it_has_begun_with(run_config: Config, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another kernel rounds otherwise."""
+    trainer = trainer_for(run_config, tmp_path, max_steps=3)
+    trainer.fit(PretrainModule(run_config, backend="reference"), datamodule=PretrainData(run_config))
+    trainer.save_checkpoint(path := tmp_path / "begun.ckpt")
+    module = PretrainModule(run_config)
+    trainer_for(run_config, tmp_path).fit(module, datamodule=PretrainData(run_config), ckpt_path=path)
+    assert module.model.backend == "reference", "which auto keeps"
+
+    with pytest.raises(ConfigError, match=r"step 3 was trained with reference, here it means sdpa"):
+        trainer_for(run_config, tmp_path).fit(PretrainModule(run_config, backend="sdpa"),
+                                              datamodule=PretrainData(run_config), ckpt_path=path)
+    other = PretrainModule(run_config, backend="sdpa")
+    trainer_for(run_config, tmp_path).validate(other, datamodule=PretrainData(run_config), ckpt_path=path,
+                                               verbose=False)
+    assert other.model.backend == "sdpa", "which kernel looks at weights is free"
+    assert PretrainModule.load_from_checkpoint(path).model.backend == "reference"
+    checkpoint = torch.load(path, weights_only=False)
+    del checkpoint["attention"]
+    torch.save(checkpoint, path)
+    trainer_for(run_config, tmp_path).fit(PretrainModule(run_config), datamodule=PretrainData(run_config),
+                                          ckpt_path=path)  # of an earlier version
+
+
 def test_predicting_gives_what_the_model_says_of_each_token(run_config: Config, tmp_path: Path) -> None:
     module, data = PretrainModule(run_config), PretrainData(run_config)
     trainer = trainer_for(run_config, tmp_path)

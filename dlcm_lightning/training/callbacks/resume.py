@@ -14,7 +14,7 @@ from dlcm_lightning.checkpoint.folder import Identity, sweep
 from dlcm_lightning.checkpoint.probe import Probe
 from dlcm_lightning.compose import save_config
 from dlcm_lightning.data.tokenizer import Tokenizer
-from dlcm_lightning.ops.collectives import ControlGroup
+from dlcm_lightning.ops.collectives import ControlGroup, wait_alike
 from dlcm_lightning.progress import Log
 from dlcm_lightning.run_directory import CONFIG_FILE, TOKENIZER_FILE
 from dlcm_lightning.training.callbacks.checkpoint import Checkpoints
@@ -36,6 +36,7 @@ class ResumeRun(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, PretrainModule)
+        wait_alike()  # the engine has made its groups
         config = module.config
         checkpoint_manager = CheckpointManager(self.run, self.identity, Probe(Tokenizer.load(self.data.reader.store)),
                                                self.group)
