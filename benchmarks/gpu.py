@@ -32,8 +32,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.step import deterministic, line, measure
+from benchmarks.step import line, measure
 from dlcm_lightning.compose import load_config
+from dlcm_lightning.training.device import compute_exactly
 
 OUT = Path("benchmarks/results/gpu")
 LEAST_SECONDS = 10.0
@@ -78,7 +79,7 @@ STEPS = (
 
 def measure_steps(out: Path) -> None:
     """In order; what is there when time is up has been written."""
-    deterministic()
+    compute_exactly()
     found: list[dict[str, Any]] = []
     for one in STEPS:
         try:

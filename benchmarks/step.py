@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
 import statistics
 import time
@@ -40,6 +39,7 @@ from dlcm_lightning.model.dlcm import DLCM
 from dlcm_lightning.ops.attention import choose_backend
 from dlcm_lightning.training.device import (
     choose_device,
+    compute_exactly,
     describe_hardware,
     keep_large_buffers,
     matrix_product_rate,
@@ -235,15 +235,8 @@ def line(found: dict[str, Any]) -> str:
     return said + (f", {found['peak_gib']:.1f} GiB" if "peak_gib" in found else "")
 
 
-def deterministic() -> None:
-    """As a run computes."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
 def main() -> None:
-    deterministic()
+    compute_exactly()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="configs/run/quickstart.yaml")
     parser.add_argument("overrides", nargs="*")

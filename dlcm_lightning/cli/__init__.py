@@ -57,6 +57,8 @@ def _rank() -> str:
 
 def entry() -> NoReturn:
     """The command as a process."""
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the number of concepts, and sizes with it, changes with every batch
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         code = main()
     except Exception:

@@ -26,6 +26,7 @@ the norms around the stacks, but these have the role, hence the rates, of the bl
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -38,6 +39,9 @@ from torch import Tensor, nn
 
 from dlcm_lightning.config import ModelConfig, OptimConfig
 from dlcm_lightning.ops.linear import LowCopies, mixed_linear
+
+MOST_THREADS = 8
+"""That draw weights at once; each holds two whole tensors."""
 
 
 class Role(Enum):
@@ -186,7 +190,7 @@ def initialise(module: nn.Module, model: ModelConfig, seed: int,
         generator = torch.Generator("cpu").manual_seed((seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**63)
         return initial_value(owner, model, generator)
 
-    threads = torch.get_num_threads()
+    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))  # of this process; OMP_NUM_THREADS is often 1 in jobs
     with ThreadPoolExecutor(threads) as pool:
         coming: deque[tuple[RoleModule, Future[Tensor]]] = deque()  # in the order in which all ranks place
         for name, owner in role_parameters(module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
 import time
@@ -32,6 +33,15 @@ def choose_device(world: World = World()) -> torch.device:  # noqa: B008 - froze
     where = gpu_of(world.local_rank, world.local_size, world.here)
     torch.cuda.set_device(where)
     return where
+
+
+def compute_exactly() -> None:
+    """The same bits every time, in this process from now on; before its first matrix product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at that product
+    torch.use_deterministic_algorithms(True)
+    # Would cost a write of every buffer; none is read unset. The attribute is dynamic, which types cannot see.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # partial sums of a product stay fp32
 
 
 def device_identity(where: torch.device) -> str:

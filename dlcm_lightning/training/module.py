@@ -104,6 +104,8 @@ class PretrainModule(LightningModule):
         """(LENGTHS,) int64: concepts of this rank's last micro-batch by the number of tokens they pool."""
         self.grad_norm: Tensor = torch.zeros(())
         """() Global norm before clipping, of the last optimizer step."""
+        self._norms: Tensor | None = None
+        """() Sum of all since somebody has looked, so that one that was not finite is still seen."""
         self.learning_rates: dict[str, float] = {}
         """By role, of the last optimizer step."""
         self.low_copies: LowCopies | None = None
@@ -207,7 +209,9 @@ class PretrainModule(LightningModule):
         metrics: dict[str, Any] = metric_tensors(sums, self.config.data.domains, self.boundary)
         metrics |= {f"lr_{role}": rate for role, rate in self.learning_rates.items()}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not every or (self.trainer.global_step + 1) % every:
+        if every and not (self.trainer.global_step + 1) % every:
+            self.check_norms()
+        else:
             metrics = {name: value for name, value in metrics.items() if name in EVERY_STEP}
         self.log_dict({f"train/{name}": value for name, value in metrics.items()}, logger=self._to_loggers)
 
@@ -245,11 +249,16 @@ class PretrainModule(LightningModule):
         self._refresh_low_copies()
         if (norm := self._own_grad_norm) is not None:
             self.grad_norm = norm
-            if norm.device.type == "cpu":  # DeepSpeed has read it, and has left the step out where it is not finite
-                check_finite(norm.item(), self.trainer.global_step)
+        self._norms = self.grad_norm if self._norms is None else self._norms.to(self.grad_norm.device) + self.grad_norm
         if self.monitored:
             self.log("train/grad_norm", self.grad_norm, logger=self._to_loggers)
         self.after_step()
+
+    def check_norms(self) -> None:
+        """RunError: the gradient of a step since the last call was not finite. Waits for the device."""
+        norms, self._norms = self._norms, None
+        if norms is not None:
+            check_finite(norms.item(), self.trainer.global_step)
 
     @property
     def _to_loggers(self) -> bool | None:
@@ -346,6 +355,7 @@ class PretrainModule(LightningModule):
         """Lightning's own checkpoint: as it stands at the last whole optimizer step, computed with what."""
         trainer = self.trainer
         check_has_begun(trainer, "model" in self._modules)
+        self.check_norms()
         checkpoint |= saved_arithmetic(self.model)
         if "loops" in checkpoint:
             micro_batches = self.config.micro_batches

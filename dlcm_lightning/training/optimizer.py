@@ -30,8 +30,8 @@ def build_optimizer(module: nn.Module, model: ModelConfig, optim: OptimConfig) -
 
 
 def check_finite(norm: float, step: int) -> None:
-    """RunError: a gradient is not finite. Weights that it has reached are lost; and an engine that leaves such a step
-    out would go on with counters that say otherwise."""
+    """norm: of the gradients of some steps, `step` the last of them. RunError: it is not finite. Weights that it has
+    reached are lost; and an engine that leaves such a step out would go on with counters that say otherwise."""
     if not math.isfinite(norm):
         raise RunError(f"step {step}: the norm of the gradient is {norm}; the run can go on from its newest "
                        "checkpoint, and will come here again: begin another with lower rates (optim.lr_*) or a lower "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
 import warnings
 from collections.abc import Iterator, Sequence
@@ -50,6 +49,7 @@ from dlcm_lightning.training.contract import check_callbacks, trainer_arguments
 from dlcm_lightning.training.datamodule import PretrainData
 from dlcm_lightning.training.device import (
     choose_device,
+    compute_exactly,
     describe_hardware,
     device_identity,
     keep_large_buffers,
@@ -131,9 +131,7 @@ def pretrain(config: Config, log: Log = print, *, callbacks: Sequence[Callback] 
     check_callbacks("callbacks", callbacks)
     config, world = configure_world(config)
     quiet_libraries()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
-    # Would cost a write of every buffer; none is read unset. The attribute is dynamic, which types cannot see.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    compute_exactly()
     run = Path(config.train.output_dir) / config.name
     log = log if world.rank == 0 else _nothing
     attempt = this_attempt()

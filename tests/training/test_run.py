@@ -21,7 +21,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dlcm_lightning.batch import Batch
 from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
 from dlcm_lightning.checkpoint.tensors import file_name
 from dlcm_lightning.compose import load_config, save_config
@@ -259,19 +258,28 @@ def test_curves_of_an_earlier_version_go_on_under_the_runs_own_name(run_config: 
     assert [event.value for event in events.Scalars("train_system/attempts")][-1] == 2
 
 
+@pytest.mark.parametrize(("log_every", "noticed"), [(5, 5), (7, 6)], ids=["by a line", "by a save"])
+@pytest.mark.parametrize("skips", [False, True], ids=["engines that step", "engines that leave it out"])
 def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(
-    run_config: Config, monkeypatch: pytest.MonkeyPatch
+    run_config: Config, monkeypatch: pytest.MonkeyPatch, log_every: int, noticed: int, skips: bool
 ) -> None:
-    """It is noticed with the next line of metrics, here at step 6, where a checkpoint would be due."""
-    honest = PretrainModule.training_step
+    """Of step 4, with the next line of metrics or the next checkpoint, whichever comes first; the norms of the steps
+    after it may be finite again."""
+    honest = PretrainModule.configure_gradient_clipping
 
-    def poisoned(self: PretrainModule, batch: Batch, batch_idx: int) -> torch.Tensor:
-        return honest(self, batch, batch_idx) * (math.nan if self.trainer.global_step == 4 else 1.0)
+    def poisoned(self: PretrainModule, optimizer: Any, **rest: Any) -> None:
+        gradients = [one for one in self.parameters() if one.grad is not None]
+        if bad := self.trainer.global_step == 3:
+            torch._foreach_mul_([one.grad for one in gradients], math.inf)
+        honest(self, optimizer, **rest)
+        if bad and skips:
+            self.zero_grad()
 
-    monkeypatch.setattr(PretrainModule, "training_step", poisoned)
-    with pytest.raises(RunError, match=r"step 6: the norm of the gradient is nan.*newest checkpoint"):
-        pretrain(run_config, quiet)
-    assert last(run_config).step == 3
+    monkeypatch.setattr(PretrainModule, "configure_gradient_clipping", poisoned)
+    config = replace(run_config, train=replace(run_config.train, log_every_steps=log_every))
+    with pytest.raises(RunError, match=rf"step {noticed}: the norm of the gradient is (nan|inf).*newest checkpoint"):
+        pretrain(config, quiet)
+    assert last(config).step == 3
 
 
 def test_a_directory_of_another_run_is_refused_with_the_fields_that_differ(undisturbed: Config) -> None:

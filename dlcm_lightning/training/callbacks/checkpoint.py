@@ -39,8 +39,10 @@ class Checkpoints(Callback):
         return step % config.train.checkpoint_every_steps == 0 or step == config.total_steps or trainer.should_stop
 
     def save(self, trainer: Trainer, module: PretrainModule) -> None:
-        """Writes a checkpoint. Comes on all ranks, when one is due and when the run is asked to leave."""
+        """Writes a checkpoint. Comes on all ranks, when one is due and when the run is asked to leave. RunError: the
+        gradient of a step since the last line of the log was not finite."""
         assert self.checkpoint_manager is not None
+        module.check_norms()
         log_step(trainer)
         for logger in trainer.loggers:
             logger.save()  # curves up to here are not written again

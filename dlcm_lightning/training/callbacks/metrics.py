@@ -17,7 +17,6 @@ from dlcm_lightning.training.loggers import RunTensorBoardLogger, tag
 from dlcm_lightning.training.metrics.numbers import metrics_of
 from dlcm_lightning.training.metrics.sums import LENGTHS, SCALARS, MetricSums
 from dlcm_lightning.training.module import PretrainModule
-from dlcm_lightning.training.optimizer import check_finite
 from dlcm_lightning.training.speed import Machine, speed_of
 from dlcm_lightning.training.stopwatch import Stopwatch
 
@@ -112,7 +111,7 @@ class Metrics(Callback):
         if config.data.unreadable == "mask":
             metrics["unreadable_rows"] = round(self.window.scalar("unreadable").item())
         metrics["grad_norm"] = module.grad_norm.item()
-        check_finite(metrics["grad_norm"], trainer.global_step)
+        module.check_norms()
         metrics["clipped"] = self.clipped.item() / max(1.0, self.window.scalar("steps").item())
         metrics |= {f"lr_{role}": rate for role, rate in module.learning_rates.items()}
         if module.device.type == "cuda":
