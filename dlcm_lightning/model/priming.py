@@ -23,6 +23,12 @@ class Priming:
 
     def model(self, config: ModelConfig, stacks: list[tuple[StackShape, int]], tokens: int, scale: float) -> None:
         """stacks: shapes of blocks, and over how many positions they run. scale: of the logits."""
+        # The compiler's caches on disk do not ask for which lengths of a dynamic axis a kernel was made.
+        lengths = sorted({tokens, *(positions for _, positions in stacks)})
+        with torch.compiler.config.patch(cache_key_tag=f"dlcm {lengths}"):  # type: ignore[attr-defined]
+            self._model(config, stacks, tokens, scale)
+
+    def _model(self, config: ModelConfig, stacks: list[tuple[StackShape, int]], tokens: int, scale: float) -> None:
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
                 for shape, positions in stacks:

@@ -12,23 +12,25 @@ torch's own `create_block_mask` looks at every score instead, two to four millis
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from dlcm_lightning.ops.fused import compile_options
+from dlcm_lightning.ops.fused import compile_options, copy_of
 from dlcm_lightning.ops.segments import Segments
 
 BLOCK = 128
 
 
 def kernel_options(head_dim: int) -> dict[str, Any]:
-    """Of torch's kernel. Every query sees at least itself; the scale may be multiplied into the queries where it is a
-    power of two; and for heads of 64 the forward's blocks are those that were fastest on an H200 (0.65 ms instead of
-    0.93 for a document of 8,192 tokens and 24 heads)."""
-    options: dict[str, Any] = {"ROWS_GUARANTEED_SAFE": True}
+    """Of torch's kernel. Every query sees at least itself; under 128 queries torch would take its kernel for decoding,
+    which these blocks are not for; the scale may be multiplied into the queries where it is a power of two; and for
+    heads of 64 the forward's blocks are those that were fastest on an H200 (0.65 ms instead of 0.93 for a document of
+    8,192 tokens and 24 heads)."""
+    options: dict[str, Any] = {"ROWS_GUARANTEED_SAFE": True, "FORCE_USE_FLEX_ATTENTION": True}
     if head_dim in (16, 64, 256):
         options["PRESCALE_QK"] = True
     if head_dim == 64:
@@ -65,13 +67,19 @@ def causal_within(segments: Segments, size: int) -> BlockMask:
         full_q_num_blocks=full_q_number, full_q_indices=full_q_which)
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, grouped: bool, options: Any) -> Tensor:
+    out: Tensor = flex_attention(query, key, value, block_mask=mask, enable_gqa=grouped, kernel_options=options)
+    return out
+
+
 class Flex:
     """The compiled kernels of this process, by shape."""
 
     def __init__(self) -> None:
         self.shapes: set[tuple[Any, ...]] = set()
         """That have been announced."""
-        self._run: Any = None
+        self._graphs: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+        """A compiled function each, since the compiler ends a process that has compiled one function eight times."""
         self._mask: tuple[Tensor, BlockMask] | None = None
         """Of the last documents that were asked for, which a whole micro-batch shares."""
 
@@ -86,23 +94,28 @@ class Flex:
     def prime(self, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
               ) -> None:
         """Takes arrays of this shape from now on; compiles what gradients, as they are on or off, need."""
-        grad = torch.is_grad_enabled()
+        grad, documents = torch.is_grad_enabled(), Segments.from_lengths([tokens], device)
         query, key, value = (torch.zeros(tokens, number, head_dim, dtype=dtype, device=device, requires_grad=grad)
                              for number in (heads, kv_heads, kv_heads))
-        out = self(query, key, value, Segments.from_lengths([tokens], device))
+        out = self(query, key, value, documents)
         if grad:
             torch.autograd.grad(out, (query, key, value), torch.zeros_like(out))
+        else:  # values are then a part of the joint projection (`rotate_split`)
+            joined = torch.zeros(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)
+            self(query, key, joined[:, heads + kv_heads:], documents)
         self.shapes.add(self.shape_of(query, key))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
         """query (T, H, d), key and value (T, K, d) -> (T, H, d)."""
-        if self._run is None:
-            self._run = torch.compile(flex_attention, fullgraph=True, dynamic=False, options=compile_options())
         if self._mask is None or self._mask[0] is not segments.cu_seqlens:
             self._mask = segments.cu_seqlens, causal_within(segments, query.shape[0])
         q, k, v = (one.transpose(0, 1)[None] for one in (query, key, value))
-        out: Tensor = self._run(q, k, v, block_mask=self._mask[1], enable_gqa=query.shape[1] != key.shape[1],
-                                kernel_options=kernel_options(query.shape[-1]))
+        differentiates = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+        kind = (differentiates, *((one.shape, one.stride(), one.dtype, one.device) for one in (q, k, v)))
+        if (run := self._graphs.get(kind)) is None:
+            run = self._graphs[kind] = torch.compile(copy_of(_attend), fullgraph=True, dynamic=False,
+                                                     options=compile_options())
+        out = run(q, k, v, self._mask[1], query.shape[1] != key.shape[1], kernel_options(query.shape[-1]))
         return out[0].transpose(0, 1)
 
 

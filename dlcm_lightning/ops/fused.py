@@ -172,14 +172,14 @@ class Compiled:
                      *((one.shape[1:], one.stride()[1:], one.dtype, one.device) if isinstance(one, Tensor) else one
                        for one in arguments))
         if (run := self.graphs.get(constants)) is None:
-            run = self.graphs[constants] = torch.compile(_copy(self.function), fullgraph=True, dynamic=False,
+            run = self.graphs[constants] = torch.compile(copy_of(self.function), fullgraph=True, dynamic=False,
                                                          options=compile_options())
         for number in self.packed:
             torch._dynamo.mark_dynamic(arguments[number], 0)
         return run(*arguments)
 
 
-def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
+def copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
     """With a code object of its own: the compiler keeps its graphs by code object, and looks through all of them."""
     assert isinstance(function, types.FunctionType)
     return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__,
@@ -187,8 +187,11 @@ def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compile_options() -> dict[str, Any]:
-    """No choice by timing: two processes, or two lives of one, must choose alike."""
-    return {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
+    """No choice by timing: two processes, or two lives of one, must choose alike. And none by the length of the packed
+    axis: whether the two sums of a norm's backward become one kernel, a GPU's compiler would decide by comparing it
+    with the width, and compile again for a batch on the other side."""
+    wanted = {"deterministic": True, "triton.mix_order_reduction": False}
+    return {name: value for name, value in wanted.items() if name in torch._inductor.list_options()}
 
 
 @functools.cache

@@ -71,9 +71,10 @@ class HostNumber:
         """number: () int64."""
         self._number, self._arrived = number, None
         if number.is_cuda:
-            self._number = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
+            pinned = torch.empty((), dtype=number.dtype, device="cpu", pin_memory=True)
+            self._number = pinned.copy_(number, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(number.device))  # which need not be the current device
 
     def __int__(self) -> int:
         if self._arrived is not None:

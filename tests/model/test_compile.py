@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import scheduler
+from torch._inductor.utils import sympy_product
 
 from dlcm_lightning.config import ModelConfig
 from dlcm_lightning.model.dlcm import LanguageModel, assemble
@@ -91,3 +94,61 @@ def test_bf16_rounds_as_much_as_bf16_does(recompute: str) -> None:
                               for compiled in (True, False)}
     apart = {compiled: ((one[1] - exact[1]).norm() / exact[1].norm()).item() for compiled, one in found.items()}
     assert apart[True] < ROUNDING[torch.bfloat16] and apart[True] < 1.2 * apart[False]
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler asks of a norm's backward what it asks on a GPU, and fuses nothing."""
+    question = scheduler.MixOrderReduction
+    asked, is_gpu = question.__dict__["can_fuse"].__func__, scheduler._is_gpu_triton_backend
+
+    def can_fuse(cls: Any, *nodes: Any) -> bool:
+        scheduler._is_gpu_triton_backend = lambda *_: True
+        try:
+            asked(cls, *nodes)
+        finally:
+            scheduler._is_gpu_triton_backend = is_gpu
+        return False
+
+    def sizes(cls: Any, node: Any) -> tuple[Any, ...]:
+        return tuple(sympy_product(one) if isinstance(one, list | tuple) else one for one in node.group[1])
+
+    monkeypatch.setattr(question, "can_fuse", classmethod(can_fuse))
+    monkeypatch.setattr(question, "get_numel_rnumel", classmethod(sizes))
+
+
+@pytest.mark.skipif(not hasattr(scheduler, "_is_gpu_triton_backend"), reason="written against torch 2.13")
+@pytest.mark.parametrize("asks", [False, True], ids=["as we compile", "as torch does"])
+def test_a_gpus_compiler_does_not_ask_how_long_a_norm_is(asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would compare the number of concepts with the width, and compile again for a batch on the other side."""
+    as_on_a_gpu(monkeypatch)
+    if asks:
+        monkeypatch.setattr(fused, "compile_options", lambda: {})
+    norm, width = fused.Compiled(fused.rms_norm, (0,)), 4096
+    gain = torch.nn.Parameter(torch.ones(width))
+    for length in (1000, 1100, 2000, 1300):
+        norm(torch.zeros(length, width, dtype=torch.bfloat16, requires_grad=True), gain, 1e-5).sum().backward()
+    assert (graphs() > 1) is asks
+
+
+def test_the_options_that_a_compiler_has_are_used() -> None:
+    known = torch._inductor.list_options()
+    assert {"deterministic", "triton.mix_order_reduction"} <= set(known) or torch.__version__ < "2.11"
+    assert all(fused.compile_options()[name] is value for name, value in
+               (("deterministic", True), ("triton.mix_order_reduction", False)) if name in known)
+
+
+def test_a_kernel_on_disk_that_was_made_for_other_lengths_is_not_taken(monkeypatch: pytest.MonkeyPatch,
+                                                                      tmp_path: Path) -> None:
+    """The compiler's own key has the axis and not its length, and blocks may follow the length."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    config = replace(small("fixed"), kind="dense", decoder_layers=1)
+
+    def hits(tokens: int) -> int:
+        fused.compiled.cache_clear()
+        torch._dynamo.reset()
+        counters.clear()
+        assemble(config, torch.float32, "sdpa", "none", True).prime(tokens, torch.device("cpu"))
+        return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+
+    assert [hits(256), hits(512)] == [0, 0]
+    assert hits(256) > 3, "the same lengths"

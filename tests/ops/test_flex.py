@@ -6,15 +6,19 @@ torch's kernel needs a GPU; what runs here is its definition, through the same c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention as library
 
+from dlcm_lightning.model import priming
 from dlcm_lightning.ops import attention, flex
 from dlcm_lightning.ops.flex import BLOCK, Flex, causal_within
 from dlcm_lightning.ops.segments import Segments
+from tests import varlen_cpu
+from tests.steps import CONFIG, Steps
 
 SIZE = 768
 MIXES = ([700, 68], [300, 400, 68], [768], [128] * 6, [1] * 768, [127, 129, 1, 511], [256, 512])
@@ -82,3 +86,31 @@ def test_shapes_that_were_not_announced_go_to_the_varlen_kernel(
         torch.testing.assert_close(attention.flex(query, key, key, segments),
                                    attention.reference(query, key, key, segments))
     assert compiler.frame_count <= graphs + 1, "with gradients off, once"
+
+
+def test_any_number_of_shapes_is_compiled(compiler: CompileCounter) -> None:
+    """The compiler keeps eight graphs of one function, and ends the process at the ninth."""
+    run = Flex()
+    for blocks in range(1, 13):
+        run.prime(BLOCK * blocks, 4, 2, 16, torch.float32, torch.device("cpu"))
+    assert compiler.frame_count == 12
+
+
+def test_what_a_model_gives_is_what_was_primed(compiler: CompileCounter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and strides, with gradients and without, whatever is computed again."""
+    varlen_cpu.register()
+    monkeypatch.setattr(priming, "FLEX", run := Flex())
+    monkeypatch.setattr(attention, "FLEX", run)
+    for recompute in ("none", "selective", "full"):
+        config = replace(CONFIG, train=replace(CONFIG.train, recompute=recompute))  # type: ignore[arg-type]
+        steps = Steps(config, torch.device("cpu"), torch.bfloat16, "flex")
+        primed = compiler.frame_count
+        steps.step(0)
+        with torch.no_grad():
+            steps.module.measure(steps.batches(1)[0], None)
+        assert compiler.frame_count == primed >= 3
+
+
+def test_blocks_are_never_those_of_the_kernel_for_decoding() -> None:
+    """torch takes that one for fewer than 128 queries, whose blocks it chooses before ours replace them."""
+    assert all(flex.kernel_options(width)["FORCE_USE_FLEX_ATTENTION"] for width in (16, 64, 128))
