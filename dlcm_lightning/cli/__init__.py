@@ -59,6 +59,7 @@ def entry() -> NoReturn:
     """The command as a process."""
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # the number of concepts, and sizes with it, changes with every batch
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"  # NVIDIA's containers have torch take TF32 for fp32
     try:
         code = main()
     except Exception:

@@ -115,7 +115,7 @@ class Generator:
             raise ConfigError(f"tokenizer.json: {tokenizer.vocab_size:,} ids, but the model knows "
                               f"{model.config.vocab_size:,} (model.vocab_size); take the tokenizer it was trained with")
         self.model, self.tokenizer, self.context = model.eval(), tokenizer, context
-        banned = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+        banned = torch.zeros(model.config.vocab_size, dtype=torch.bool, device="cpu")
         banned[tokenizer.bos_id] = True  # no text holds it
         banned[tokenizer.vocab_size:] = True
         self._banned = banned.to(model.where)
@@ -248,7 +248,7 @@ class Generator:
         if followers:
             state.copy([first + of[row] for row in followers], [first + row for row in followers])
         flags = None if extended.segmentation is None else extended.segmentation.boundaries.cpu().split(counts)
-        ends = torch.tensor(counts).cumsum(0) - 1
+        ends = torch.tensor(counts, device="cpu").cumsum(0) - 1
         where = {row: number for number, row in enumerate(rows)}
         for row, one in enumerate(come):
             _note(one, [] if flags is None else flags[where[of[row]]].tolist())
@@ -300,7 +300,7 @@ class Generator:
                          len(one.stream.content), finish, one.boundaries)
 
     def _on_device(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.long).to(self.model.where)
+        return torch.tensor(numbers, dtype=torch.long, device="cpu").to(self.model.where)
 
 
 def _boundaries(extended: Extended, rows: int) -> list[bool | None]:

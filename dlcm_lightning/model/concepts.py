@@ -72,17 +72,18 @@ def close_concepts(boundaries: Tensor, new: Extension, state: DecodingState) -> 
     on; the arrays do not."""
     device, slots = boundaries.device, new.slots
     closing = boundaries.cpu().nonzero().squeeze(1)  # (M',)
-    row_ends = torch.tensor(new.counts).cumsum(0)
+    new_counts = torch.tensor(new.counts, device="cpu")
+    row_ends = new_counts.cumsum(0)
     rows = torch.searchsorted(row_ends, closing, right=True)
     per_row = torch.bincount(rows, minlength=len(slots))  # (n,)
     run_ends = torch.cat([closing.new_zeros(1), torch.cat([closing + 1, row_ends]).sort()[0]])
     open_runs = (per_row + 1).cumsum(0) - 1
     first_runs = open_runs - per_row
-    closed_runs = torch.arange(len(closing)) + rows
+    closed_runs = torch.arange(len(closing), device="cpu") + rows
     lengths = run_ends.diff()
-    lengths[first_runs] += torch.tensor([state.open_tokens[slot] for slot in slots])
-    starts = row_ends - torch.tensor(new.counts)
-    tokens = closing - (starts - torch.tensor(new.before))[rows]
+    lengths[first_runs] += torch.tensor([state.open_tokens[slot] for slot in slots], device="cpu")
+    starts = row_ends - new_counts
+    tokens = closing - (starts - torch.tensor(new.before, device="cpu"))[rows]
     counts = per_row.tolist()
     active = [row for row, count in enumerate(counts) if count]
     concepts = Extension.of([slots[row] for row in active], [state.concepts[slots[row]] for row in active],

@@ -125,7 +125,7 @@ class _ShortCausal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length = key.shape[1]
-        future = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1)
+        future = torch.full((length, length), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
         bias = future.repeat(query.shape[1] // length, 1)
         weights = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=query.shape[-1] ** -0.5).softmax(-1)
         ctx.save_for_backward(query, key, value, weights)
@@ -154,6 +154,11 @@ def _short_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _sdpa_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """query (n, L, H, d), key and value (n, L, K, d) -> (n, L, H, d)."""
     grouped = query.shape[2] != key.shape[2]
+    if grouped and query.is_cuda and query.dtype not in (torch.float16, torch.bfloat16):
+        # Of torch's kernels that know groups only one takes these dtypes there, and it keeps the map of all positions.
+        repeats = query.shape[2] // key.shape[2]
+        key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
+        grouped = False
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 

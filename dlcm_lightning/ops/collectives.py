@@ -75,7 +75,7 @@ class ControlGroup:
         """The largest of all ranks."""
         if self._group is None:
             return number
-        value = torch.tensor([number])
+        value = torch.tensor([number], device="cpu")
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group)
         return int(value)
 

@@ -47,12 +47,12 @@ class Extension:
     def of(slots: list[int], before: list[int], counts: list[int], device: torch.device) -> Extension:
         """slots: one a row, none twice."""
         starts = list(accumulate(counts, initial=0))
-        rows = torch.arange(len(slots))
-        owner = rows.repeat_interleave(torch.tensor(counts)) if max(counts) > 1 else rows
-        offsets = torch.tensor([past - start for past, start in zip(before, starts, strict=False)])
-        positions = torch.arange(starts[-1]) + offsets[owner]
-        cu_seqlens = torch.tensor(starts, dtype=torch.int32)
-        return Extension(slots, counts, before, torch.tensor(slots).to(device),
+        rows = torch.arange(len(slots), device="cpu")  # whatever torch's default device is
+        owner = rows.repeat_interleave(torch.tensor(counts, device="cpu")) if max(counts) > 1 else rows
+        offsets = torch.tensor([past - start for past, start in zip(before, starts, strict=False)], device="cpu")
+        positions = torch.arange(starts[-1], device="cpu") + offsets[owner]
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32, device="cpu")
+        return Extension(slots, counts, before, torch.tensor(slots, device="cpu").to(device),
                          Segments(cu_seqlens.to(device), max(counts)), owner.to(device), positions.to(device),
                          slots == list(range(len(slots))))
 

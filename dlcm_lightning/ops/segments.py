@@ -42,8 +42,8 @@ class Segments:
         """Segments of the given lengths, in order. Raises ValueError for an empty list or an empty piece."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"segment lengths = {lengths}: need at least one piece and none empty")
-        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        starts[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32, device="cpu")
+        starts[1:] = torch.tensor(lengths, dtype=torch.int32, device="cpu").cumsum(0)
         return Segments(starts.to(device), max(lengths))
 
     def to(self, device: torch.device | str) -> Segments:

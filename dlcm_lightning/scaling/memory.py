@@ -172,15 +172,19 @@ class RankMemory:
 
 
 def state_bytes(strategy: Strategy, ranks: int, micro_batches: int) -> float:
-    """Of a parameter on each rank."""
-    return {"ddp": 16.0,
-            "fsdp2": 16 / ranks + (4 if micro_batches > 1 else 0),
+    """Of a parameter on each rank. Under DDP the sums of a step's first micro-batches lie beside the buckets, until the
+    last one puts all into these."""
+    several = 4 if micro_batches > 1 else 0
+    return {"ddp": 16.0 + (several if ranks > 1 else 0),
+            "fsdp2": 16 / ranks + several,
             "zero1": 8 + 12 / ranks, "zero2": 4 + 16 / ranks, "zero3": 20 / ranks}[strategy]
 
 
 def _gathered(model: ModelConfig, strategy: Strategy) -> float:
-    """fsdp2 gathers what is outside the blocks for the whole forward and two blocks at a time, each with its gradient;
-    zero3 gathers by block what it needs, within its own bound of about the same."""
+    """fsdp2 gathers what is outside of blocks, embedding and head for the whole forward, and beside it the head or two
+    blocks at a time, each with its gradient: of 8 bytes a parameter in fp32, and as many where a block is gathered in
+    bf16, whose gradient is then there in bf16 and, to be reduced, in fp32. zero3 gathers by block what it needs, within
+    its own bound: what is outside of blocks, and two of them."""
     if strategy in ("zero1", "zero2"):
         return 2 * BUCKET_BYTES
     if strategy == "ddp":
@@ -188,8 +192,9 @@ def _gathered(model: ModelConfig, strategy: Strategy) -> float:
     weights = matrix_parameters(model)
     blocks = max(shape.parameters for shape in _shapes(model))
     outside = weights.total - weights.body
-    buckets = 2 * BUCKET_BYTES if strategy == "zero3" else 0
-    return 2 * FP32 * (outside + 2 * blocks) + buckets
+    if strategy == "zero3":
+        return 2 * FP32 * (outside + 2 * blocks) + 2 * BUCKET_BYTES
+    return 2 * FP32 * (outside - weights.embedding - weights.unembedding + max(weights.unembedding, 2 * blocks))
 
 
 def rank_memory(config: Config, train: TrainConfig, rows: int, concepts_per_token: float, micro_batches: int

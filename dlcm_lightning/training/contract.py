@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     Checkpoint,
@@ -22,6 +23,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dlcm_lightning.compose import differences
 from dlcm_lightning.config import Config, ConfigError
@@ -81,6 +83,10 @@ def check_trainer(trainer: Trainer, config: Config, fitting: bool) -> Config:
         raise ConfigError(f"Trainer(precision={trainer.precision!r}): the model casts what it multiplies by "
                           f"train.precision = {config.train.precision!r}; leave the Trainer at '32-true'")
     config = with_ranks(trainer, config)
+    if (precision := torch.get_float32_matmul_precision()) != "highest" and strategy.root_device.type == "cuda":
+        rank_zero_warn(f"torch.get_float32_matmul_precision() is {precision!r}, which would decide boundaries in TF32; "
+                       "it is set to 'highest'")
+        torch.set_float32_matmul_precision("highest")
     if fitting:
         _check_steps(trainer, config)
         _check_length(trainer, config)

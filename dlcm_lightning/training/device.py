@@ -42,6 +42,7 @@ def compute_exactly() -> None:
     # Would cost a write of every buffer; none is read unset. The attribute is dynamic, which types cannot see.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # partial sums of a product stay fp32
+    torch.set_float32_matmul_precision("highest")  # no TF32, which NVIDIA's containers have torch take
 
 
 def device_identity(where: torch.device) -> str:

@@ -8,6 +8,8 @@ Before each micro-batch Lightning broadcasts whether rank 0 has seen a SIGTERM, 
 its handler of SIGTERM broadcasts too, whatever the ranks are doing. Here ranks agree once an optimizer step, between
 their hosts (callbacks/checkpoint.py), and a handler notes a number (cluster/signals.py).
 
+At its end Lightning copies to the host what was logged, and so waits for whatever the device still has to do.
+
 Seen in Lightning 2.6; tests/training/test_loop.py says what of it is relied on.
 """
 
@@ -17,6 +19,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+from dlcm_lightning.training.strategies.full_state import FullStateStrategy
+
+
+def _stays_on_the_device(trainer: Trainer) -> bool:
+    """Whether the end of a run must not wait for a device, on which a collective may wait for peers that have gone."""
+    return isinstance(trainer.strategy, FullStateStrategy) and trainer.strategy.stays_on_the_device()
 
 
 class StepLoop(_TrainingEpochLoop):
@@ -42,6 +51,13 @@ class StepLoop(_TrainingEpochLoop):
     def _broadcast_sigterm_tensor(self) -> None:
         pass
 
+    def teardown(self) -> None:
+        if not _stays_on_the_device(self.trainer):
+            super().teardown()
+        elif self.val_loop._data_fetcher is not None:
+            self.val_loop._data_fetcher.teardown()
+            self.val_loop._data_fetcher = None
+
 
 class CountingFromOne(_LoggerConnector):
     """Knows which number `StepLoop` counts; and logs a step once, before its checkpoint or at its end."""
@@ -64,6 +80,10 @@ class CountingFromOne(_LoggerConnector):
             return super().should_update_logs
         due = trainer.fit_loop.epoch_loop._batches_that_stepped % every == 0 or trainer.should_stop
         return due and not trainer.fit_loop._should_accumulate()  # once a step, not once a micro-batch
+
+    def teardown(self) -> None:
+        if not _stays_on_the_device(self.trainer):
+            super().teardown()
 
 
 class NoSignals(_SignalConnector):

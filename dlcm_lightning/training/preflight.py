@@ -51,6 +51,7 @@ SEEN_SECONDS = 10.0
 REDUCED_NUMBERS = 2**22
 PRODUCT_SECONDS = 0.3
 DISTRIBUTION = "dlcm-lightning"
+BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
 MOST_SHOWN = 6
 
 
@@ -227,6 +228,8 @@ def of_reduce(rank: int, config: Config, where: torch.device) -> tuple[float, li
     if ranks == 1:
         return 0.0, []
     seconds = 0.0
+    before = os.environ.get(BLOCKING)
+    os.environ[BLOCKING] = "1"  # else NCCL ends this process when its time is up, and nobody learns why
     try:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo", rank=rank, world_size=ranks,
                                 timeout=datetime.timedelta(seconds=6 * CALL_SECONDS))  # at MASTER_ADDR, as the run will
@@ -244,6 +247,11 @@ def of_reduce(rank: int, config: Config, where: torch.device) -> tuple[float, li
     except (RuntimeError, ValueError) as error:
         return 0.0, [Finding("all-reduce", False, str(error).partition("\n")[0],
                              "name the interface in slurm/site.sh: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME")]
+    finally:
+        if before is None:
+            del os.environ[BLOCKING]
+        else:
+            os.environ[BLOCKING] = before
     return seconds, []
 
 

@@ -273,3 +273,16 @@ def test_mutants_are_caught(mutant: Callable[[pytest.MonkeyPatch], None], monkey
     mutant(monkeypatch)
     found = difference(model, LENGTHS, True, seed=1)
     assert isinstance(found, str) or found > 1e-4
+
+
+def test_what_is_counted_on_the_host_is_counted_there_whatever_torchs_default_device_is() -> None:
+    """Scripts around transformers like to set it."""
+    model = models("both")
+    tokens = torch.randint(0, model.config.vocab_size, (20,), generator=torch.Generator().manual_seed(0))
+    documents = Segments.from_lengths([20])
+    expected = model.extend(tokens, [20], [0], model.new_state(1, 20)).hidden
+    state = model.new_state(1, 20)
+    with torch.device("meta"):
+        found = model.extend(tokens, [20], [0], state).hidden
+        assert torch.equal(model(tokens, documents).hidden, model(tokens, documents).hidden)
+    assert torch.equal(found, expected)

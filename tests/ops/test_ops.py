@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlcm_lightning.ops import attention as attention_module
 from dlcm_lightning.ops.attention import BACKENDS, attention, choose_backend
@@ -187,3 +188,21 @@ def test_cross_entropy_never_holds_the_logits_of_the_whole_batch() -> None:
     with Largest() as largest:
         linear_cross_entropy(hidden, weight, torch.zeros(tokens, dtype=torch.long))[0].backward()
     assert largest.numel <= tokens * vocabulary // 8
+
+
+@pytest.mark.parametrize(("dtype", "grouped"), [(torch.float32, False), (torch.float64, False), (torch.bfloat16, True)])
+def test_a_gpu_attends_in_fp32_without_the_whole_map(dtype: torch.dtype, grouped: bool,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's kernels for groups of query heads know 16 bits, or keep all scores."""
+    asked: list[tuple[bool, int, int]] = []
+
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool, enable_gqa: bool
+               ) -> torch.Tensor:
+        asked.append((enable_gqa, key.shape[1], value.shape[1]))
+        return torch.empty_like(query)
+
+    monkeypatch.setattr(attention_module.F, "scaled_dot_product_attention", kernel)
+    with FakeTensorMode():
+        query, key = (torch.empty(2, 64, heads, 16, dtype=dtype, device="cuda:0") for heads in (6, 3))
+        assert attention_module._sdpa_causal(query, key, key).shape == query.shape
+    assert asked == [(True, 3, 3) if grouped else (False, 6, 6)]

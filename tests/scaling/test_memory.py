@@ -93,7 +93,8 @@ def test_parameters_are_those_of_the_model(run: Config) -> None:
 
 
 def test_state_is_spread_as_the_strategies_spread_it() -> None:
-    assert state_bytes("ddp", 64, 1) == 16
+    assert state_bytes("ddp", 64, 1) == state_bytes("ddp", 1, 4) == 16
+    assert state_bytes("ddp", 64, 2) == 20, "sums of the micro-batches before the last, beside the buckets"
     assert state_bytes("fsdp2", 64, 1) == state_bytes("fsdp2", 64, 4) - 4 == 0.25
     assert [state_bytes(stage, 1, 1) for stage in ("zero1", "zero2", "zero3")] == [20, 20, 20]
     assert state_bytes("zero3", 4, 1) < state_bytes("zero2", 4, 1) < state_bytes("zero1", 4, 1)

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 
 from dlcm_lightning.cluster.world import World
 from dlcm_lightning.config import Config, ConfigError, ModelConfig, TrainConfig
 from dlcm_lightning.flops import training_flops_per_token
 from dlcm_lightning.ops import attention
 from dlcm_lightning.training import device as device_module
+from dlcm_lightning.training import loop
 from dlcm_lightning.training import run as run_module
+from dlcm_lightning.training.contract import check_trainer
 from dlcm_lightning.training.device import choose_device, resolve_precision
 from dlcm_lightning.training.metrics.sums import COLUMNS, SCALARS, MetricSums
 from dlcm_lightning.training.run import pretrain
 from dlcm_lightning.training.speed import Machine, speed_of
+from dlcm_lightning.training.strategies import ddp
 from dlcm_lightning.training.strategies.choice import choose_strategy
+from dlcm_lightning.training.strategies.ddp import DdpStrategy
 from tests.training.test_run import last, stop_after
 
 CPU = torch.device("cpu")
@@ -157,6 +169,76 @@ def test_the_end_of_a_run_copies_nothing_from_a_gpu_to_the_host(
             break
     engine.teardown()
     assert asked == ([] if device == "cuda" else ["Lightning"])
+
+
+def test_what_was_logged_stays_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copying it waits for the device, on which a collective may wait for peers that have gone."""
+    copied: list[str] = []
+    engine: Any = choose_strategy(TrainConfig(devices=1, nodes=1), CPU)
+    trainer = Trainer(strategy=engine, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    loop.install(trainer, 1)
+    ended: list[str] = []
+    trainer.fit_loop.epoch_loop.val_loop._data_fetcher = SimpleNamespace(teardown=lambda: ended.append("rows"))
+    monkeypatch.setattr(_TrainingEpochLoop, "teardown", lambda self: copied.append("loop"))
+    monkeypatch.setattr(_LoggerConnector, "teardown", lambda self: copied.append("metrics"))
+    for on_the_device, expected in ((True, []), (False, ["loop", "metrics"])):
+        monkeypatch.setattr(engine, "stays_on_the_device", lambda there=on_the_device: there)
+        trainer.fit_loop.epoch_loop.teardown()
+        trainer._logger_connector.teardown()
+        assert copied == expected and ended == ["rows"]
+
+
+def test_ddp_is_made_under_the_stream_that_gradients_come_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+
+    def stream(*_: Any) -> None:
+        raise AssertionError("another stream")
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(ddp, "DistributedDataParallel", lambda model, **options: made.update(options, model=model))
+    engine = DdpStrategy(torch.device("cuda", 3))
+    model = torch.nn.Linear(1, 1)
+    engine._setup_model(model)
+    assert made["model"] is model and made["device_ids"] == [3] and made["gradient_as_bucket_view"]
+    assert made["bucket_cap_mb"] == ddp.BUCKET_MEGABYTES
+
+
+@pytest.fixture
+def sloppy() -> Iterator[None]:
+    """As NVIDIA's containers set torch."""
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_a_run_multiplies_fp32_in_fp32(run_config: Config, sloppy: None) -> None:
+    seen: list[str] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            seen.append(torch.get_float32_matmul_precision())
+
+    pretrain(run_config, lambda _: None, callbacks=[Look()])
+    assert set(seen) == {"highest"}
+
+
+def test_a_plain_trainer_on_a_gpu_is_told_to(run_config: Config, sloppy: None) -> None:
+    engine = SingleDeviceStrategy(torch.device("cuda", 0))
+    trainer: Any = SimpleNamespace(strategy=engine, precision="32-true", world_size=1, num_nodes=1)
+    with pytest.warns(UserWarning, match="is 'high', which would decide boundaries in TF32"):
+        check_trainer(trainer, run_config, fitting=False)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_command_keeps_tf32_out_of_the_processes_that_it_starts() -> None:
+    environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    code = ("import os, dlcm_lightning.cli as cli\n"
+            "cli.main = lambda: print(os.environ['TORCH_ALLOW_TF32_CUBLAS_OVERRIDE'], "
+            "os.environ['PYTORCH_CUDA_ALLOC_CONF']) or 0\ncli.entry()")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["0", "expandable_segments:True"], done.stderr
 
 
 def test_a_speed_is_of_the_concepts_and_documents_that_came(run_config: Config) -> None:

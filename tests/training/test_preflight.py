@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from dlcm_lightning.cluster.checks import Finding
 from dlcm_lightning.config import Config
@@ -92,3 +95,20 @@ def test_every_extra_that_a_run_needs_is_asked_for(run_config: Config, monkeypat
         finding = next(preflight.of_versions(both))
         assert finding.said == f"{missing} is missing; deepspeed is missing"
         assert f"[{extra},deepspeed]" in finding.remedy
+
+
+def test_nccl_says_what_is_wrong_instead_of_ending_the_process(run_config: Config, monkeypatch: pytest.MonkeyPatch
+                                                              ) -> None:
+    """Under NCCL a wait is over when its time is up only where torch is told to wait."""
+    told: list[str | None] = []
+
+    def refuse(*_: Any, **__: Any) -> None:
+        told.append(os.environ.get("TORCH_NCCL_BLOCKING_WAIT"))
+        raise RuntimeError("no route to host\nand more")
+
+    monkeypatch.setattr(preflight.dist, "init_process_group", refuse)
+    monkeypatch.delenv("TORCH_NCCL_BLOCKING_WAIT", raising=False)
+    config = replace(run_config, train=replace(run_config.train, devices=2))
+    seconds, [finding] = preflight.of_reduce(0, config, torch.device("cuda", 0))
+    assert told == ["1"] and "TORCH_NCCL_BLOCKING_WAIT" not in os.environ
+    assert seconds == 0 and finding.what == "all-reduce" and finding.said == "no route to host"

@@ -206,4 +206,4 @@ class Scorer:
             self._ids(place for _, first, count in pieces for place in range(first, first + count)))
 
     def _ids(self, numbers: Iterator[int] | list[int] | range) -> Tensor:
-        return torch.tensor(list(numbers), dtype=torch.long).to(self.model.where)
+        return torch.tensor(list(numbers), dtype=torch.long, device="cpu").to(self.model.where)

@@ -6,7 +6,7 @@ asks an `FullStateStrategy` for a whole tensor by name and gives it whole tensor
 file whatever engine wrote it, and may be read by another one on another number of ranks.
 
 Reading is collective: all ranks ask for the same tensors in the same order. Every engine computes the same function:
-parameters, gradients and moments are fp32 everywhere, and the model casts what it multiplies.
+parameters, sums of gradients and moments are fp32 everywhere, and the model casts what it multiplies.
 """
 
 from __future__ import annotations
