@@ -1,9 +1,10 @@
 """What a training step has to move and multiply, counted without a GPU: `python -m benchmarks.roofline [CONFIG]`.
 
-The model runs on the `meta` device, which has shapes and no numbers, and every operation that reaches a kernel is
-counted: one launch, what it reads and what it writes. Of a compiled kernel are counted its arguments and results, which
-is what it is compiled for. Counted is one micro-batch after another one (so that gradients are added to gradients),
-with M concepts on target; the optimizer's step is counted once and shared by the micro-batches of a step.
+The LightningModule runs on the `meta` device, which has shapes and no numbers, and every operation that reaches a
+kernel is counted: one launch, what it reads and what it writes. Of a compiled kernel are counted its arguments and
+results, which is what it is compiled for. Counted are the micro-batches of one optimizer step, with M concepts on
+target, their losses and statistics too; numbers are of one of them on average. Clipping and the optimizer are counted
+apart. Beside them stand those of commit d598d5c, counted in the same way (`benchmarks/results/roofline_before.json`).
 
 From bytes and FLOPs follows the time that they take at the rates of a GPU, printed with it, and the MFU that this
 allows: an upper bound, since nothing waits and nothing is launched too late.
@@ -34,6 +35,7 @@ from dlcm_lightning.model.dlcm import LanguageModel, assemble
 from dlcm_lightning.ops import attention as attention_module
 from dlcm_lightning.ops import cross_entropy, fused, linear, segments
 from dlcm_lightning.ops.fused import EAGER, Kernels, UsesKernels
+from dlcm_lightning.training.module import PretrainModule
 
 RESULTS = Path("benchmarks/results/roofline.json")
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "view", "_unsafe_view", "t", "transpose",
@@ -50,28 +52,42 @@ class Card:
     peak: float
     """FLOP/s of bf16 products, by its data sheet."""
     products: float
-    """FLOP/s that large products reach."""
-    attention: tuple[float, float]
-    """FLOP/s of the attention's forward and of its backward (2.5 times the forward's), documents of 8,192 tokens."""
+    """FLOP/s that products reach in a step."""
+    tokens: tuple[float, float]
+    """FLOP/s of attention over tokens, forward and backward (2.5 times the forward's), documents of 8,192 tokens."""
+    concepts: tuple[float, float]
+    """The same over concepts, documents of 2,048 of them."""
     bandwidth: float
     """Bytes/s that a copy reaches."""
 
 
-CARDS = {
-    # H200 as measured (docs/benchmarks.md): products in a step, FlexAttention, copies. The others scale it by their
-    # data sheets: H100 by its bandwidth, B200 by peak and bandwidth.
-    "H200": Card(989.4e12, 700e12, (316e12, 267e12), 0.9 * 4.3e12),
-    "H100": Card(989.4e12, 700e12, (316e12, 267e12), 0.9 * 3.0e12),
-    "B200": Card(2250e12, 1590e12, (719e12, 607e12), 0.9 * 7.2e12),
-}
+MEASURED = Card(
+    989.4e12,
+    837e12,  # `step`: its products in its time, 639 TFLOP in 36.5 % of 2.09 s
+    (316e12, 267e12),  # `flex`, blocks a and default; `attention`, 8192/24/24: 0.65 and 1.93 ms
+    (122e12, 103e12),  # `attention`, 2048/48/24, varlen_det
+    0.9 * 4.3e12,  # not measured by us: nine tenths of what copies are known to reach
+)
+"""An H200, by benchmarks/results/h200.json but for the last."""
+
+
+def scaled(peak: float, bandwidth: float) -> Card:
+    """Another card, by its data sheet. bandwidth: that a copy reaches, TB/s."""
+    faster = peak / MEASURED.peak
+    return Card(peak, faster * MEASURED.products, (faster * MEASURED.tokens[0], faster * MEASURED.tokens[1]),
+                (faster * MEASURED.concepts[0], faster * MEASURED.concepts[1]), 0.9e12 * bandwidth)
+
+
+CARDS = {"H200": MEASURED, "H100": scaled(989.4e12, 3.0), "B200": scaled(2250e12, 7.2)}
+BEFORE = Path("benchmarks/results/roofline_before.json")
 
 
 @dataclass
 class Tally:
     """Of one thing."""
 
-    launches: int = 0
-    bytes: int = 0
+    launches: float = 0
+    bytes: float = 0
 
 
 @dataclass
@@ -84,6 +100,10 @@ class Count:
         tally = self.parts[part]
         tally.launches += launches
         tally.bytes += sum(one.numel() * one.element_size() for one in tensors if isinstance(one, Tensor))
+
+    def share(self, number: int) -> Count:
+        """Of one of so many."""
+        return Count({part: Tally(one.launches / number, one.bytes / number) for part, one in self.parts.items()})
 
     def total(self, *without: str) -> Tally:
         kept = [tally for part, tally in self.parts.items() if part not in without]
@@ -154,7 +174,7 @@ class _Whole(torch.autograd.Function):
             found = dict(zip(map(id, floating), torch.autograd.grad(
                 function(*arguments), floating, grads, allow_unused=True), strict=True))
         given = [found.get(id(one)) for one in arguments]
-        counting.count.add(part, [*grads, *tensors, *given], launches)
+        counting.count.add(part, [*([*grads, *tensors] * launches), *given], launches)  # each reads everything
         return None, None, None, None, *given
 
 
@@ -220,15 +240,18 @@ class _Attention(torch.autograd.Function):
 
 
 def count_step(config: Config, compiled: bool, documents: str) -> tuple[Count, Count]:
-    """Of a micro-batch, forward and backward, and of an optimizer step."""
+    """Of a micro-batch, forward and backward, on average over an optimizer step; and of clipping and optimizer."""
     batch = synthetic_batch(config, documents, 0)
-    tokens, concepts = batch.stream.shape[0] * batch.sequence_length, 0
+    tokens = batch.stream.shape[0] * batch.sequence_length
     model: LanguageModel = assemble(config.model, torch.bfloat16, "meta", config.train.recompute).to("meta")
+    module = PretrainModule(config, torch.bfloat16, "meta", torch.ones(config.model.vocab_size, dtype=torch.int64))
+    module.model = model
+    module.to("meta")
     counting = Counting({one.shape for one in model.parameters() if one.dim() == 2})
     kernels = as_compiled(counting) if compiled else as_on_a_gpu(counting)
-    for module in model.modules():
-        if isinstance(module, UsesKernels):
-            module.kernels = kernels
+    for part in model.modules():
+        if isinstance(part, UsesKernels):
+            part.kernels = kernels
     copies = model.keep_low_copies()
     concepts = round(tokens / config.model.boundary.target_ratio)
     there = batch.to("meta")
@@ -252,14 +275,9 @@ def count_step(config: Config, compiled: bool, documents: str) -> tuple[Count, C
         stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()))  # knows no meta
         stack.enter_context(patch.object(cross_entropy._LinearCrossEntropy, "forward", staticmethod(headed)))
         stack.enter_context(counting)
-        for _ in range(2):
-            counting.count = Count()
-            output = model(there.tokens, there.documents, there.noise, there.targets)
-            loss = output.nll_sum
-            if output.segmentation is not None and config.model.boundary.learned:
-                loss = loss + output.segmentation.probabilities.sum()
-            loss.backward()
-        micro_batch, counting.count = counting.count, Count()
+        for number in range(config.micro_batches):
+            module.training_step(there, number).backward()
+        micro_batch, counting.count = counting.count.share(config.micro_batches), Count()
         parameters = [one for one in model.parameters() if one.grad is not None]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for one in parameters:  # the fused kernel reads and writes weight and moments, and reads the gradient
@@ -267,6 +285,7 @@ def count_step(config: Config, compiled: bool, documents: str) -> tuple[Count, C
         counting.count.add("optimizer", [], 10)
         if copies is not None:
             copies.refresh()
+        module.after_step()
     return micro_batch, counting.count
 
 
@@ -280,11 +299,15 @@ def seconds(config: Config, card: Card, micro_batch: Count, step: Count, documen
         feed_forward += 6 * model.backbone_layers * model.d_concept * model.ffn_concept / model.boundary.target_ratio
     again = {"none": 0.0, "selective": feed_forward, "full": flops.body}[config.train.recompute]
     products = (3 * (flops.total - flops.attention_maps) + again) * tokens
-    maps = flops.attention_maps * tokens
+    layers = model.decoder_layers + (model.encoder_layers + 1 if model.kind == "dlcm" else 0)  # 1: the cross-attention
+    of_tokens = replace(model, kind="dense", encoder_layers=0, backbone_layers=0, decoder_layers=layers)
+    over_tokens = forward_flops(of_tokens, document_tokens).attention_maps * tokens
+    over_concepts = flops.attention_maps * tokens - over_tokens
+    forwards = 1 + (config.train.recompute == "full")
     moved = micro_batch.total("products", "attention").bytes
     return {"products": products / card.products,
-            "attention": maps * (1 + (config.train.recompute == "full")) / card.attention[0]
-            + 2.5 * maps / card.attention[1],
+            "attention over tokens": over_tokens * (forwards / card.tokens[0] + 2.5 / card.tokens[1]),
+            "attention over concepts": over_concepts * (forwards / card.concepts[0] + 2.5 / card.concepts[1]),
             "moving bytes": moved / card.bandwidth,
             "optimizer and clipping": step.total().bytes / card.bandwidth / config.micro_batches}
 
@@ -296,6 +319,9 @@ def report(config: Config, documents: str) -> dict[str, Any]:
     useful = training_flops_per_token(config.model, document) * tokens
     found: dict[str, Any] = {"name": config.name, "rows": config.data.micro_batch_size, "documents": documents,
                              "recompute": config.train.recompute, "useful_flops": useful}
+    forward = forward_flops(config.model, document)
+    found["flops"] = {part: 3 * tokens * getattr(forward, part)
+                      for part in ("body", "connections", "unembedding", "attention_maps")}
     for mode in ("eager", "compiled"):
         micro_batch, step = count_step(config, mode == "compiled", documents)
         elementwise = micro_batch.total("products", "attention")
@@ -312,14 +338,30 @@ def report(config: Config, documents: str) -> dict[str, Any]:
     return found
 
 
+def before(found: dict[str, Any]) -> dict[str, Any] | None:
+    """The same at commit d598d5c, where it was counted."""
+    alike = found["name"] == "dlcm_2b_1t" and found["documents"] == "8192" and found["recompute"] == "none"
+    rows: dict[str, Any] = json.loads(BEFORE.read_text())["rows"]
+    return rows.get(str(found["rows"])) if alike else None
+
+
 def show(found: dict[str, Any]) -> None:
     print(f"\n{found['name']}, {found['rows']} rows a micro-batch, documents of {found['documents']}, recompute "
           f"{found['recompute']}: {found['useful_flops'] / 1e12:.1f} TFLOP")
+    for share, flops in found["flops"].items():
+        print(f"    {share} {flops / 1e12:.2f} TFLOP", end="")
+    print()
+    if (old := before(found)) is not None:
+        print(f"  d598d5c: {old['launches']:.0f} launches, {old['elementwise_gigabytes']:.0f} GB beside products and "
+              "attention")
     for mode in ("eager", "compiled"):
         one = found[mode]
-        print(f"  {mode}: {one['launches']} launches, {one['elementwise_gigabytes']:.0f} GB beside products and "
+        if old is not None:
+            print(f"  {mode}: {100 * one['launches'] / old['launches']:.0f} % of its launches, "
+                  f"{100 * one['elementwise_gigabytes'] / old['elementwise_gigabytes']:.0f} % of its bytes")
+        print(f"  {mode}: {one['launches']:.0f} launches, {one['elementwise_gigabytes']:.0f} GB beside products and "
               f"attention; the optimizer {one['optimizer_gigabytes']:.0f} GB a step")
-        print("    " + ", ".join(f"{part} {tally['gigabytes']:.1f} GB ({tally['launches']})"
+        print("    " + ", ".join(f"{part} {tally['gigabytes']:.1f} GB ({tally['launches']:.0f})"
                                  for part, tally in one["parts"].items()))
         for name, card in one["cards"].items():
             print(f"    {name}: " + ", ".join(f"{part} {value:.0f} ms" for part, value in card["milliseconds"].items())
@@ -342,9 +384,10 @@ def main() -> None:
         found.append(report(config, arguments.documents))
         show(found[-1])
     print("\nAssumed: " + "; ".join(
-        f"{name}: peak {card.peak / 1e12:.0f}, products {card.products / 1e12:.0f}, attention "
-        f"{card.attention[0] / 1e12:.0f} forward and {card.attention[1] / 1e12:.0f} TFLOP/s backward, "
-        f"{card.bandwidth / 1e12:.2f} TB/s" for name, card in CARDS.items()))
+        f"{name}: peak {card.peak / 1e12:.0f}, products {card.products / 1e12:.0f}, attention forward and backward "
+        f"{card.tokens[0] / 1e12:.0f} and {card.tokens[1] / 1e12:.0f} over tokens, {card.concepts[0] / 1e12:.0f} and "
+        f"{card.concepts[1] / 1e12:.0f} TFLOP/s over concepts, {card.bandwidth / 1e12:.2f} TB/s"
+        for name, card in CARDS.items()))
     RESULTS.write_text(json.dumps({"torch": torch.__version__, "configurations": found}, indent=1) + "\n")
 
 

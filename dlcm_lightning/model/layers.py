@@ -181,7 +181,9 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments, backend: str) -> Tensor:
         """x (T, W), segments over T -> (T, W)."""
-        angles = rotation(segments.positions(x.shape[0]), self.head_dim, self.rope_base, x.dtype)
+        size, width, base, dtype = x.shape[0], self.head_dim, self.rope_base, x.dtype
+        angles = segments.once((rotation, size, width, base, dtype), lambda: rotation(
+            segments.positions(size), width, base, dtype))  # stacks over one axis turn alike
         delta: Tensor | None = None
         for layer in self.layers:
             x, delta = layer(x, delta, segments, angles, backend)

@@ -24,22 +24,23 @@ from torch import Tensor
 BLOCK = 64
 
 
-def _scan(a: Tensor, x: Tensor) -> Tensor:
+def _scan(a: Tensor, x: Tensor, ones: Tensor | None = None) -> Tensor:
+    """ones: (BLOCK, BLOCK), below the diagonal zeros; the same for every level."""
     size, width = x.shape
     if size == 0:
         return x.clone()
     blocks = -(-size // BLOCK)
-    padding = blocks * BLOCK - size
-    a = F.pad(a, (0, padding)).view(blocks, BLOCK)
-    x = F.pad(x, (0, 0, 0, padding)).view(blocks, BLOCK, width)
+    if padding := blocks * BLOCK - size:
+        a, x = F.pad(a, (0, padding)), F.pad(x, (0, 0, 0, padding))
+    a, x = a.reshape(blocks, BLOCK), x.reshape(blocks, BLOCK, width)
 
     # decay[b, i, j] = a_{j+1} ... a_i for i >= j: ones up to the diagonal, then the running product down each column.
-    later = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=x.device).tril(-1)
-    decay = torch.where(later, a[:, :, None], 1.0).cumprod(1).tril()
+    ones = x.new_ones(BLOCK, BLOCK).triu() if ones is None else ones
+    decay = torch.where(ones == 0, a[:, :, None], ones).cumprod(1).tril()
     inner = decay @ x  # (blocks, BLOCK, width)
     if blocks > 1:
         entering = a.cumprod(1)  # (blocks, BLOCK) what is left, at each position, of the block before
-        carry = _scan(entering[:-1, -1], inner[:-1, -1])  # (blocks - 1, width) y at each block's last position
+        carry = _scan(entering[:-1, -1], inner[:-1, -1], ones)  # (blocks - 1, width) y at each block's last position
         inner[1:] += entering[1:, :, None] * carry[:, None, :]
     return inner.view(blocks * BLOCK, width)[:size]
 

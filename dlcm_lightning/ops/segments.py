@@ -18,11 +18,16 @@ Axes: T tokens, N segments, M concepts.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,28 @@ class Segments:
 
     def ids(self, size: int) -> Tensor:
         """(size,) int64: the piece each position lies in; `size` is the length of the axis, known on the host."""
-        pieces = torch.arange(len(self), device=self.cu_seqlens.device)
-        return pieces.repeat_interleave(self.lengths(), output_size=size)
+        def make() -> Tensor:
+            pieces = torch.arange(len(self), device=self.cu_seqlens.device)
+            return pieces.repeat_interleave(self.lengths(), output_size=size)
+
+        return self.once(("ids", size), make)
 
     def positions(self, size: int) -> Tensor:
         """(size,) int64: offset of each position within its piece."""
-        return torch.arange(size, device=self.cu_seqlens.device) - self.cu_seqlens.long()[self.ids(size)]
+        return self.once(("positions", size), lambda: (
+            torch.arange(size, device=self.cu_seqlens.device) - self.cu_seqlens.long()[self.ids(size)]))
+
+    def once(self, what: Hashable, make: Callable[[], T]) -> T:
+        """What follows from the partition alone, made when it is first asked for. Whoever has it must not change it."""
+        what = what, torch.is_inference_mode_enabled()  # whose tensors no backward takes
+        if what not in self._made:
+            self._made[what] = make()
+        found: T = self._made[what]
+        return found
+
+    @functools.cached_property
+    def _made(self) -> dict[Hashable, Any]:
+        return {}
 
 
 class HostNumber:
