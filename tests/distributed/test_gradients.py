@@ -65,6 +65,10 @@ class Together:
                       for strategy in STRATEGIES for mode in ("selective", "full")}
             tasks["zero3-offload"] = task("zero3", 3, offload=True)
             tasks["fsdp2-replicas"] = task("fsdp2", 3, shard_ranks=1)
+            tasks |= {f"{strategy}-bf16": Task("gradients", step_config(
+                self.config, ranks, 3, strategy=strategy, precision="bf16")) for strategy in STRATEGIES}
+            tasks["fsdp2-replicas-bf16"] = Task("gradients", step_config(
+                self.config, ranks, 3, strategy="fsdp2", precision="bf16", shard_ranks=1))
         if ranks == 4:
             tasks["fsdp2-replicas"] = task("fsdp2", 3, shard_ranks=2)
         if ranks == 2:
@@ -160,6 +164,19 @@ def test_cutting_over_some_ranks_and_repeating_on_others_changes_no_gradient(
     alone: dict[bool, Found], together: Together, ranks: int
 ) -> None:
     assert deviation(together[ranks]["fsdp2-replicas"], alone[True]) < EXACT
+
+
+@pytest.mark.parametrize("name", [f"{name}-bf16" for name in (*STRATEGIES[1:], "fsdp2-replicas")])
+def test_gradients_in_bf16_are_those_of_ddp(alone: dict[bool, Found], together: Together, name: str) -> None:
+    """Of the first step, whose decisions are the same to the last token. fsdp2 gathers the matrices of blocks in bf16,
+    and a micro-batch's gradient of theirs comes in bf16, as it does under the other strategies on a CPU; all are added
+    up in fp32."""
+    found, expected = together[2][name], together[2]["ddp-bf16"]
+    assert found["0/rate"] == expected["0/rate"] and found["0/norm"] != alone[True]["0/norm"]
+    assert all(found[f"0/{where}"].dtype == torch.float32 for where in gradients_of(found, 0))
+    error, where = worst(found, expected, 0)
+    print(name, error, where)
+    assert error < ROUNDED, where
 
 
 @pytest.mark.parametrize("mutant", PLANTED)
