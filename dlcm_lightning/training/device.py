@@ -32,6 +32,7 @@ def choose_device(world: World = World()) -> torch.device:  # noqa: B008 - froze
         return torch.device("cpu")
     where = gpu_of(world.local_rank, world.local_size, world.here)
     torch.cuda.set_device(where)
+    torch.cuda.init()  # torch's meshes choose a device of their own where nobody has used one yet
     return where
 
 

@@ -19,12 +19,19 @@ import torch
 
 from dlcm_lightning.checkpoint.folder import Checkpoint, Manifest
 from dlcm_lightning.cluster.local import LocalRanks
-from dlcm_lightning.compose import save_config
+from dlcm_lightning.compose import load_config, save_config
 from dlcm_lightning.config import BoundaryConfig, Config, DataConfig, OptimConfig, TrainConfig
-from dlcm_lightning.errors import STOPPED
+from dlcm_lightning.errors import STOPPED, RunError
 from dlcm_lightning.export.portable import export, load_state
 from dlcm_lightning.run_directory import folders
-from dlcm_lightning.training.verify_resume import Verdict, compare, lines_of, verify_resume
+from dlcm_lightning.training.verify_resume import (
+    BYTES_A_SECOND,
+    Attempt,
+    Verdict,
+    compare,
+    lines_of,
+    verify_resume,
+)
 from tests.conftest import MODEL
 from tests.distributed.conftest import ROOT, STRATEGIES
 
@@ -198,6 +205,22 @@ def test_a_run_that_leaves_the_number_of_processes_open_is_proved_on_one(config:
     assert base.train.devices == base.train.nodes == 0
     verdict = verify_resume(base, tmp_path / "proof", kills=1, seed=1, log=lambda _: None)
     assert verdict.good and verdict.ranks == 1 and verdict.attempts == 2, verdict.table()
+
+
+def test_deadlines_and_room_follow_the_size_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """28 GB a checkpoint are not written and hashed in the time that a small one takes, nor have they room anywhere."""
+    small, large = (load_config(f"configs/run/{name}.yaml", ["train.compile=false"]) for name in ("smoke", "proof_2b"))
+    once = 2 * 28e9 / BYTES_A_SECOND  # written and read
+    assert Attempt(large, tmp_path).start_seconds > Attempt(small, tmp_path).start_seconds + 0.99 * once
+    compiled = replace(large, train=replace(large.train, compile=True))
+    assert Attempt(compiled, tmp_path).start_seconds > Attempt(large, tmp_path).start_seconds
+    often, rarely = (Attempt(replace(large, train=replace(large.train, checkpoint_every_steps=every)), tmp_path)
+                     for every in (4, 24))
+    assert often.seconds - rarely.seconds > 0.99 * (50 // 4 - 50 // 24) * once
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: shutil._ntuple_diskusage(10**12, 0, 168 * 10**9))
+    monkeypatch.setattr(Attempt, "finish", lambda self: pytest.fail("it has begun"))
+    with pytest.raises(RunError, match=r"GB for"):
+        verify_resume(large, tmp_path / "proof", kills=2, seed=1, log=lambda _: None)
 
 
 def differing(run: Path, straight: Path) -> set[str]:

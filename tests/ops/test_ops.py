@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlcm_lightning.ops import attention as attention_module
+from dlcm_lightning.ops import cross_entropy
 from dlcm_lightning.ops.attention import BACKENDS, attention, choose_backend
 from dlcm_lightning.ops.cross_entropy import linear_cross_entropy
 from dlcm_lightning.ops.pool_and_replicate import mean_pool, replicate
@@ -166,6 +167,22 @@ def test_chunked_cross_entropy_equals_the_whole_one(chunk: int, monkeypatch: pyt
         close(mine, theirs)
     with torch.no_grad():
         close(linear_cross_entropy(hidden, weight, targets, 0.7)[0], expected)
+
+
+@pytest.mark.parametrize("multiple", [8, 16])
+def test_columns_that_pad_the_vocabulary_change_nothing(multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 ids among 16 columns, as a GPU has 128,815 among 128,896."""
+    hidden, weight = random(150, 6), random(11, 6, seed=1)
+    targets = torch.randint(0, 11, (150,), generator=GENERATOR.manual_seed(2))
+    targets[::5] = -100
+    plain = linear_cross_entropy(hidden, weight, targets, 0.7)
+    expected = torch.autograd.grad(plain[0], (hidden, weight))
+    monkeypatch.setitem(cross_entropy.VOCABULARY_MULTIPLE, "cpu", multiple)
+    assert cross_entropy.padded_vocabulary(11, torch.device("cpu")) == 16
+    padded = linear_cross_entropy(hidden, weight, targets, 0.7)
+    assert torch.equal(padded[1], plain[1])
+    for one, other in zip(torch.autograd.grad(padded[0], (hidden, weight)), expected, strict=True):
+        close(one, other)
 
 
 def test_cross_entropy_never_holds_the_logits_of_the_whole_batch() -> None:

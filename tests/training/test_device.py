@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +19,14 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dlcm_lightning.cluster.world import World
 from dlcm_lightning.config import Config, ConfigError, ModelConfig, TrainConfig
 from dlcm_lightning.flops import training_flops_per_token
 from dlcm_lightning.ops import attention
 from dlcm_lightning.training import device as device_module
-from dlcm_lightning.training import loop
+from dlcm_lightning.training import loop, rendezvous
 from dlcm_lightning.training import run as run_module
 from dlcm_lightning.training.contract import check_trainer
 from dlcm_lightning.training.device import choose_device, resolve_precision
@@ -39,11 +42,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[torch.device]]:
-    """Claims so many GPUs. Returns the devices that were made current, by torch's own rule for what can be one."""
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Any]]:
+    """Claims so many GPUs. Returns the devices that were made current, by torch's own rule for what can be one, and
+    "used" where CUDA was begun."""
 
-    def claim(count: int) -> list[torch.device]:
-        current: list[torch.device] = []
+    def claim(count: int) -> list[Any]:
+        current: list[Any] = []
 
         def set_device(where: Any) -> None:
             torch.cuda._utils._get_device_index(where)  # as torch.cuda.set_device asks for it
@@ -53,6 +57,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[torch.device]]
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "set_device", set_device)
+        monkeypatch.setattr(torch.cuda, "init", lambda: current.append("used"))
         return current
 
     return claim
@@ -62,23 +67,23 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[torch.device]]
     (1, 0, 1, 0), (8, 0, 1, 0), (8, 5, 8, 5), (8, None, None, 0), (1, 3, 4, 0),  # each task sees its own
 ])
 def test_a_process_has_the_gpu_of_its_place_by_its_index(
-        gpus: Callable[[int], list[torch.device]], run_config: Config, visible: int, local_rank: int | None,
+        gpus: Callable[[int], list[Any]], run_config: Config, visible: int, local_rank: int | None,
         local_size: int | None, index: int) -> None:
     current = gpus(visible)
     where = choose_device(World("variables", local_rank or 0, local_size or 1, local_rank, local_size))
-    assert where == torch.device("cuda", index) and current == [where]
+    assert where == torch.device("cuda", index) and current == [where, "used"]
     for ranks in (1, 2):
         engine: Any = choose_strategy(replace(run_config.train, devices=ranks), where)
         assert torch.cuda._utils._get_device_index(engine.root_device) == index, "Lightning makes it current"
 
 
-def test_more_processes_than_gpus_are_refused(gpus: Callable[[int], list[torch.device]]) -> None:
+def test_more_processes_than_gpus_are_refused(gpus: Callable[[int], list[Any]]) -> None:
     gpus(2)
     with pytest.raises(ConfigError, match="is process 3 of 4 on this node and sees 2 GPUs"):
         choose_device(World("torchrun", 3, 4, 3, 4))
 
 
-def test_the_cpu_is_taken_where_it_is_asked_for(gpus: Callable[[int], list[torch.device]],
+def test_the_cpu_is_taken_where_it_is_asked_for(gpus: Callable[[int], list[Any]],
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     current = gpus(2)
     monkeypatch.setenv("DLCM_DEVICE", "cpu")
@@ -142,6 +147,53 @@ def test_auto_takes_what_torch_compile_makes_only_where_that_is_asked_for(monkey
     assert attention.choose_backend("auto", gpu, torch.bfloat16, compiled=True) == "flex"
     assert attention.choose_backend("auto", gpu, torch.bfloat16, compiled=True, begun="varlen") == "varlen"
     assert attention.choose_backend("auto", gpu, torch.float32, compiled=True) == "sdpa"
+
+
+@pytest.mark.parametrize("peak", [4e9, None], ids=["a known card", "an unknown one"])
+def test_the_share_of_the_peak_stands_wherever_people_look(
+        run_config: Config, peak: float | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a card that nobody knows, only the share of what it multiplies at best."""
+    monkeypatch.setattr(run_module, "peak_flops", lambda *_: peak)
+    monkeypatch.setattr(run_module, "matrix_product_rate", lambda *_: 2e9)
+    said: list[str] = []
+    report = pretrain(run_config, said.append)
+    assert report.speed is not None
+    run = Path(run_config.train.output_dir) / run_config.name
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    events = EventAccumulator(str(run))
+    events.Reload()
+    stored = json.loads((run / "report.json").read_text())["speed"]
+    bar, words = capsys.readouterr().err, "\n".join(said)
+    for line in trained:
+        rate = line["tokens_per_second"] * report.speed.flops_per_token
+        assert line["share_of_product_rate"] == pytest.approx(rate / 2e9, rel=0.2), "FLOPs follow each line's concepts"
+        assert line.get("mfu") == (pytest.approx(line["share_of_product_rate"] / 2) if peak else None)
+    tags = events.Tags()["scalars"]
+    assert "train_system/share_of_product_rate" in tags and ("train_system/mfu" in tags) is bool(peak)
+    assert "share=" in bar and ("mfu=" in bar) is bool(peak)
+    assert "matrix-product rate" in words and ("MFU" in words) is bool(peak)
+    assert stored["matrix_product_rate"] == 2e9 and report.speed.mfu == (
+        pytest.approx(report.speed.share / 2) if peak else None)
+
+
+def test_the_end_after_an_error_waits_for_nobody_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking a group down waits for the device, and so for peers that may have gone."""
+    taken_down: list[int] = []
+    monkeypatch.setattr(rendezvous.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(rendezvous.dist, "destroy_process_group", lambda: taken_down.append(1))
+    for on_a_gpu, expected in ((True, 0), (False, 1)):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda on_a_gpu=on_a_gpu: on_a_gpu)
+        taken_down.clear()
+        try:
+            raise RuntimeError
+        except RuntimeError:
+            rendezvous.leave_group()
+        assert len(taken_down) == expected
+        taken_down.clear()
+        rendezvous.leave_group()
+        assert taken_down == [1], "without an error it is taken down anywhere"
 
 
 def test_a_peak_is_that_of_the_card_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
