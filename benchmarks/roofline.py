@@ -211,6 +211,7 @@ def as_compiled(counting: Counting) -> Kernels:
         return lambda *arguments: _Whole.apply(counting, part, launches, function, *arguments)
 
     def softmax_gradient(logits: Tensor, targets: Tensor, scale: float, differentiate: bool) -> Tensor:
+        counting.count.add("head", [targets, targets, targets, targets], 2)  # each one's own logit
         counting.count.add("head", [logits, targets])  # maximum and sum
         counting.count.add("head", [logits, logits])  # read, and overwritten by the gradient
         with counting.quiet():
@@ -264,6 +265,9 @@ def count_step(config: Config, compiled: bool, documents: str) -> tuple[Count, C
         return out
 
     attend = {"meta": lambda query, key, value, _: _Attention.apply(counting, query, key, value)}
+    def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+        counting.count.add("products", [total, left, right, total])
+
     with contextlib.ExitStack() as stack:
         # What a shape cannot say is put in: the number of concepts, and what kernels and tables know of a GPU.
         stack.enter_context(patch.dict(attention_module.BACKENDS, attend))
@@ -272,6 +276,7 @@ def count_step(config: Config, compiled: bool, documents: str) -> tuple[Count, C
         stack.enter_context(patch.dict(cross_entropy.VOCABULARY_MULTIPLE,
                                        meta=cross_entropy.VOCABULARY_MULTIPLE["cuda"]))
         stack.enter_context(patch.object(linear, "WIDENING", {"meta"}))
+        stack.enter_context(patch.object(cross_entropy, "add_product", add_product))  # torch 2.12 has none on meta
         stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()))  # knows no meta
         stack.enter_context(patch.object(cross_entropy._LinearCrossEntropy, "forward", staticmethod(headed)))
         stack.enter_context(counting)

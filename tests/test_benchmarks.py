@@ -102,7 +102,7 @@ def test_a_part_that_fails_or_hangs_does_not_end_the_others(tmp_path: Path, monk
     assert {name: one["outcome"] for name, one in outcomes.items()} == said
     assert outcomes["fails"]["tail"] == ["so far"] and outcomes["passes"]["tail"] == ["done"]
     written = json.loads((tmp_path / "gpu.json").read_text())
-    assert written["parts"] == outcomes and written["about"]["torch"] == torch.__version__
+    assert written["parts"] == outcomes and torch.__version__.startswith(written["about"]["torch"])
     table = capsys.readouterr().out
     assert "no_such_module is not installed" in table and table.rindex("left") < table.rindex("passes")
 
@@ -135,6 +135,7 @@ def test_every_step_that_a_card_is_asked_for_is_another_and_composes() -> None:
     assert {"none", "selective"} <= {one.recompute for one in gpu.STEPS if one.config == gpu.DLCM and one.rows == 2}
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.11 says so once
 def test_a_step_is_measured_as_a_run_takes_it() -> None:
     config = load_config("smoke", ["data.micro_batch_size=4", "data.global_batch_size=8", "train.precision=fp32"])
     found: dict[str, Any] = measure(config, "64", steps=2, rate=lambda *_: 1e12)

@@ -70,7 +70,8 @@ def swiglu(joined: Tensor) -> Tensor:
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (T, heads, d), its halves as pairs, turned by angles (T, 1, d / 2)."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned if turned.dtype == x.dtype else turned.to(x.dtype)  # else torch 2.11 gives it no gradient
 
 
 def _parts(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,13 +121,15 @@ def softmax_gradient(logits: Tensor, targets: Tensor, scale: float, differentiat
     return torch.where(counted, total.squeeze(1).log() - shifted, 0.0)
 
 
-def softmax_gradient_in_two_passes(logits: Tensor, targets: Tensor, scale: float, differentiate: bool) -> Tensor:
-    """The same as it compiles best: one pass over the logits for maximum and sum, one that overwrites them."""
+def softmax_gradient_in_two_passes(logits: Tensor, own: Tensor, targets: Tensor, scale: float, differentiate: bool
+                                   ) -> Tensor:
+    """The same as it compiles best: one pass over the logits for maximum and sum, one that overwrites them. own: (T, 1)
+    the logit of each target, any where there is none; gathered in here, torch 2.11 reads what was overwritten."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     counted, picked = targets >= 0, targets.clamp(min=0)[:, None]
     highest = wide.amax(-1, keepdim=True)
     total = (wide - highest).exp().sum(-1, keepdim=True)
-    shifted = (logits.gather(1, picked).to(wide.dtype) * scale - highest).squeeze(1)
+    shifted = (own.to(wide.dtype) * scale - highest).squeeze(1)
     if differentiate:
         here = torch.arange(logits.shape[1], device=logits.device) == picked
         gradient = (wide - highest).exp() / total - here.to(wide.dtype)
@@ -197,5 +200,11 @@ def compile_options() -> dict[str, Any]:
 @functools.cache
 def compiled() -> Kernels:
     """One for the whole process, as the compiler's caches are."""
+    two_passes = Compiled(softmax_gradient_in_two_passes, (0, 1, 2))
+
+    def softmax(logits: Tensor, targets: Tensor, scale: float, differentiate: bool) -> Tensor:
+        own = logits.gather(1, targets.clamp(min=0)[:, None])
+        return two_passes(logits, own, targets, scale, differentiate)
+
     return Kernels(Compiled(rms_norm, (0,)), Compiled(add_norm, (0, 1)), Compiled(swiglu, (0,)),
-                   Compiled(rotate_split, (0, 1, 2)), Compiled(softmax_gradient_in_two_passes, (0, 1)))
+                   Compiled(rotate_split, (0, 1, 2)), softmax)
