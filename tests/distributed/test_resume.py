@@ -174,7 +174,7 @@ def test_what_many_ranks_wrote_is_exported_as_it_is(config: DataConfig, tmp_path
 @pytest.mark.parametrize(("strategy", "how"), [
     pytest.param(strategy, how, marks=() if (strategy, *how) == ("ddp",) else pytest.mark.whole,
                  id="-".join([strategy, *how]))
-    for strategy in STRATEGIES for how in ((), ("compiled",), ("compiled", "bf16"))])
+    for strategy in STRATEGIES for how in ((), ("compiled", "bf16"))])
 def test_kills_and_signals_change_nothing(config: DataConfig, tmp_path: Path, strategy: str, how: tuple[str, ...]
                                           ) -> None:
     """Each kind of disturbance of `dlcm verify-resume`, two micro-batches a step. Three processes: the sum of two
@@ -182,10 +182,11 @@ def test_kills_and_signals_change_nothing(config: DataConfig, tmp_path: Path, st
     base = long_config(config, tmp_path, "base", strategy=strategy, devices=3, compile="compiled" in how)
     if "bf16" in how:
         base = replace(base, train=replace(base.train, precision="bf16"))
-    verdict = verify_resume(base, tmp_path / "proof", kills=6, seed=1, log=lambda _: None)
+    kills = 3 if how else 6  # every life compiles
+    verdict = verify_resume(base, tmp_path / "proof", kills=kills, seed=1, log=lambda _: None)
     assert verdict.good, verdict.table()
-    assert verdict.attempts == 7 and verdict.micro_batches == 2
-    assert sum(verdict.disturbances.values()) >= 4, verdict.table()
+    assert verdict.attempts == kills + 1 and verdict.micro_batches == 2
+    assert sum(verdict.disturbances.values()) >= kills - 2, verdict.table()
     assert verdict.compared["weight"] > 20 and verdict.compared["steps logged"] == verdict.steps
     assert verdict.compared["learning rates"] > verdict.compared["gradient norms"] == verdict.steps
     found = json.loads((tmp_path / "proof" / "verify-resume.json").read_text())
