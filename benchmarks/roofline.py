@@ -242,8 +242,8 @@ class _Attention(torch.autograd.Function):
 
 def count_step(config: Config, compiled: bool, documents: str) -> tuple[Count, Count]:
     """Of a micro-batch, forward and backward, on average over an optimizer step; and of clipping and optimizer."""
-    batch = synthetic_batch(config, documents, 0)
-    tokens = batch.stream.shape[0] * batch.sequence_length
+    batches = [synthetic_batch(config, documents, number) for number in range(config.micro_batches)]
+    tokens = batches[0].stream.shape[0] * batches[0].sequence_length
     model: LanguageModel = assemble(config.model, torch.bfloat16, "meta", config.train.recompute).to("meta")
     module = PretrainModule(config, torch.bfloat16, "meta", torch.ones(config.model.vocab_size, dtype=torch.int64))
     module.model = model
@@ -255,7 +255,7 @@ def count_step(config: Config, compiled: bool, documents: str) -> tuple[Count, C
             part.kernels = kernels
     copies = model.keep_low_copies()
     concepts = round(tokens / config.model.boundary.target_ratio)
-    there = batch.to("meta")
+    there = [batch.to("meta") for batch in batches]
     head = cross_entropy._LinearCrossEntropy.forward
 
     def headed(*arguments: Any) -> Any:
@@ -281,7 +281,7 @@ def count_step(config: Config, compiled: bool, documents: str) -> tuple[Count, C
         stack.enter_context(patch.object(cross_entropy._LinearCrossEntropy, "forward", staticmethod(headed)))
         stack.enter_context(counting)
         for number in range(config.micro_batches):
-            module.training_step(there, number).backward()
+            module.training_step(there[number], number).backward()
         micro_batch, counting.count = counting.count.share(config.micro_batches), Count()
         parameters = [one for one in model.parameters() if one.grad is not None]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -323,7 +323,8 @@ def report(config: Config, documents: str) -> dict[str, Any]:
     tokens = config.data.micro_batch_size * config.data.sequence_length
     useful = training_flops_per_token(config.model, document) * tokens
     found: dict[str, Any] = {"name": config.name, "rows": config.data.micro_batch_size, "documents": documents,
-                             "recompute": config.train.recompute, "useful_flops": useful}
+                             "recompute": config.train.recompute, "micro_batches": config.micro_batches,
+                             "useful_flops": useful}
     forward = forward_flops(config.model, document)
     found["flops"] = {part: 3 * tokens * getattr(forward, part)
                       for part in ("body", "connections", "unembedding", "attention_maps")}
@@ -344,10 +345,10 @@ def report(config: Config, documents: str) -> dict[str, Any]:
 
 
 def before(found: dict[str, Any]) -> dict[str, Any] | None:
-    """The same at commit d598d5c, where it was counted."""
-    alike = found["name"] == "dlcm_2b_1t" and found["documents"] == "8192" and found["recompute"] == "none"
-    rows: dict[str, Any] = json.loads(BEFORE.read_text())["rows"]
-    return rows.get(str(found["rows"])) if alike else None
+    """The same at commit d598d5c, where it was counted: that configuration, in steps of four micro-batches."""
+    counted: dict[str, Any] | None = json.loads(BEFORE.read_text())["rows"].get(str(found["rows"]))
+    same = ("documents", "recompute", "micro_batches", "useful_flops")
+    return counted if counted is not None and all(counted[name] == found[name] for name in same) else None
 
 
 def show(found: dict[str, Any]) -> None:

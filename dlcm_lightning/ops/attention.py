@@ -47,10 +47,11 @@ SHORT = 1024
 
 
 def _optional(module: str, name: str) -> Callable[..., Any] | None:
-    """A function of an optional package, or None where it cannot be imported."""
+    """A function of an optional package, or None where it cannot be imported, for whatever reason: packages that
+    compile themselves meet versions of others that they were not made for."""
     try:
         return getattr(importlib.import_module(module), name, None)
-    except ImportError:
+    except Exception:
         return None
 
 
@@ -84,11 +85,12 @@ class FlashAttention:
         return out[0] if isinstance(out, tuple) else out  # with the logarithms of the sums
 
 
-AMPERE_AND_LATER = range(8, 13)
+AMPERE, NEWEST = 8, 100
+"""Major compute capabilities; torch's own kernels come with new cards."""
 FLASH: dict[str, FlashAttention] = {
     "flash4": FlashAttention("flash-attn-4", "flash_attn.cute", range(9, 12)),
     "flash3": FlashAttention("flash-attn-3", "flash_attn_interface", range(8, 10)),
-    "flash": FlashAttention("flash-attn", "flash_attn", AMPERE_AND_LATER),
+    "flash": FlashAttention("flash-attn", "flash_attn", range(AMPERE, 13)),
 }
 
 
@@ -227,9 +229,10 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
         if backend not in FLASH and _torch_varlen is None:
             return "this torch has no torch.nn.attention.varlen"
         has = torch.cuda.get_device_capability(device)
-        needs = FLASH[backend].capabilities if backend in FLASH else AMPERE_AND_LATER
+        needs = FLASH[backend].capabilities if backend in FLASH else range(AMPERE, NEWEST)
         if has[0] not in needs:
-            return f"it needs compute capability {needs[0]} to {needs[-1]}, this card has {has[0]}.{has[1]}"
+            most = f" to {needs[-1]}" if needs[-1] < NEWEST - 1 else " or more"
+            return f"it needs compute capability {needs[0]}{most}, this card has {has[0]}.{has[1]}"
     return None
 
 

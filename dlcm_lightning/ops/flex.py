@@ -111,7 +111,8 @@ class Flex:
             self._mask = segments.cu_seqlens, causal_within(segments, query.shape[0])
         q, k, v = (one.transpose(0, 1)[None] for one in (query, key, value))
         differentiates = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
-        kind = (differentiates, *((one.shape, one.stride(), one.dtype, one.device) for one in (q, k, v)))
+        kind = (differentiates, torch.is_inference_mode_enabled(),
+                *((one.shape, one.stride(), one.dtype, one.device) for one in (q, k, v)))
         if (run := self._graphs.get(kind)) is None:
             run = self._graphs[kind] = torch.compile(copy_of(_attend), fullgraph=True, dynamic=False,
                                                      options=compile_options())

@@ -181,10 +181,10 @@ def state_bytes(strategy: Strategy, ranks: int, micro_batches: int) -> float:
 
 
 def _gathered(model: ModelConfig, strategy: Strategy) -> float:
-    """fsdp2 gathers what is outside of blocks, embedding and head for the whole forward, and beside it the head or two
-    blocks at a time, each with its gradient: of 8 bytes a parameter in fp32, and as many where a block is gathered in
-    bf16, whose gradient is then there in bf16 and, to be reduced, in fp32. zero3 gathers by block what it needs, within
-    its own bound: what is outside of blocks, and two of them."""
+    """Under fsdp2 the few matrices outside of blocks, embedding and head are there for the whole forward, and beside
+    them the head (or the embedding, which is as large) or two blocks, each with its gradient: 8 bytes a parameter in
+    fp32, and as many where a block is gathered in bf16, whose gradient is then there in bf16 and, to be reduced, in
+    fp32. zero3 gathers by block what it needs, within its own bound: what is outside of blocks, and two of them."""
     if strategy in ("zero1", "zero2"):
         return 2 * BUCKET_BYTES
     if strategy == "ddp":

@@ -37,10 +37,11 @@ def saved_arithmetic(model: LanguageModel) -> dict[str, str]:
 
 def keep_arithmetic(checkpoint: Mapping[str, Any], model: LanguageModel, config: Config, device: torch.device, *,
                     dtype_is_open: bool, backend_is_open: bool, continues: bool) -> None:
-    """Puts a model to what a checkpoint was trained with, where the configuration leaves it open.
+    """Sets `model.compute_dtype` and `model.backend` to what a checkpoint was trained with, where the configuration
+    leaves them open.
 
-    continues: whether training goes on; what only reads weights may attend with another kernel. ConfigError: it is not
-    open, or cannot run here, and is another.
+    device: that it will compute on. continues: whether training goes on; what only reads weights may attend with
+    another kernel. ConfigError: it is not open, or cannot run here, and is another.
     """
     step, begun = checkpoint["global_step"], BY_NAME[checkpoint["compute_dtype"]]
     if config.train.precision == "auto" and dtype_is_open:

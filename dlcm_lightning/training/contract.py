@@ -83,10 +83,10 @@ def check_trainer(trainer: Trainer, config: Config, fitting: bool) -> Config:
         raise ConfigError(f"Trainer(precision={trainer.precision!r}): the model casts what it multiplies by "
                           f"train.precision = {config.train.precision!r}; leave the Trainer at '32-true'")
     config = with_ranks(trainer, config)
-    if (precision := torch.get_float32_matmul_precision()) != "highest" and strategy.root_device.type == "cuda":
-        rank_zero_warn(f"torch.get_float32_matmul_precision() is {precision!r}, which would decide boundaries in TF32; "
-                       "it is set to 'highest'")
-        torch.set_float32_matmul_precision("highest")
+    if strategy.root_device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        rank_zero_warn("torch.backends.cuda.matmul.allow_tf32 is True, which would decide boundaries in TF32; it is "
+                       "set to False")
+        torch.backends.cuda.matmul.allow_tf32 = False
     if fitting:
         _check_steps(trainer, config)
         _check_length(trainer, config)

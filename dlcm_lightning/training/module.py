@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -129,8 +130,7 @@ class PretrainModule(LightningModule):
         """Makes `model`, where the strategy wants it to be made. A second call does nothing."""
         if "model" in self._modules:
             return
-        trainer = self._trainer
-        device = trainer.strategy.root_device if trainer is not None else self.device
+        trainer, device = self._trainer, self._where
         dtype, backend = choose_arithmetic(self.config, device, trainer, self._compute_dtype, self._backend)
         train = self.config.train
         make = partial(assemble, self.config.model, dtype, backend, train.recompute, train.compile)
@@ -155,6 +155,11 @@ class PretrainModule(LightningModule):
     def device(self) -> torch.device:
         """Where its buffers are. Lightning's own answer is not told of a model that ZeRO-3 has cut."""
         return self.previous_counts.device
+
+    @property
+    def _where(self) -> torch.device:
+        """Where it will compute: Lightning moves what is not the model's own there later than it loads a checkpoint."""
+        return self._trainer.strategy.root_device if self._trainer is not None else self.device
 
     @property
     def boundary(self) -> BoundaryConfig | None:
@@ -255,10 +260,11 @@ class PretrainModule(LightningModule):
         self.after_step()
 
     def check_norms(self) -> None:
-        """RunError: the gradient of a step since the last call was not finite. Waits for the device."""
-        norms, self._norms = self._norms, None
-        if norms is not None:
-            check_finite(norms.item(), self.trainer.global_step)
+        """RunError: the gradient of a step since the last call that raised nothing was not finite. Waits for the
+        device."""
+        if self._norms is not None:
+            check_finite(self._norms.item(), self.trainer.global_step)
+        self._norms = None
 
     @property
     def _to_loggers(self) -> bool | None:
@@ -275,7 +281,7 @@ class PretrainModule(LightningModule):
         self._check_begun()
         follow(self.trainer, self.config)
         self.refused = ""
-        self.counts = self.next_counts = self.step_sums = None
+        self.counts = self.next_counts = self.step_sums = self._norms = None
         strategy = self.trainer.strategy
         uses = self.config.micro_batches > 1 or self.config.train.recompute != "none"  # more than one of each weight
         if uses and isinstance(strategy, FullStateStrategy) and strategy.weights_stay:
@@ -284,6 +290,7 @@ class PretrainModule(LightningModule):
             self.model.prime(self.config.data.micro_batch_size * self.config.data.sequence_length, self.device)
 
     def on_train_end(self) -> None:
+        self.check_norms()
         self.low_copies = None
         self.model.drop_low_copies()
 
@@ -375,9 +382,9 @@ class PretrainModule(LightningModule):
         if self._trainer is not None:
             before = config_from(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["config"])
             check_same_configuration(before, self.config, step, f"the checkpoint of step {step}")
-        keep_arithmetic(checkpoint, self.model, self.config, self.device, dtype_is_open=self._compute_dtype is None,
+        keep_arithmetic(checkpoint, self.model, self.config, self._where, dtype_is_open=self._compute_dtype is None,
                         backend_is_open=self._backend is None,
-                        continues=self._trainer is not None and self._trainer.state.fn == "fit")
+                        continues=self._trainer is not None and self._trainer.state.fn is TrainerFn.FITTING)
 
     @torch.no_grad()
     def after_step(self) -> None:

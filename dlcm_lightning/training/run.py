@@ -103,7 +103,7 @@ def build_trainer(config: Config, where: torch.device, engine: FullStateStrategy
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        deterministic=True,
+        deterministic=True,  # Lightning's own default would turn it off
     )
     install(trainer, config.total_steps)
     return trainer

@@ -114,7 +114,11 @@ def test_auto_prefers_torch_then_the_newest_that_the_card_can_run(install: Calla
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     install(*FLASH)
     assert choose_backend("auto", GPU, torch.bfloat16) == "varlen"
+    install(*FLASH, capability=(13, 0))
+    assert choose_backend("auto", GPU, torch.bfloat16) == "varlen", "which comes with torch, for cards of its time"
     monkeypatch.setattr(attention, "_torch_varlen", None)
+    install(*FLASH, capability=(13, 0))
+    assert choose_backend("auto", GPU, torch.bfloat16) == "sdpa", "which any card runs"
     for capability, expected in (((10, 0), "flash4"), ((9, 0), "flash4"), ((8, 6), "flash3"), ((12, 0), "flash"),
                                  ((7, 5), "sdpa")):
         install(*FLASH, capability=capability)
@@ -134,8 +138,9 @@ def test_what_cannot_run_is_refused_with_the_reason(install: Callable[..., Told]
     with pytest.raises(ConfigError, match=r"flash4'.*needs compute capability 9 to 11, this card has 12\.0"):
         choose_backend("flash4", GPU, torch.bfloat16)
     install(*FLASH, capability=(7, 0))
-    assert all(why_not(name, GPU, torch.bfloat16) == "it needs compute capability 8 to 12, this card has 7.0"
-               for name in ("flex", "varlen", "flash"))
+    assert all(why_not(name, GPU, torch.bfloat16) == "it needs compute capability 8 or more, this card has 7.0"
+               for name in ("flex", "varlen"))
+    assert why_not("flash", GPU, torch.bfloat16) == "it needs compute capability 8 to 12, this card has 7.0"
     assert choose_backend("auto", GPU, torch.bfloat16, compiled=True) == "sdpa", "which any card runs"
 
 

@@ -278,9 +278,9 @@ def test_a_run_multiplies_fp32_in_fp32(run_config: Config, sloppy: None) -> None
 def test_a_plain_trainer_on_a_gpu_is_told_to(run_config: Config, sloppy: None) -> None:
     engine = SingleDeviceStrategy(torch.device("cuda", 0))
     trainer: Any = SimpleNamespace(strategy=engine, precision="32-true", world_size=1, num_nodes=1)
-    with pytest.warns(UserWarning, match="is 'high', which would decide boundaries in TF32"):
+    with pytest.warns(UserWarning, match="allow_tf32 is True, which would decide boundaries in TF32"):
         check_trainer(trainer, run_config, fitting=False)
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_the_command_keeps_tf32_out_of_the_processes_that_it_starts() -> None:

@@ -181,6 +181,9 @@ class Watched(Callback):
         elif batch_idx == self.after:
             self.waits.__exit__()
 
+    def on_exception(self, *_: Any) -> None:
+        self.waits.__exit__()
+
 
 def places_of_a_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Of two optimizer steps of two micro-batches between two lines of the log, in a whole run, its attention by

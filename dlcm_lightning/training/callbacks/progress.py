@@ -37,7 +37,7 @@ class Progress(Callback):
             shown["tok/s"] = f"{latest['tokens_per_second']:,.0f}"
             for name, short in (("mfu", "mfu"), ("share_of_product_rate", "share")):
                 if name in latest:
-                    shown[short] = f"{100 * latest[name]:.0f} %"
+                    shown[short] = f"{100 * latest[name]:.1f} %"
             self.bar.set_postfix(shown, refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
 

@@ -52,8 +52,8 @@ class DdpStrategy(DDPStrategy, TorchStateStrategy):
             parameter.grad = None
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        """Lightning makes it under another stream, which every gradient would then be added on: an event a parameter,
-        and memory that waits for them (Lightning 2.6; its later versions do not)."""
+        """Lightning 2.6 makes it under another stream, which every gradient would then be added on: an event a
+        parameter, and memory that waits for them."""
         return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
     def construct(self, assemble: Callable[[], LanguageModel], fill: Fill) -> LanguageModel:
