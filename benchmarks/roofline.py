@@ -326,8 +326,8 @@ def report(config: Config, documents: str) -> dict[str, Any]:
                              "recompute": config.train.recompute, "micro_batches": config.micro_batches,
                              "useful_flops": useful}
     forward = forward_flops(config.model, document)
-    found["flops"] = {part: 3 * tokens * getattr(forward, part)
-                      for part in ("body", "connections", "unembedding", "attention_maps")}
+    parts = ("body", "connections", "unembedding", "attention_maps")
+    found["flops"] = {part: 3 * tokens * getattr(forward, part) for part in parts}
     for mode in ("eager", "compiled"):
         micro_batch, step = count_step(config, mode == "compiled", documents)
         elementwise = micro_batch.total("products", "attention")
@@ -354,9 +354,7 @@ def before(found: dict[str, Any]) -> dict[str, Any] | None:
 def show(found: dict[str, Any]) -> None:
     print(f"\n{found['name']}, {found['rows']} rows a micro-batch, documents of {found['documents']}, recompute "
           f"{found['recompute']}: {found['useful_flops'] / 1e12:.1f} TFLOP")
-    for share, flops in found["flops"].items():
-        print(f"    {share} {flops / 1e12:.2f} TFLOP", end="")
-    print()
+    print("    " + ", ".join(f"{part} {flops / 1e12:.2f} TFLOP" for part, flops in found["flops"].items()))
     if (old := before(found)) is not None:
         print(f"  d598d5c: {old['launches']:.0f} launches, {old['elementwise_gigabytes']:.0f} GB beside products and "
               "attention")

@@ -43,7 +43,7 @@ from dlcm_lightning.training.initial_weights import filling
 from dlcm_lightning.training.lr_schedule import TokenSchedule
 from dlcm_lightning.training.metrics.numbers import metric_tensors
 from dlcm_lightning.training.metrics.sums import MetricSums, all_reduce_sums, count_lengths, counts_of, measure_batch
-from dlcm_lightning.training.optimizer import build_optimizer, check_finite
+from dlcm_lightning.training.optimizer import GradNorms, build_optimizer
 from dlcm_lightning.training.position import at_optimizer_step, check_has_begun
 from dlcm_lightning.training.rate_loss import rate_loss_surrogate
 from dlcm_lightning.training.run_lock import check_same_configuration
@@ -105,8 +105,8 @@ class PretrainModule(LightningModule):
         """(LENGTHS,) int64: concepts of this rank's last micro-batch by the number of tokens they pool."""
         self.grad_norm: Tensor = torch.zeros(())
         """() Global norm before clipping, of the last optimizer step."""
-        self._norms: Tensor | None = None
-        """() Sum of all since somebody has looked, so that one that was not finite is still seen."""
+        self.grad_norms = GradNorms()
+        """Of the steps since somebody has looked."""
         self.learning_rates: dict[str, float] = {}
         """By role, of the last optimizer step."""
         self.low_copies: LowCopies | None = None
@@ -215,7 +215,7 @@ class PretrainModule(LightningModule):
         metrics |= {f"lr_{role}": rate for role, rate in self.learning_rates.items()}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and not (self.trainer.global_step + 1) % every:
-            self.check_norms()
+            self.grad_norms.check(self.trainer.global_step)
         else:
             metrics = {name: value for name, value in metrics.items() if name in EVERY_STEP}
         self.log_dict({f"train/{name}": value for name, value in metrics.items()}, logger=self._to_loggers)
@@ -254,17 +254,10 @@ class PretrainModule(LightningModule):
         self._refresh_low_copies()
         if (norm := self._own_grad_norm) is not None:
             self.grad_norm = norm
-        self._norms = self.grad_norm if self._norms is None else self._norms.to(self.grad_norm.device) + self.grad_norm
+        self.grad_norms.add(self.grad_norm)
         if self.monitored:
             self.log("train/grad_norm", self.grad_norm, logger=self._to_loggers)
         self.after_step()
-
-    def check_norms(self) -> None:
-        """RunError: the gradient of a step since the last call that raised nothing was not finite. Waits for the
-        device."""
-        if self._norms is not None:
-            check_finite(self._norms.item(), self.trainer.global_step)
-        self._norms = None
 
     @property
     def _to_loggers(self) -> bool | None:
@@ -281,7 +274,8 @@ class PretrainModule(LightningModule):
         self._check_begun()
         follow(self.trainer, self.config)
         self.refused = ""
-        self.counts = self.next_counts = self.step_sums = self._norms = None
+        self.counts = self.next_counts = self.step_sums = None
+        self.grad_norms = GradNorms()
         strategy = self.trainer.strategy
         uses = self.config.micro_batches > 1 or self.config.train.recompute != "none"  # more than one of each weight
         if uses and isinstance(strategy, FullStateStrategy) and strategy.weights_stay:
@@ -290,7 +284,7 @@ class PretrainModule(LightningModule):
             self.model.prime(self.config.data.micro_batch_size * self.config.data.sequence_length, self.device)
 
     def on_train_end(self) -> None:
-        self.check_norms()
+        self.grad_norms.check(self.trainer.global_step)
         self.low_copies = None
         self.model.drop_low_copies()
 
@@ -362,7 +356,7 @@ class PretrainModule(LightningModule):
         """Lightning's own checkpoint: as it stands at the last whole optimizer step, computed with what."""
         trainer = self.trainer
         check_has_begun(trainer, "model" in self._modules)
-        self.check_norms()
+        self.grad_norms.check(trainer.global_step)
         checkpoint |= saved_arithmetic(self.model)
         if "loops" in checkpoint:
             micro_batches = self.config.micro_batches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dlcm_lightning.config import ModelConfig, OptimConfig
 from dlcm_lightning.errors import RunError
@@ -29,10 +29,24 @@ def build_optimizer(module: nn.Module, model: ModelConfig, optim: OptimConfig) -
     return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=fused)
 
 
-def check_finite(norm: float, step: int) -> None:
-    """norm: of the gradients of some steps, `step` the last of them. RunError: it is not finite. Weights that it has
-    reached are lost; and an engine that leaves such a step out would go on with counters that say otherwise."""
-    if not math.isfinite(norm):
-        raise RunError(f"step {step}: the norm of the gradient is {norm}; the run can go on from its newest "
-                       "checkpoint, and will come here again: begin another with lower rates (optim.lr_*) or a lower "
-                       "optim.max_grad_norm, or look at the rows of this step (dlcm data inspect)")
+class GradNorms:
+    """Global norms of gradients, of the optimizer steps since somebody has looked. Added up on the device, so that one
+    that is not finite is still seen after steps whose norms are, and nobody waits for it meanwhile."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def add(self, norm: Tensor) -> None:
+        """norm: () of a step, before clipping."""
+        self._sum = norm if self._sum is None else self._sum.to(norm.device) + norm
+
+    def check(self, step: int) -> None:
+        """step: the last that was added. Waits for the device. RunError: a norm since the last call that raised nothing
+        is not finite. Weights that such a gradient has reached are lost; and an engine that leaves the step out would
+        go on with counters that say otherwise."""
+        norm = 0.0 if self._sum is None else self._sum.item()
+        if not math.isfinite(norm):
+            raise RunError(f"step {step}: the norm of the gradient is {norm}; the run can go on from its newest "
+                           "checkpoint, and will come here again: begin another with lower rates (optim.lr_*) or a "
+                           "lower optim.max_grad_norm, or look at the rows of this step (dlcm data inspect)")
+        self._sum = None

@@ -367,7 +367,7 @@ def test_a_gradient_that_is_not_finite_ends_a_plain_fit_and_is_never_saved(
     monkeypatch.undo()
     trainer = trainer_for(run_config, tmp_path)
     fresh = PretrainModule(run_config)
-    fresh._norms = module._norms
+    fresh.grad_norms = module.grad_norms
     trainer.fit(fresh, datamodule=PretrainData(run_config))
     assert trainer.global_step == run_config.total_steps, "another fit knows nothing of it"
 

@@ -42,7 +42,7 @@ class Checkpoints(Callback):
         """Writes a checkpoint. Comes on all ranks, when one is due and when the run is asked to leave. RunError: the
         gradient of a step since the last line of the log was not finite."""
         assert self.checkpoint_manager is not None
-        module.check_norms()
+        module.grad_norms.check(trainer.global_step)
         log_step(trainer)
         for logger in trainer.loggers:
             logger.save()  # curves up to here are not written again

@@ -111,7 +111,7 @@ class Metrics(Callback):
         if config.data.unreadable == "mask":
             metrics["unreadable_rows"] = round(self.window.scalar("unreadable").item())
         metrics["grad_norm"] = module.grad_norm.item()
-        module.check_norms()
+        module.grad_norms.check(trainer.global_step)
         metrics["clipped"] = self.clipped.item() / max(1.0, self.window.scalar("steps").item())
         metrics |= {f"lr_{role}": rate for role, rate in module.learning_rates.items()}
         if module.device.type == "cuda":
