@@ -35,9 +35,9 @@ class Progress(Callback):
             if "R_sampled" in latest:
                 shown["R"] = f"{latest['R_sampled']:.2f}"
             shown["tok/s"] = f"{latest['tokens_per_second']:,.0f}"
-            for name, short in (("mfu", "mfu"), ("share_of_product_rate", "share")):
-                if name in latest:
-                    shown[short] = f"{100 * latest[name]:.1f} %"
+            if "mfu" in latest:
+                shown["mfu"] = f"{100 * latest['mfu']:.1f} %"
+                shown["share"] = f"{100 * latest['share_of_product_rate']:.1f} %"
             self.bar.set_postfix(shown, refresh=False)
         self.bar.update(trainer.global_step - self.bar.n)
 
